@@ -1,0 +1,124 @@
+"""What a user can act on. Every error says what was got, what is required and what to do, and carries its exit code.
+
+    NightlabelError
+    ├── UnfitError        2   the job file, the environment, the model or the store cannot do what is asked
+    │   ├── JobError          the job file
+    │   ├── ModelError        the artifact
+    │   └── StoreError        the object store or the disk
+    ├── InputError        3   an input changed, is missing or is broken
+    │   ├── InputMissing
+    │   ├── InputChanged
+    │   └── ShardError        a whole shard cannot be read; `error_class` says why
+    ├── TooManyFailed     4   more failed rows than limits.max_failed (everything is committed all the same)
+    ├── UnitsLeft         5   units are left that no pass could finish
+    ├── Conflict          6   another run's object stands where ours belongs
+    ├── Temporary        75   try again
+    │   └── Stalled           something hangs
+    ├── PermissionDenied 77
+    └── Interrupted 130/143   stopped by a signal; resumable
+
+Anything else that escapes is a bug of ours: a traceback and exit code 70.
+"""
+
+from __future__ import annotations
+
+EXIT_BUG = 70
+
+
+class NightlabelError(Exception):
+    """Base of every error a user can act on; `str()` is the one sentence (or two) shown to the user."""
+
+    exit_code = EXIT_BUG
+    error_class = "ERROR"
+
+    def __init__(self, got: str, *, need: str = "", do: str = "") -> None:
+        self.got, self.need, self.do = got, need, do
+        super().__init__(got, need, do)
+
+    def __str__(self) -> str:
+        fact = f"{self.got}; required: {self.need}" if self.need else self.got
+        text = f"{fact}. {self.do}" if self.do else fact
+        return text if text.endswith(("?", ".")) else f"{text}."
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process borders; keyword-only arguments need help to be pickled.
+        return _rebuild, (type(self), self.__dict__)
+
+
+def _rebuild(cls: type[NightlabelError], state: dict[str, object]) -> NightlabelError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, state["got"], state["need"], state["do"])
+    error.__dict__.update(state)
+    return error
+
+
+class UnfitError(NightlabelError):
+    exit_code = 2
+    error_class = "UNFIT"
+
+
+class JobError(UnfitError):
+    pass
+
+
+class ModelError(UnfitError):
+    pass
+
+
+class StoreError(UnfitError):
+    pass
+
+
+class InputError(NightlabelError):
+    exit_code = 3
+    error_class = "INPUT_BROKEN"
+
+
+class InputMissing(InputError):
+    error_class = "INPUT_MISSING"
+
+
+class InputChanged(InputError):
+    error_class = "INPUT_CHANGED"
+
+
+class ShardError(InputError):
+    """A shard that cannot be read as a whole; `error_class` is one of rows.UNIT_ERRORS."""
+
+    def __init__(self, error_class: str, got: str, *, need: str = "", do: str = "") -> None:
+        super().__init__(got, need=need, do=do)
+        self.error_class = error_class
+
+
+class TooManyFailed(NightlabelError):
+    exit_code = 4
+
+
+class UnitsLeft(NightlabelError):
+    exit_code = 5
+
+
+class Conflict(NightlabelError):
+    exit_code = 6
+
+
+class Temporary(NightlabelError):
+    exit_code = 75
+    error_class = "TEMPORARY"
+
+
+class Stalled(Temporary):
+    """Nothing arrived for so long that something must hang."""
+
+
+class PermissionDenied(NightlabelError):
+    exit_code = 77
+    error_class = "PERMISSION_DENIED"
+
+
+class Interrupted(NightlabelError):
+    exit_code = 130
+
+    def __init__(self, got: str, *, signal_number: int = 2, do: str = "") -> None:
+        super().__init__(got, do=do)
+        self.exit_code = 128 + signal_number

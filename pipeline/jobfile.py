@@ -1,0 +1,139 @@
+"""YAML text → `spec.Job`. A narrow YAML: no aliases, no duplicate keys, at most 1 MB; complaints name file, line, way out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.errors import JobError
+from pipeline.spec import Job, fill_date
+
+MAX_BYTES = 1_000_000
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses what a job file never needs: aliases (billion laughs) and duplicate keys (the last one wins)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.constructor.ConstructorError(None, None, "an alias (*name) is not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_job(path: Path, *, date: str | None = None) -> Job:
+    """The job in a YAML file, `{date}` filled in. Raises JobError: unreadable, not YAML, or not a job."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise JobError(f"{path}: {error.strerror}", need="a job file in YAML", do="Give the path of a job file") from error
+    return parse_job(raw, name=str(path), date=date)
+
+
+def parse_job(raw: bytes, *, name: str = "job", date: str | None = None) -> Job:
+    """Same, from bytes. `name` is what messages call the file."""
+    if len(raw) > MAX_BYTES:
+        raise JobError(
+            f"{name}: {len(raw):,} bytes", need=f"at most {MAX_BYTES:,}", do="Name prefixes or globs instead of listing images"
+        )
+    try:
+        loader = _Loader(raw.decode())
+        root = loader.get_single_node()
+        data = loader.construct_document(root) if root is not None else None
+    except UnicodeDecodeError as error:
+        raise JobError(f"{name}: not UTF-8 text", need="a job file in YAML", do="Save the file as UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise JobError(
+            f"{name}{line}: {getattr(error, 'problem', None) or error}", need="plain YAML", do="Mend that line"
+        ) from error
+    if not isinstance(data, dict):
+        raise JobError(
+            f"{name}: {type(data).__name__}", need="a mapping with kind, name, input, model, output", do="See jobs/README.md"
+        )
+    try:
+        return fill_date(Job.model_validate(data), date)
+    except ValidationError as error:
+        raise JobError("\n".join(_sentences(error, name, root))) from None
+    except ValueError as error:
+        raise JobError(f"{name}: {error}") from None
+
+
+def _sentences(error: ValidationError, name: str, root: yaml.Node | None) -> list[str]:
+    sentences: dict[str, str] = {}  # by field: of a union's complaints the first is the one about the form that was meant
+    for item in error.errors(include_url=False):
+        loc = [part for part in item["loc"] if not (isinstance(part, str) and ("-" in part or "[" in part))]
+        where, field = f"{name}{_line(root, loc)}: ", ".".join(str(part) for part in loc)
+        if item["type"] == "extra_forbidden":
+            sentence = _unknown(field, loc)
+        elif item["type"] == "missing":
+            sentence = f"{field} is missing, it is required. Add it; jobs/README.md says what it holds."
+        elif not loc:  # a cross-check of ours, which already says it all
+            sentence = str(item["msg"]).removeprefix("Value error, ")
+        else:
+            need = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+            got = re.sub(r"://[^/@]*@", "://***@", repr(item["input"]))  # a password never reaches a log
+            sentence = f"{field} is {got}; required: {need}. Change it."
+        sentences.setdefault(field, where + sentence)
+    return list(sentences.values())
+
+
+def _line(root: yaml.Node | None, loc: list[int | str]) -> str:
+    """`:12` for the deepest part of `loc` that the file has."""
+    node, line = root, None
+    for part in loc:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((key, value) for key, value in node.value if key.value == part), None)
+            if found is None:
+                break
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return f":{line}" if line else ""
+
+
+def _unknown(field: str, loc: list[int | str]) -> str:
+    names = list(_fields_at(loc[:-1]))
+    close = difflib.get_close_matches(str(loc[-1]), names, n=1)
+    hint = f"Did you mean {close[0]}?" if close else f"Known here: {', '.join(names)}"
+    return f"unknown field {field}. {hint}"
+
+
+def _fields_at(loc: list[int | str]) -> dict[str, Any]:
+    model: type[BaseModel] = Job
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        nested = nested_model(field.annotation) if field else None
+        if nested is None:
+            return {}
+        model = nested
+    return dict(model.model_fields)
+
+
+def nested_model(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model that an annotation holds (`Cluster | None` → Cluster), or None."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def dump_job(job: Job) -> bytes:
+    """The job as YAML with every default written out: what a run keeps as spec.yaml."""
+    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode()

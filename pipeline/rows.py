@@ -1,0 +1,104 @@
+"""What flows: one row per image, as Arrow tables, from the reader to the committed object.
+
+A batch on its way is a `pyarrow.Table`, not a dict of arrays: kept columns keep their types and nulls, and a batch crosses a
+process border without a copy. Pixels travel as `fixed_size_binary(3*S*S)`: uint8, channels first, no extension type, no 2 GiB
+offset limit, a zero-copy view in numpy (`pixels_view`).
+
+A failed image is a row with `error_class` and `error`. A row whose `key` is null is not an image: it ends a unit, its `index`
+is the number of rows the unit has, and its `error_class`, when set, is the unit's error.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+OUTPUT_SCHEMA_VERSION = 1
+
+#: Image rows: what `read` yields and `preprocess` takes. Kept columns follow.
+IMAGE = pa.schema(
+    [
+        pa.field("unit", pa.string()),
+        pa.field("index", pa.int64()),
+        pa.field("key", pa.string()),
+        pa.field("source", pa.string()),
+        pa.field("bytes", pa.large_binary()),
+        pa.field("error_class", pa.string()),
+        pa.field("error", pa.string()),
+    ]
+)
+
+TOPK = pa.list_(pa.struct([("label_id", pa.int32()), ("label", pa.string()), ("score", pa.float32())]))
+
+#: Prediction rows: what is committed, in this order. Optional columns and kept columns follow.
+PREDICTION = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("label_id", pa.int32()),
+        pa.field("score", pa.float32()),
+        pa.field("topk", TOPK),
+        pa.field("error_class", pa.string()),
+        pa.field("error", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+    ]
+)
+
+
+class Failure(enum.StrEnum):
+    """Why one image has no label. The list is closed: users group by it."""
+
+    NOT_AN_IMAGE = "NOT_AN_IMAGE"
+    TRUNCATED = "TRUNCATED"
+    CORRUPT = "CORRUPT"
+    TOO_LARGE = "TOO_LARGE"
+    UNSUPPORTED_FORMAT = "UNSUPPORTED_FORMAT"
+    NULL_IMAGE = "NULL_IMAGE"
+    DUPLICATE_KEY = "DUPLICATE_KEY"
+    DECODE_TIMEOUT = "DECODE_TIMEOUT"
+    DECODER_CRASH = "DECODER_CRASH"
+    NONFINITE = "NONFINITE"
+    FETCH_FAILED = "FETCH_FAILED"
+
+
+class UnitError(enum.StrEnum):
+    """Why a whole unit has no rows yet."""
+
+    TAR_TRUNCATED = "TAR_TRUNCATED"
+    TAR_NO_EOF = "TAR_NO_EOF"
+    TAR_CORRUPT = "TAR_CORRUPT"
+    PARQUET_CORRUPT = "PARQUET_CORRUPT"
+    INPUT_CHANGED = "INPUT_CHANGED"
+    INPUT_MISSING = "INPUT_MISSING"
+
+
+#: Columns of the way that a kept column cannot be named after.
+RESERVED = frozenset({*IMAGE.names, *PREDICTION.names, "pixels", "embedding", "probabilities"})
+
+
+def pixels_array(pixels: np.ndarray, valid: Sequence[bool] | np.ndarray) -> pa.Array:
+    """uint8 [N, 3, S, S] and a validity mask [N] as one Arrow column, without copying the pixels."""
+    pixels = np.ascontiguousarray(pixels, dtype=np.uint8)
+    width = int(np.prod(pixels.shape[1:]))
+    mask = pa.array(np.asarray(valid, dtype=bool)).buffers()[1] if len(pixels) else None
+    return pa.Array.from_buffers(pa.binary(width), len(pixels), [mask, pa.py_buffer(pixels)])
+
+
+def pixels_view(column: pa.ChunkedArray | pa.Array, size: int) -> np.ndarray:
+    """The inverse of `pixels_array`: uint8 [N, 3, size, size], a view where the column is one chunk. Null rows hold whatever
+    was written there."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):  # combine_chunks of an empty column
+        array = pa.array([], type=column.type)
+    width = 3 * size * size
+    if len(array) == 0:
+        return np.empty((0, 3, size, size), dtype=np.uint8)
+    flat = np.frombuffer(array.buffers()[1], dtype=np.uint8, count=len(array) * width, offset=array.offset * width)
+    return flat.reshape(len(array), 3, size, size)

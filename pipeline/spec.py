@@ -1,0 +1,180 @@
+"""What is asked: the job as frozen pydantic models. An unknown key is an error, every field carries its documentation.
+
+`jobfile` turns YAML into these models; the reference in jobs/README.md and the JSON schema are generated from them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from pipeline.quantity import Bytes, Count, Fraction, Model, Pixels, Seconds
+from pipeline.resources import Cluster, Resources, check_demand
+from pipeline.rows import RESERVED
+
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
+
+
+def _uri(value: str) -> str:
+    scheme, _, rest = value.rpartition("://")
+    if scheme not in ("", "file", "s3"):
+        raise ValueError("a local path, file:// or s3://")
+    if "@" in rest.split("/", 1)[0] and scheme:
+        raise ValueError("a URI without credentials; they come from the environment, a profile or a role")
+    if not rest.strip("/") and scheme:
+        raise ValueError("a URI that names a bucket or a folder")
+    return value
+
+
+Uri = Annotated[str, Field(min_length=1), BeforeValidator(lambda v: _uri(v) if isinstance(v, str) else v)]
+
+
+class S3(Model):
+    """How to reach an S3 store. Credentials never stand here: they come from the environment, a profile or a role."""
+
+    endpoint: str | None = None
+    """URL of an S3-compatible server; AWS, or `AWS_ENDPOINT_URL`, when absent."""
+    region: str | None = None
+    """Region of the bucket; `AWS_REGION` when absent."""
+    anonymous: bool = False
+    """Read without credentials (public buckets)."""
+    requester_pays: bool = False
+    """Accept the transfer cost of a requester-pays bucket."""
+
+
+class Input(Model):
+    """Where the images are."""
+
+    uri: Uri | tuple[Uri, ...]
+    """A prefix, a glob or a list of them; `{date}` is filled from `--date`."""
+    format: Literal["webdataset", "parquet", "images"] = "webdataset"
+    """WebDataset tars, Parquet files with encoded images, or loose image files."""
+    image_column: str = "image"
+    """Parquet: the column with encoded images, binary or struct<bytes, path>."""
+    key_column: str | None = "key"
+    """Parquet: the column that names an image; null numbers the rows instead."""
+    keep: tuple[str, ...] = ()
+    """Sidecars of a tar (`cls`, `json`) or columns of a Parquet file to copy into the output."""
+    s3: S3 = S3()
+    """How to reach `uri` when it is on S3."""
+
+    @property
+    def uris(self) -> tuple[str, ...]:
+        return (self.uri,) if isinstance(self.uri, str) else self.uri
+
+
+class ModelSource(Model):
+    """The artifact that labels: one folder with weights, preprocessing and labels."""
+
+    uri: Uri
+    """Folder of the artifact."""
+    digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    """Refuse to run when the artifact's digest is another one."""
+    precision: Precision = "float32"
+    """Arithmetic of the model; float16 needs a GPU, int8 an artifact with model.int8.onnx."""
+    s3: S3 = S3()
+    """How to reach `uri` when it is on S3."""
+
+
+class Output(Model):
+    """Where the labels go, and which."""
+
+    uri: Uri
+    """Folder of the results; every fingerprint gets its own folder under it."""
+    top_k: Count = 5
+    """How many labels with scores a row keeps."""
+    embeddings: bool = False
+    """Add the 512 (ResNet-50: 2,048) features before the classifier, float32."""
+    probabilities: bool = False
+    """Add the probabilities of all classes, float16."""
+    s3: S3 = S3()
+    """How to reach `uri` when it is on S3."""
+
+
+class Limits(Model):
+    """When enough is enough."""
+
+    max_failed: Fraction = 0.01
+    """Largest share of failed rows; above it everything is committed all the same and the exit code is 4."""
+    max_pixels: Pixels = 100 * 10**6
+    """Images with more pixels, by their header, become TOO_LARGE rows and are never decoded."""
+    decode_timeout: Seconds = 30.0
+    """Careful mode: an image that takes longer becomes a DECODE_TIMEOUT row."""
+    decode_memory: Bytes = 2 * 2**30
+    """Careful mode: a decoder that needs more becomes a DECODER_CRASH row."""
+    deadline: Seconds | None = None
+    """Stop, resumable, when the run takes longer."""
+
+
+class Schedule(Model):
+    """When to run; read by submission to a cluster, ignored by `run`."""
+
+    cron: Annotated[str, Field(pattern=r"^\S+( \S+){4}$")]
+    """Five cron fields."""
+    timezone: str = "UTC"
+    """Time zone of `cron`."""
+    if_running: Literal["skip", "queue", "replace"] = "skip"
+    """What to do when the last one still runs."""
+
+
+class Job(Model):
+    """One labelling job."""
+
+    kind: Literal["label"] = "label"
+    """What the job does."""
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?$")]
+    """Lower case letters, digits and dashes, at most 50."""
+    input: Input
+    """Where the images are."""
+    model: ModelSource
+    """The artifact that labels."""
+    output: Output
+    """Where the labels go, and which."""
+    resources: Resources = Resources()
+    """What the job takes."""
+    cluster: Cluster | None = None
+    """What the job is meant for."""
+    limits: Limits = Limits()
+    """When enough is enough."""
+    schedule: Schedule | None = None
+    """When to run."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Job:
+        taken = RESERVED.intersection(self.input.keep)
+        if taken:
+            raise ValueError(f"input.keep names {', '.join(sorted(taken))}, which the output has already. Rename or drop it")
+        gpus = self.resources.predict.gpus_per_actor
+        if self.model.precision == "float16" and gpus == 0:
+            raise ValueError(
+                "model: precision is float16, which needs a GPU. Set resources.predict.gpus_per_actor, or take bfloat16"
+            )
+        if self.model.precision == "int8" and gpus > 0:
+            raise ValueError(
+                "model: precision is int8, which runs on CPUs. Set resources.predict.gpus_per_actor to 0, or take float16"
+            )
+        if self.cluster is not None:
+            workers = self.cluster.workers
+            where = f"({workers.count} workers × "
+            check_demand(
+                self.resources,
+                cpus=(workers.count * workers.cpus, where + f"{workers.cpus})"),
+                gpus=(workers.count * workers.gpus, where + f"{workers.gpus})"),
+            )
+        return self
+
+
+def fill_date(job: Job, date: str | None) -> Job:
+    """`{date}` in the input and output URIs replaced. Raises ValueError when a date is needed and none was given."""
+
+    def fill(uri: str) -> str:
+        if "{date}" in uri and date is None:
+            raise ValueError(f"{uri} contains {{date}}, which needs a date. Give --date YYYY-MM-DD")
+        return uri.replace("{date}", date or "")
+
+    changes: dict[str, Any] = {
+        "input": job.input.model_copy(update={"uri": tuple(fill(uri) for uri in job.input.uris)}),
+        "output": job.output.model_copy(update={"uri": fill(job.output.uri)}),
+    }
+    return job.model_copy(update=changes)

@@ -1,0 +1,127 @@
+"""The job file: what it takes, what it refuses and in which words, and that jobs/ and its reference are true."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import JobError
+from pipeline.jobfile import dump_job, load_job, parse_job
+from pipeline.quantity import _BYTES, quantity, text
+from pipeline.reference import _FILES, json_schema, reference
+
+SIX_LINES = b"""
+kind: label
+name: nightly
+input: {uri: photos/}
+model: {uri: model/}
+output: {uri: labels/}
+"""
+JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
+
+
+def refusal(more: bytes, base: bytes = SIX_LINES) -> str:
+    with pytest.raises(JobError) as caught:
+        parse_job(base + more, name="x.yaml")
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_six_lines_are_a_job_and_survive_being_written_out():
+    job = parse_job(SIX_LINES)
+    assert (job.input.format, job.model.precision, job.resources.cpus) == ("webdataset", "float32", 1.75)
+    assert parse_job(dump_job(job)) == job.model_copy(update={"input": job.input.model_copy(update={"uri": ("photos/",)})})
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+def test_every_job_file_is_valid_and_round_trips(path: Path):
+    job = load_job(path, date="2026-11-01")
+    assert parse_job(dump_job(job)) == job
+    assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
+
+
+def test_every_job_file_is_in_the_reference():
+    assert {path.name for path in JOBS} == set(_FILES)
+
+
+def test_reference_is_generated():
+    """Regenerate: nightlabel schema --markdown > jobs/README.md; nightlabel schema > jobs/schema.json"""
+    assert (ROOT / "jobs" / "README.md").read_text() == reference()
+    assert (ROOT / "jobs" / "schema.json").read_text() == json_schema()
+    assert json.loads(json_schema())["properties"]["input"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (b"limts: {}", ["x.yaml:7: unknown field limts. Did you mean limits?"]),
+        (b"resources: {predict: {batch_sise: 3}}", ["resources.predict.batch_sise", "Did you mean batch_size?"]),
+        (b"resources: {predict: {colour: 3}}", ["Known here: actors, cpus_per_actor"]),
+        (b"limits: {max_failed: 5}", ["limits.max_failed is 5; required: a number with a unit of %"]),
+        (b"limits: {deadline: 6 parsecs}", ["limits.deadline is '6 parsecs'", "6h"]),
+        (b"resources: {read: {tasks: 0}}", ["resources.read.tasks is 0; required: greater than or equal to 1"]),
+        (b"input: {uri: again}", ["x.yaml:7: the key input stands twice"]),
+        (b"limits: &a {}\nschedule: *a", ["x.yaml:8: an alias"]),
+        (b"name: [", ["x.yaml"]),
+        (b"schedule: {cron: daily}", ["schedule.cron is 'daily'"]),
+    ],
+)
+def test_refusals_name_line_field_and_way_out(more, words):
+    sentence = refusal(more)
+    for word in words:
+        assert word in sentence
+
+
+def test_a_password_is_refused_and_not_repeated():
+    sentence = refusal(b"", SIX_LINES.replace(b"photos/", b"s3://me:hunter2@photos/"))
+    assert "credentials" in sentence
+    assert "hunter2" not in sentence
+
+
+def test_missing_and_foreign_fields():
+    assert "model is missing" in refusal(b"", b"name: x\ninput: {uri: a}\noutput: {uri: o}")
+    assert "finetune" in refusal(b"", SIX_LINES.replace(b"kind: label", b"kind: finetune"))
+    assert "a mapping" in refusal(b"", b"- 1")
+    assert "1,000,000" in refusal(b"#" * 1_000_001)
+
+
+def test_demand_is_held_against_the_cluster():
+    sentence = refusal(b"resources: {preprocess: {actors: 70}}\ncluster: {workers: {count: 8, cpus: 4}}")
+    assert "asks for 36.25 CPUs" in sentence
+    assert "has 32 (8 workers × 4)" in sentence
+    sentence = refusal(b"resources: {predict: {gpus_per_actor: 1, actors: 3}}\ncluster: {workers: {count: 2, cpus: 4, gpus: 1}}")
+    assert "asks for 3 GPUs (3 actors × 1)" in sentence
+
+
+def test_precision_and_device_must_agree():
+    assert "needs a GPU" in refusal(b"", SIX_LINES.replace(b"model/", b"model/, precision: float16"))
+    assert "runs on CPUs" in refusal(
+        b"resources: {predict: {gpus_per_actor: 1}}", SIX_LINES.replace(b"model/", b"model/, precision: int8")
+    )
+
+
+def test_keep_cannot_shadow_the_output():
+    assert "input.keep names label" in refusal(b"", SIX_LINES.replace(b"photos/", b"photos/, keep: [label]"))
+
+
+def test_date_is_filled_or_asked_for(tmp_path):
+    path = tmp_path / "j.yaml"
+    path.write_bytes(SIX_LINES.replace(b"photos/", b"'photos/{date}/'"))
+    assert load_job(path, date="2026-11-01").input.uris == ("photos/2026-11-01/",)
+    with pytest.raises(JobError, match="--date"):
+        load_job(path)
+
+
+def test_unreadable_file(tmp_path):
+    with pytest.raises(JobError, match="No such file"):
+        load_job(tmp_path / "absent.yaml")
+
+
+@given(st.integers(min_value=1, max_value=2**50))
+def test_quantities_round_trip(number: int):
+    assert quantity(_BYTES, "8GiB")(text(_BYTES)(number)) == number
