@@ -1,0 +1,250 @@
+"""The S3 store: raw S3 calls on the client that s3fs sets up, one retry loop of our own around each.
+
+s3fs finds credentials, region and connection pool. Its file objects, its listing cache and its retries are not used: an
+exception inside an open file still publishes it, the cache holds every key, and a reply lost between the retries of an SDK
+cannot be told from a refusal. The price is the table of errors below.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import aiohttp
+from botocore import exceptions as sdk
+from botocore.parsers import ResponseParserError
+
+from pipeline.errors import InputMissing, NightlabelError, PermissionDenied, StoreError, Temporary
+from pipeline.spec import S3
+from pipeline.storage import Object, changed, glob_matcher, glob_prefix
+
+T = TypeVar("T")
+
+ATTEMPTS = 6
+PAGE = 1000  # keys of one list request, S3's maximum
+CHUNK = 2**20  # what a resumed read can lose at most
+
+#: No answer, half of one, or one that was damaged.
+_INTERRUPTED = (
+    *(sdk.HTTPClientError, sdk.ConnectionError, ResponseParserError, sdk.IncompleteReadError),
+    *(sdk.FlexibleChecksumError, aiohttp.ClientError, OSError),
+)
+_UNIDENTIFIED = (
+    *(sdk.NoCredentialsError, sdk.PartialCredentialsError, sdk.CredentialRetrievalError, sdk.ProfileNotFound),
+    *(sdk.TokenRetrievalError, sdk.NoAuthTokenError),
+)
+_TEMPORARY_CODES = frozenset({"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded"})
+
+
+@dataclass(frozen=True)
+class S3Store:
+    """A `Store` on S3. `backoff` is the bound of the first random wait in seconds, doubled each time: 8 s together on average.
+    `timeouts` are seconds to connect and seconds without a byte."""
+
+    options: S3
+    backoff: float = 0.5
+    timeouts: tuple[float, float] = (5.0, 60.0)
+    _clients: dict[int, Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )  # by process: a fork needs its own
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return S3Store, (self.options, self.backoff, self.timeouts)
+
+    def list(self, uri: str) -> Iterator[Object]:
+        bucket, name = _split(uri)
+        prefix, matches = glob_prefix(name), glob_matcher(name)
+        if prefix == name:
+            if name and not name.endswith("/"):
+                try:
+                    yield self.head(uri)
+                    return
+                except InputMissing:
+                    prefix = f"{name}/"
+            matches = bool  # any key
+        yield from sorted(self._pages(bucket, prefix, matches), key=lambda found: found.uri)
+
+    def head(self, uri: str) -> Object:
+        bucket, key = _split(uri)
+
+        async def attempt(client: Any) -> Object:
+            answer = await client.head_object(Bucket=bucket, Key=key, **self._payer)
+            return Object(uri, answer["ContentLength"], answer["ETag"].strip('"'))
+
+        return self._retry(attempt, uri)
+
+    def read(self, uri: str, *, start: int = 0, stop: int | None = None, etag: str | None = None) -> bytes:
+        if stop is not None and stop <= start:
+            return b""
+        bucket, key = _split(uri)
+        fetch = _Fetch({"Bucket": bucket, "Key": key, **self._payer}, start, stop, etag)
+        try:
+            self._retry(fetch.attempt, uri)
+        except sdk.ClientError as error:
+            if _status(error) == 412 or fetch.data:
+                raise changed(uri) from error
+            # 416: a range behind the end is empty, as in a slice
+        return bytes(fetch.data)
+
+    def create(self, uri: str, data: bytes) -> bool:
+        bucket, key = _split(uri)
+
+        async def attempt(client: Any) -> bool:
+            await client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", ChecksumAlgorithm="CRC32", **self._payer)
+            return True
+
+        try:
+            return self._retry(attempt, uri, writing=True)
+        except sdk.ClientError as error:
+            if _status(error) == 412:
+                return False
+            raise
+
+    def _pages(self, bucket: str, prefix: str, matches: Callable[[str], bool]) -> Iterator[Object]:
+        request = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE, **self._payer}
+        while True:
+            page = self._retry(partial(_page, request=request), f"s3://{bucket}/{prefix}")
+            for entry in page.get("Contents", ()):
+                key = entry["Key"]
+                if not key.endswith("/") and matches(key):
+                    yield Object(f"s3://{bucket}/{key}", entry["Size"], entry["ETag"].strip('"'))
+            if not page.get("IsTruncated"):
+                return
+            request = {**request, "ContinuationToken": page["NextContinuationToken"]}
+
+    @property
+    def _payer(self) -> dict[str, str]:
+        return {"RequestPayer": "requester"} if self.options.requester_pays else {}
+
+    def _filesystem(self) -> Any:
+        found = self._clients.get(os.getpid())
+        if found is not None:
+            return found
+        import s3fs  # 1 s of imports, so not before the first request
+
+        connect, read = self.timeouts
+        made = s3fs.S3FileSystem(
+            anon=self.options.anonymous,
+            endpoint_url=self.options.endpoint,
+            client_kwargs={"region_name": self.options.region or os.environ.get("AWS_REGION")},
+            config_kwargs={"connect_timeout": connect, "read_timeout": read, "retries": {"total_max_attempts": 1}},
+            skip_instance_cache=True,
+        )
+        return self._clients.setdefault(os.getpid(), made)
+
+    def _retry(self, attempt: Callable[[Any], Awaitable[T]], uri: str, *, writing: bool = False) -> T:
+        """Run `attempt` until it succeeds. Raises our errors, and ClientError for 412 and 416, whose meaning the caller knows."""
+        from fsspec.asyn import sync
+
+        filesystem = self._filesystem()
+
+        async def run() -> T:
+            return await attempt(await filesystem.set_session())
+
+        trouble = Exception()
+        for number in range(ATTEMPTS):
+            if number:
+                time.sleep(random.uniform(0, self.backoff * 2 ** (number - 1)))
+            try:
+                result: T = sync(filesystem.loop, run)
+                return result
+            except (sdk.ClientError, sdk.BotoCoreError, *_INTERRUPTED) as error:
+                if _status(error) in (412, 416):
+                    raise
+                if not _is_temporary(error):
+                    raise _explanation(error, uri, writing) from error
+                trouble = error
+        where = self.options.endpoint or os.environ.get("AWS_ENDPOINT_URL") or "AWS S3"
+        raise Temporary(
+            f"{uri}: {where} did not answer well in {ATTEMPTS} attempts, at last: {_said(trouble)}",
+            do="Check that the endpoint is reachable, then run again; what is done stays done",
+        ) from trouble
+
+
+@dataclass
+class _Fetch:
+    """One ranged read over several attempts: each continues behind the last byte that arrived, on the same version."""
+
+    request: dict[str, str]
+    start: int
+    stop: int | None
+    etag: str | None
+    data: bytearray = field(default_factory=bytearray)
+    expected: int = -1
+
+    async def attempt(self, client: Any) -> None:
+        if len(self.data) == self.expected:  # the connection broke behind the last byte
+            return
+        request, at = dict(self.request), self.start + len(self.data)
+        if self.etag is not None:
+            request["IfMatch"] = f'"{self.etag}"'
+        if at or self.stop is not None:  # a range of an empty object is an error
+            request["Range"] = f"bytes={at}-{'' if self.stop is None else self.stop - 1}"
+        answer = await client.get_object(**request)
+        etag = answer["ETag"].strip('"')
+        if "Range" in request and not answer.get("ContentRange", "").startswith(f"bytes {at}-"):
+            raise StoreError(f"{self.request['Bucket']}: the server ignores ranges", need="an S3 server that serves them")
+        if etag != (self.etag or etag):  # If-Match is ignored
+            raise changed(f"s3://{self.request['Bucket']}/{self.request['Key']}")
+        self.etag = etag
+        arrived = len(self.data)
+        self.expected = arrived + answer["ContentLength"]
+        try:
+            async with answer["Body"] as body:
+                async for chunk in body.iter_chunks(CHUNK):
+                    self.data += chunk
+        except sdk.FlexibleChecksumError:  # S3 sends a checksum with whole objects; which byte is wrong it does not tell
+            del self.data[arrived:]
+            raise
+        if len(self.data) != self.expected:
+            raise sdk.IncompleteReadError(actual_bytes=len(self.data), expected_bytes=self.expected)
+
+
+async def _page(client: Any, request: dict[str, Any]) -> dict[str, Any]:
+    page: dict[str, Any] = await client.list_objects_v2(**request)
+    return page
+
+
+def _split(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def _status(error: Exception) -> int:
+    answer = error.response if isinstance(error, sdk.ClientError) else {}
+    return int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _code(error: Exception) -> str:
+    return str(error.response.get("Error", {}).get("Code", "")) if isinstance(error, sdk.ClientError) else ""
+
+
+def _is_temporary(error: Exception) -> bool:
+    if isinstance(error, sdk.ClientError):  # 409: another conditional create of the same key is under way
+        status = _status(error)
+        return (status >= 500 and status != 501) or status in (408, 409, 429) or _code(error) in _TEMPORARY_CODES
+    return isinstance(error, _INTERRUPTED) and not isinstance(error, sdk.SSLError)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, sdk.ClientError):
+        return f"{_code(error)}, {error.response.get('Error', {}).get('Message')}".rstrip(".")
+    return (str(error) or str(error.__cause__) or type(error).__name__).rstrip(".")  # fsspec's timeout says nothing itself
+
+
+def _explanation(error: Exception, uri: str, writing: bool) -> NightlabelError:
+    said = _said(error)
+    if isinstance(error, _UNIDENTIFIED):
+        do = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role; a public bucket needs s3.anonymous"
+        return PermissionDenied(f"{uri}: {said}", need="credentials for S3", do=do)
+    if _status(error) in (401, 403) or _code(error) == "ExpiredToken":
+        right = "write" if writing else "read and list"
+        return PermissionDenied(f"{uri}: {said}", need=f"the right to {right} there", do="Check the credentials and the policy")
+    if _status(error) == 404 and not writing:
+        return InputMissing(f"{uri}: {said}", need="an existing bucket and object", do="Check the URI")
+    return StoreError(f"{uri}: {said}", need="a bucket that can be used", do="Check the URI and the s3 options of the job")

@@ -1,0 +1,248 @@
+"""Objects by URI: list, ranged read pinned to one version, create if absent. `file://` and plain paths here, `s3://` in `s3`.
+
+There is no overwrite and no delete, so nothing a run does can lose what stands there already. Every read can carry the etag
+an object had when it was listed; another version is an error, never a mix of two. The price: an object is created from bytes
+in memory, and a listing is sorted in memory (about 300 bytes an object; not every S3 server lists in byte order).
+
+On disk `Object.uri` is an absolute path without a scheme, and the etag is the modification time in nanoseconds.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from pipeline.errors import InputChanged, InputMissing, NightlabelError, PermissionDenied, StoreError
+from pipeline.spec import S3
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """One version of a stored object. `size` in bytes; `etag` unquoted."""
+
+    uri: str
+    size: int
+    etag: str
+
+
+class Store(Protocol):
+    """What a run needs of a store. Stores are small, picklable, and connect on first use, in whichever process that is.
+
+    Beside the errors named below every method raises PermissionDenied, Temporary (retries are used up) and StoreError.
+    """
+
+    def list(self, uri: str) -> Iterator[Object]:
+        """Objects in byte order of their URIs. `uri` is an object, a folder (all below it) or a glob: `*`, `?` and `[..]` stay
+        within one segment, `**` does not; a glob that ends with `/` means all below. No match is no error, a missing bucket
+        or folder is InputMissing. Not listed: folder markers, and on disk names that begin with a dot."""
+
+    def head(self, uri: str) -> Object:
+        """The object as it is now. Raises InputMissing."""
+
+    def read(self, uri: str, *, start: int = 0, stop: int | None = None, etag: str | None = None) -> bytes:
+        """Bytes [start, stop), as in a slice. Raises InputMissing, and InputChanged when `etag` is given and is not its own."""
+
+    def create(self, uri: str, data: bytes) -> bool:
+        """Create an object that is not there yet, whole or not at all. True: created. False: something stands there, which may
+        be our own when a reply was lost; the caller looks."""
+
+
+def open_store(uri: str, s3: S3 | None = None) -> Store:
+    """The store that serves `uri` and every other URI of its scheme. `s3` says how to reach it when it is S3."""
+    if uri.startswith("s3://"):
+        from pipeline.s3 import S3Store  # here, because S3 clients take a second to import
+
+        return S3Store(s3 or S3())
+    return Disk()
+
+
+def join(uri: str, *parts: str) -> str:
+    """`s3://b/x/` and `a`, `b/c` → `s3://b/x/a/b/c`; the same for paths."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+_WILDCARD = re.compile(r"[*?\[]")
+_GLOB = re.compile(r"\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\]")
+_MEANING = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+
+def glob_prefix(name: str) -> str:
+    """What stands before the first wildcard; `name` itself when there is none."""
+    return _WILDCARD.split(name, maxsplit=1)[0]
+
+
+def glob_matcher(name: str) -> Callable[[str], bool]:
+    """Does a key or path match the glob? Raises StoreError for a set that cannot be, such as `[z-a]`."""
+    name += "**" if name.endswith("/") else ""
+    pattern, at = "", 0
+    for token in _GLOB.finditer(name):
+        inner = re.sub(r"([\\\[\]&~|^])", r"\\\1", token[0][1:-1])
+        chars = f"(?!/)[^{inner[1:]}]" if inner.startswith("!") else f"(?!/)[{inner}]"
+        pattern += re.escape(name[at : token.start()]) + _MEANING.get(token[0], chars)
+        at = token.end()
+    try:
+        compiled = re.compile(pattern + re.escape(name[at:]), re.DOTALL)
+    except re.error as error:
+        raise StoreError(f"{name}: {error}", need="a glob of *, **, ? and [a-z]", do="Mend the pattern") from error
+    return lambda text: compiled.fullmatch(text) is not None
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Local files. A create writes a temporary file beside the target and links it there: the link fails if the name is taken."""
+
+    def list(self, uri: str) -> Iterator[Object]:
+        path = _path(uri)
+        base = glob_prefix(path)
+        if base == path and os.path.isfile(path) and not uri.endswith("/"):
+            yield self.head(uri)
+            return
+        matches, folder = (bool, path) if base == path else (glob_matcher(path), os.path.dirname(base))
+        with _explained(folder):
+            yield from sorted((found for found in _walk(folder, ()) if matches(found.uri)), key=lambda found: found.uri)
+
+    def head(self, uri: str) -> Object:
+        path = _path(uri)
+        with _explained(path):
+            if os.path.isdir(path):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+            return _object(path, os.stat(path))
+
+    def read(self, uri: str, *, start: int = 0, stop: int | None = None, etag: str | None = None) -> bytes:
+        path = _path(uri)
+        with _explained(path), open(path, "rb", buffering=0) as file:
+            before = os.fstat(file.fileno())
+            if etag is not None and str(before.st_mtime_ns) != etag:
+                raise changed(path)
+            end = before.st_size if stop is None else min(stop, before.st_size)
+            file.seek(start)
+            data = bytearray()
+            while len(data) < end - start and (chunk := file.read(end - start - len(data))):
+                data += chunk
+            if len(data) < end - start or os.fstat(file.fileno()).st_mtime_ns != before.st_mtime_ns:  # written to while read
+                raise changed(path)
+            return bytes(data)
+
+    def create(self, uri: str, data: bytes) -> bool:
+        path = _path(uri)
+        folder = os.path.dirname(path)
+        temporary = os.path.join(folder, f".{secrets.token_hex(8)}.tmp")
+        with _explained(path, writing=True):
+            os.makedirs(folder, exist_ok=True)
+            try:
+                with open(temporary, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            finally:
+                if os.path.lexists(temporary):
+                    os.unlink(temporary)
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        return True
+
+
+def changed(uri: str) -> InputChanged:
+    """The error for an object that is not the version that was pinned."""
+    return InputChanged(
+        f"{uri} is not the version that was listed", need="inputs that stay as they are", do="Run again to take it up"
+    )
+
+
+def _path(uri: str) -> str:
+    """Absolute, no scheme. Nothing is percent-decoded: a URI of ours is a name, character by character."""
+    return os.path.abspath(uri.removeprefix("file://")) + ("/" if _WILDCARD.search(uri) and uri.endswith("/") else "")
+
+
+def _object(path: str, stat: os.stat_result) -> Object:
+    return Object(path, stat.st_size, str(stat.st_mtime_ns))
+
+
+def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Object]:
+    """All files below a folder, in no order. Links are followed; a broken one is an error, it was meant to be an input."""
+    stat = os.stat(folder)
+    if (stat.st_dev, stat.st_ino) in above:  # a link back to a folder that is being listed already
+        return
+    above = (*above, (stat.st_dev, stat.st_ino))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(entry.path, above)
+            elif entry.is_file() or entry.is_symlink():
+                yield _object(entry.path, entry.stat())
+
+
+@contextmanager
+def _explained(path: str, *, writing: bool = False) -> Iterator[None]:
+    """The operating system's errors, as ours."""
+    try:
+        yield
+    except OSError as error:
+        raise _explanation(error, path, writing) from error
+
+
+def _explanation(error: OSError, path: str, writing: bool) -> NightlabelError:
+    got = f"{error.filename or path}: {error.strerror or error}"
+    if error.filename2 is not None and error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+        return StoreError(got, need="a file system with hard links", do="Write the output to another disk or to S3")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        right = "write" if writing else "read"
+        return PermissionDenied(got, need=f"the right to {right} there", do="Change the rights, or name another place")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreError(got, need="room for the output", do="Free some space and run again; what is written stays valid")
+    if not writing and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
+        return InputMissing(got, need="an existing file or folder", do="Check the path")
+    return StoreError(got, need="a working disk and a path that can exist", do="Check the path and the disk")
+
+
+class RangeFile(io.RawIOBase):
+    """A seekable, read-only file over ranged reads of one pinned object, for `pyarrow.parquet`. Every read is a request: wrap it
+    in `io.BufferedReader`, or let Arrow pre-buffer. Raises what `Store.read` raises."""
+
+    def __init__(self, store: Store, pinned: Object) -> None:
+        self._store, self._pinned, self._at = store, pinned, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._pinned.size}[whence]
+        if at < 0:
+            raise ValueError(f"seek to {at}")
+        self._at = at
+        return at
+
+    def readall(self) -> bytes:
+        return self._take(self._pinned.size - self._at)
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]  # the declared type is any buffer
+        data = self._take(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _take(self, size: int) -> bytes:
+        stop = min(self._at + size, self._pinned.size)
+        data = self._store.read(self._pinned.uri, start=self._at, stop=stop, etag=self._pinned.etag) if stop > self._at else b""
+        self._at += len(data)
+        return data

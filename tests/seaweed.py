@@ -1,0 +1,158 @@
+"""A real S3 server for the tests: SeaweedFS on free local ports, in a private folder, with signed access."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sysconfig
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from pipeline.spec import S3
+
+ACCESS_KEY, SECRET_KEY = "nightlabel-test", "not-a-secret"
+GRPC = 10_000  # SeaweedFS listens for gRPC that far above each of its four ports
+READY_SECONDS = 60
+
+
+@dataclass
+class Seaweed:
+    """A running server. `env` holds what a process needs to talk to it."""
+
+    process: subprocess.Popen[bytes]
+    endpoint: str
+    client: Any = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        session = botocore.session.get_session()
+        config = Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10)
+        self.client = session.create_client(
+            "s3",
+            "us-east-1",
+            endpoint_url=self.endpoint,
+            config=config,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+        )
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }
+
+    @property
+    def options(self) -> S3:
+        return S3(endpoint=self.endpoint, region="us-east-1")
+
+    @property
+    def port(self) -> int:
+        return int(self.endpoint.rsplit(":", 1)[1])
+
+    def bucket(self) -> str:
+        """The name of a new, empty bucket."""
+        name = f"b-{uuid.uuid4().hex[:12]}"
+        self.client.create_bucket(Bucket=name)
+        return name
+
+    def put(self, uri: str, data: bytes) -> None:
+        """Write or overwrite, which our own store cannot."""
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        self.client.put_object(Bucket=bucket, Key=key, Body=data)
+
+    def stop(self) -> None:
+        self.client.close()
+        self.process.kill()
+        self.process.wait()
+
+
+def start(folder: Path) -> Seaweed:
+    """Start a server that keeps everything in `folder`; returns when a signed put and get have succeeded."""
+    port = _free_ports()
+    grant = {
+        "name": "test",
+        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    (folder / "s3.json").write_text(json.dumps({"identities": [grant]}))
+    (folder / "data").mkdir()
+    with open(folder / "weed.log", "wb") as log:
+        process = subprocess.Popen(
+            [Path(sysconfig.get_path("scripts")) / "weed", *_arguments(folder, port)],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # A bucket takes seven volumes at once by default, of 200, and a second to get them.
+            env={**os.environ, "GOMEMLIMIT": "400MiB", "HOME": str(folder), "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"},
+        )
+    server = Seaweed(process, f"http://127.0.0.1:{port}")
+    try:
+        _wait(server)
+    except (BotoCoreError, ClientError) as error:
+        server.stop()
+        raise RuntimeError(f"SeaweedFS did not start:\n{(folder / 'weed.log').read_text()[-2000:]}") from error
+    return server
+
+
+def _arguments(folder: Path, port: int) -> list[str]:
+    options = {
+        **{"dir": folder / "data", "ip": "127.0.0.1", "ip.bind": "127.0.0.1"},
+        **{
+            "master.port": port + 1,
+            "volume.port": port + 2,
+            "filer": "true",
+            "filer.port": port + 3,
+            "s3": "true",
+            "s3.port": port,
+        },
+        **{"s3.config": folder / "s3.json", "s3.iam": "false", "s3.port.iceberg": 0, "s3.port.lance": 0},
+        **{"master.peers": "none", "master.telemetry": "false", "master.volumeSizeLimitMB": 512},
+        **{"volume.max": 200, "volume.preStopSeconds": 0},
+    }
+    return ["-logtostderr=true", "server", *(f"-{name}={value}" for name, value in options.items())]
+
+
+def _wait(server: Seaweed) -> None:
+    deadline, bucket = time.monotonic() + READY_SECONDS, None
+    while True:
+        try:
+            bucket = bucket or server.bucket()
+            server.put(f"s3://{bucket}/ready", b"yes")
+            if server.client.get_object(Bucket=bucket, Key="ready")["Body"].read() == b"yes":
+                return
+        except (BotoCoreError, ClientError):
+            if server.process.poll() is not None or time.monotonic() > deadline:
+                raise
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.process.wait(0.1)
+
+
+def _free_ports() -> int:
+    """A port P such that P..P+3 and P+10000..P+10003 are free now."""
+    while True:
+        first = random.randrange(20_000, 30_000)
+        try:
+            for port in (*range(first, first + 4), *range(first + GRPC, first + GRPC + 4)):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first

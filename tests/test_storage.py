@@ -1,0 +1,463 @@
+"""One behaviour suite over all storages, and what only S3 (through a proxy that misbehaves) or only a disk can do."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import io
+import itertools
+import multiprocessing
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from faults import Fault, FaultProxy, fault_proxy
+from seaweed import Seaweed
+
+from pipeline.errors import InputChanged, InputMissing, PermissionDenied, StoreError, Temporary
+from pipeline.s3 import ATTEMPTS, S3Store
+from pipeline.spec import S3
+from pipeline.storage import Object, RangeFile, Store, join, open_store
+
+TREE = ("a/1.tar", "a/2.tar", "a/b/3.tar", "a-b/4.tar", "a.txt", "z/ü [1].jpg")
+
+
+@dataclass
+class Place:
+    """An empty folder in some store, and a way to overwrite there, which stores cannot."""
+
+    store: Store
+    root: str
+    overwrite: Callable[[str, bytes], None]
+
+    def fill(self, names: tuple[str, ...] = TREE) -> None:
+        for name in names:
+            assert self.store.create(join(self.root, name), name.encode())
+
+    def names(self, uri: str) -> list[str]:
+        """What a listing finds, from the root."""
+        return [found.uri.removeprefix(self.root + "/") for found in self.store.list(uri)]
+
+
+def overwrite_file(uri: str, data: bytes) -> None:
+    before = os.stat(uri).st_mtime_ns
+    Path(uri).write_bytes(data)
+    os.utime(uri, ns=(before + 1, before + 1))  # the file system's clock may tick slower than this test
+
+
+@pytest.fixture(scope="session")
+def s3_store(s3: Seaweed) -> Store:
+    return open_store("s3://", s3.options)  # one for all: a client takes half a second to build
+
+
+@pytest.fixture(params=["disk", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "disk":
+        (tmp_path / "root").mkdir()
+        return Place(open_store(str(tmp_path)), str(tmp_path / "root"), overwrite_file)
+    server: Seaweed = request.getfixturevalue("s3")
+    return Place(request.getfixturevalue("s3_store"), f"s3://{server.bucket()}", server.put)
+
+
+# Both stores
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("", ["a-b/4.tar", "a.txt", "a/1.tar", "a/2.tar", "a/b/3.tar", "z/ü [1].jpg"]),
+        ("a", ["a/1.tar", "a/2.tar", "a/b/3.tar"]),
+        ("a/", ["a/1.tar", "a/2.tar", "a/b/3.tar"]),
+        ("a.txt", ["a.txt"]),
+        ("a/*.tar", ["a/1.tar", "a/2.tar"]),
+        ("*/*.tar", ["a-b/4.tar", "a/1.tar", "a/2.tar"]),
+        ("**/*.tar", ["a-b/4.tar", "a/1.tar", "a/2.tar", "a/b/3.tar"]),
+        ("**", ["a-b/4.tar", "a.txt", "a/1.tar", "a/2.tar", "a/b/3.tar", "z/ü [1].jpg"]),
+        ("a/**/[!12].tar", ["a/b/3.tar"]),
+        ("a?[a-c]/*", ["a-b/4.tar"]),
+        ("a*/", ["a-b/4.tar", "a/1.tar", "a/2.tar", "a/b/3.tar"]),
+        ("z/* [[]1].*", ["z/ü [1].jpg"]),
+        ("*.jpg", []),
+        ("a[/]1.tar", []),
+    ],
+)
+def test_list(place: Place, pattern: str, expected: list[str]) -> None:
+    place.fill()
+    assert place.names(join(place.root, pattern) + ("/" if pattern.endswith("/") else "")) == expected
+
+
+def test_list_pins_what_head_and_read_see(place: Place) -> None:
+    place.fill(("a/1", "a/2"))
+    for found in place.store.list(place.root):
+        assert found == place.store.head(found.uri)
+        assert found.size == len(place.store.read(found.uri, etag=found.etag))
+
+
+def test_a_missing_folder_or_bucket_cannot_be_listed(place: Place) -> None:
+    for name in ("nowhere/", "nowhere/*.tar"):
+        with pytest.raises(InputMissing):
+            list(place.store.list(f"{place.root}-not-there/{name}"))
+
+
+def test_an_impossible_glob_is_an_error(place: Place) -> None:
+    with pytest.raises(StoreError, match="Mend the pattern"):
+        list(place.store.list(join(place.root, "[z-a]")))
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, None), (0, 10), (3, 7), (3, None), (9, 99), (10, None), (50, 60), (5, 5), (7, 3)]
+)
+def test_a_read_is_a_slice(place: Place, start: int, stop: int | None) -> None:
+    uri = join(place.root, "ten")
+    place.store.create(uri, b"0123456789")
+    assert place.store.read(uri, start=start, stop=stop) == b"0123456789"[start:stop]
+
+
+def test_an_empty_object(place: Place) -> None:
+    uri = join(place.root, "empty")
+    assert place.store.create(uri, b"")
+    assert place.store.head(uri).size == 0
+    assert place.store.read(uri) == b""
+
+
+def test_a_changed_object_is_not_read(place: Place) -> None:
+    uri = join(place.root, "x")
+    place.store.create(uri, b"first")
+    pinned = place.store.head(uri)
+    place.overwrite(uri, b"other")
+    with pytest.raises(InputChanged, match="not the version"):
+        place.store.read(uri, start=1, etag=pinned.etag)
+    assert place.store.read(uri, etag=place.store.head(uri).etag) == b"other"
+
+
+def test_missing_objects(place: Place) -> None:
+    place.fill(("folder/x",))
+    for name in ("nothing", "folder"):
+        with pytest.raises(InputMissing):
+            place.store.head(join(place.root, name))
+        with pytest.raises(InputMissing):
+            place.store.read(join(place.root, name))
+
+
+def test_create_never_overwrites(place: Place) -> None:
+    uri = join(place.root, "deep/er/x")
+    assert place.store.create(uri, b"first")
+    assert not place.store.create(uri, b"second")
+    assert place.store.read(uri) == b"first"
+
+
+def test_of_eight_creators_one_wins(place: Place) -> None:
+    bodies = [bytes([number]) * 50_000 for number in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        uri = join(place.root, "race")
+        created = list(pool.map(place.store.create, itertools.repeat(uri), bodies))
+    assert created.count(True) == 1
+    assert place.store.read(uri) == bodies[created.index(True)]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12 and later
+def test_stores_travel_to_other_processes(place: Place) -> None:
+    uri = join(place.root, "x")
+    place.store.create(uri, b"here")  # so that the store is connected before the fork
+    sent = pickle.loads(pickle.dumps(place.store))
+    assert sent == place.store
+    assert sent.head(uri) == place.store.head(uri)
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    process = context.Process(target=lambda: answers.put(place.store.head(uri)))
+    process.start()
+    assert answers.get(timeout=60) == place.store.head(uri)
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def test_range_file_serves_parquet(place: Place) -> None:
+    table = pa.table({"n": list(range(1000)), "text": [str(n) * 20 for n in range(1000)]})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=100)
+    uri = join(place.root, "t.parquet")
+    place.store.create(uri, buffer.getvalue())
+    pinned = place.store.head(uri)
+    with RangeFile(place.store, pinned) as file:
+        assert pq.ParquetFile(file).read_row_group(7).equals(table.slice(700, 100))
+        assert (file.seek(-4, io.SEEK_END), file.read(), file.read(1), file.tell()) == (
+            pinned.size - 4,
+            b"PAR1",
+            b"",
+            pinned.size,
+        )
+        with pytest.raises(ValueError, match="seek"):
+            file.seek(-1)
+    assert io.BufferedReader(RangeFile(place.store, pinned), 1000).read() == buffer.getvalue()
+    place.overwrite(uri, buffer.getvalue()[::-1])
+    with pytest.raises(InputChanged):
+        RangeFile(place.store, pinned).read(10)
+
+
+# S3 through a proxy
+
+
+@pytest.fixture(scope="module")
+def proxied(s3: Seaweed) -> Iterator[tuple[FaultProxy, S3Store]]:
+    with fault_proxy(s3.port) as running:
+        yield running, S3Store(S3(endpoint=running.endpoint, region="us-east-1"), backoff=0.01, timeouts=(1.0, 1.0))
+
+
+@pytest.fixture
+def proxy(proxied: tuple[FaultProxy, S3Store]) -> FaultProxy:
+    proxied[0].forget()
+    return proxied[0]
+
+
+@pytest.fixture
+def hurried(proxied: tuple[FaultProxy, S3Store]) -> S3Store:
+    """A store behind the proxy that loses patience after 1 s."""
+    return proxied[1]
+
+
+@pytest.fixture
+def blob(s3: Seaweed, s3_store: Store) -> Object:
+    """3 MB, so that no single packet holds it."""
+    uri = f"s3://{s3.bucket()}/blob"
+    s3.put(uri, bytes(range(250)) * 12_000)
+    return s3_store.head(uri)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("status"),
+        Fault("status", status=500, code="InternalError"),
+        Fault("status", status=400, code="RequestTimeout"),
+        Fault("reset"),
+        Fault("hang"),
+        Fault("lost"),
+        Fault("truncate", after=1_000_000),
+        Fault("truncate", after=0),
+        Fault("stall", after=2_000_001),
+    ],
+    ids=lambda fault: f"{fault.kind}-{fault.after or fault.status}",
+)
+def test_a_read_survives(s3_store: Store, proxy: FaultProxy, hurried: S3Store, blob: Object, fault: Fault) -> None:
+    whole = s3_store.read(blob.uri)
+    proxy.script(dataclasses.replace(fault, method="GET"))
+    assert hurried.read(blob.uri, start=7, stop=2_500_000, etag=blob.etag) == whole[7:2_500_000]
+    assert len(proxy.requests) == 2
+    proxy.script(*[dataclasses.replace(fault, method="GET")] * (1 if fault.kind in ("hang", "stall") else 3))
+    assert hurried.read(blob.uri) == whole
+    assert not proxy.pending
+
+
+def test_a_damaged_read_is_tried_again(s3: Seaweed, proxy: FaultProxy, hurried: S3Store) -> None:
+    uri, data = f"s3://{s3.bucket()}/x", bytes(range(250)) * 12_000
+    hurried.create(uri, data)  # a create leaves a checksum that S3 sends back with the whole object
+    proxy.script(Fault("corrupt", after=1_000_000))
+    assert hurried.read(uri) == data
+    assert not proxy.pending
+
+
+def test_a_resumed_read_never_mixes_two_versions(s3: Seaweed, proxy: FaultProxy, hurried: S3Store, blob: Object) -> None:
+    proxy.script(Fault("truncate", after=1_000_000), Fault("hang"))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(hurried.read, blob.uri)  # without an etag: pinned to the one it saw first
+        while not (len(proxy.requests) == 2 or reading.done()):
+            concurrent.futures.wait([reading], timeout=0.01)
+        s3.put(blob.uri, b"x" * 3_000_000)
+        with pytest.raises(InputChanged):
+            reading.result(timeout=30)
+
+
+def test_a_read_gives_up_at_last(proxy: FaultProxy, hurried: S3Store, blob: Object) -> None:
+    proxy.script(*[Fault("status")] * ATTEMPTS)
+    with pytest.raises(Temporary, match=f"{proxy.endpoint}.*{ATTEMPTS} attempts.*SlowDown"):
+        hurried.read(blob.uri)
+    assert len(proxy.requests) == ATTEMPTS
+
+
+def test_listing_survives_and_takes_every_page(
+    s3: Seaweed, proxy: FaultProxy, hurried: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.s3.PAGE", 4)
+    bucket = s3.bucket()
+    for name in ("0", "1", "2", "3-", "3/0", "4", "5", "folder/", "6"):  # folder/: the marker that consoles write
+        s3.put(f"s3://{bucket}/x/{name}", b"")
+    proxy.script(Fault("status"), Fault("truncate", after=200), Fault("reset", path="continuation-token"))
+    found = [found.uri.removeprefix(f"s3://{bucket}/x/") for found in hurried.list(f"s3://{bucket}/x/")]
+    assert found == ["0", "1", "2", "3-", "3/0", "4", "5", "6"]
+    assert not proxy.pending
+    assert len(proxy.requests) == 3 + 3
+
+
+@pytest.mark.parametrize("fault", [Fault("lost"), Fault("hang"), Fault("reset"), Fault("status")], ids=lambda fault: fault.kind)
+def test_a_create_survives(s3: Seaweed, proxy: FaultProxy, hurried: S3Store, fault: Fault) -> None:
+    uri = f"s3://{s3.bucket()}/x"
+    proxy.script(dataclasses.replace(fault, method="PUT"))
+    assert hurried.create(uri, b"ours") == (fault.kind != "lost")  # lost: it stands there, and the second try met it
+    assert hurried.read(uri) == b"ours"
+    assert len([request for request in proxy.requests if request.startswith("PUT")]) == 2
+
+
+def test_a_conflicting_create_is_tried_again(s3: Seaweed, proxy: FaultProxy, hurried: S3Store) -> None:
+    proxy.script(Fault("status", status=409, code="ConditionalRequestConflict"))
+    assert hurried.create(f"s3://{s3.bucket()}/x", b"ours")
+
+
+def test_a_create_sends_a_checksum_that_the_server_holds_it_to(s3: Seaweed) -> None:
+    from botocore.exceptions import ClientError
+
+    with pytest.raises(ClientError, match=r"(?i)checksum|digest"):
+        s3.client.put_object(Bucket=s3.bucket(), Key="x", Body=b"data", ChecksumCRC32="AAAAAA==")
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (Fault("status", status=404, code="NoSuchBucket"), StoreError),
+        (Fault("status", status=403, code="AccessDenied"), PermissionDenied),
+        (Fault("status", status=501, code="NotImplemented"), StoreError),
+        (Fault("status", status=400, code="ExpiredToken"), PermissionDenied),
+    ],
+)
+def test_a_refused_create_is_not_tried_again(
+    proxy: FaultProxy, hurried: S3Store, fault: Fault, expected: type[Exception]
+) -> None:
+    proxy.script(fault)
+    with pytest.raises(expected, match=fault.code):
+        hurried.create("s3://somewhere/x", b"ours")
+    assert len(proxy.requests) == 1
+
+
+def test_an_unreachable_endpoint_is_temporary(s3: Seaweed) -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
+        endpoint = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        store = S3Store(S3(endpoint=endpoint), backoff=0.01)
+        for act in (lambda: store.read("s3://b/x"), lambda: store.create("s3://b/x", b""), lambda: list(store.list("s3://b/"))):
+            with pytest.raises(Temporary, match=endpoint):
+                act()
+
+
+def test_wrong_missing_and_anonymous_credentials(s3: Seaweed, blob: Object, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PermissionDenied, match="AccessDenied"):
+        S3Store(S3(endpoint=s3.endpoint, anonymous=True)).read(blob.uri)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(PermissionDenied, match="SignatureDoesNotMatch"):
+        S3Store(s3.options).create(blob.uri, b"")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(PermissionDenied, match="credentials"):
+        S3Store(s3.options).read(blob.uri)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(PermissionDenied, match=r"s3\.anonymous"):
+        S3Store(s3.options).read(blob.uri)
+
+
+def test_requester_pays_is_said(s3: Seaweed, proxy: FaultProxy, blob: Object) -> None:
+    store = S3Store(S3(endpoint=proxy.endpoint, requester_pays=True))
+    assert store.head(blob.uri) == blob
+    assert store.read(blob.uri, stop=3) == bytes(range(3))
+    assert len(list(store.list(blob.uri.rpartition("/")[0]))) == 1
+
+
+# Disk
+
+
+def test_a_disk_keeps_no_temporary_file(tmp_path: Path) -> None:
+    store = open_store("out")
+    uri = str(tmp_path / "x")
+    assert [store.create(uri, b"1"), store.create(uri, b"2")] == [True, False]
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_hidden_files_are_not_listed(tmp_path: Path) -> None:
+    for name in (".cache/a", "b/.c.tmp", "b/d"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    store = open_store(str(tmp_path))
+    assert [found.uri for found in store.list(str(tmp_path))] == [str(tmp_path / "b/d")]
+    assert [found.uri for found in store.list(str(tmp_path / ".cache"))] == [str(tmp_path / ".cache/a")]
+
+
+def test_file_uris_and_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = open_store("out")
+    assert store.create(f"file://{tmp_path}/out/100% x", b"1")
+    for uri in ("out", "./out/*", f"file://{tmp_path}/out/", "file://out"):
+        assert [found.uri for found in store.list(uri)] == [str(tmp_path / "out/100% x")]
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/x").touch()
+    (tmp_path / "root/linked").symlink_to(tmp_path / "other")
+    (tmp_path / "root/loop").symlink_to(tmp_path / "root")
+    store = open_store(str(tmp_path))
+    assert [found.uri for found in store.list(str(tmp_path / "root"))] == [str(tmp_path / "root/linked/x")]
+    (tmp_path / "root/broken").symlink_to(tmp_path / "nothing")
+    with pytest.raises(InputMissing, match="broken"):
+        list(store.list(str(tmp_path / "root")))
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[None]:
+    """Rights do not bind root, so lay them down for a while."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_folder_without_rights(unprivileged: None) -> None:
+    store = open_store("/")
+    with pytest.raises(PermissionDenied, match="the right to write"):
+        store.create("/nightlabel-test/x", b"")
+    with pytest.raises(PermissionDenied, match="the right to read"):
+        store.read("/etc/shadow")
+
+
+def test_a_path_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    store = open_store(str(tmp_path))
+    with pytest.raises(StoreError, match="file"):
+        store.create(str(tmp_path / "file/x"), b"")
+    with pytest.raises(InputMissing):
+        store.read(str(tmp_path / "file/x"))
+    with pytest.raises(InputMissing):
+        list(store.list(f"{tmp_path}/file/"))
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # Python ignores SIGXFSZ, so the write fails as on a full disk
+    try:
+        with pytest.raises(StoreError, match="too large"):
+            open_store(str(tmp_path)).create(str(tmp_path / "x"), b"x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == []
+
+
+def test_join() -> None:
+    assert join("s3://b/x/", "a", "b/c") == "s3://b/x/a/b/c"
+    assert join("s3://b", "a") == "s3://b/a"
+    assert join("/", "a") == "/a"
+    assert join("out/", "/a/") == "out/a"
+
+
+def test_a_disk_needs_no_s3_client() -> None:
+    code = "import sys; from pipeline.storage import open_store; open_store('x'); print({'s3fs', 'botocore'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
