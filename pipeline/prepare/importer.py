@@ -1,0 +1,205 @@
+"""Weights from elsewhere → artifact: torchvision's by name, state dicts in files, Hugging Face folders with pickled weights.
+
+The architecture is read off the names and shapes of the parameters, so there is nothing to say and nothing to get wrong; what is
+not a plain ResNet is refused. Pickles are read with `weights_only`, which runs no code. What a file cannot say, labels and
+preprocessing, is taken to be ImageNet's and torchvision's, and can be given.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from http.client import HTTPException
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from pipeline.artifact import CONFIG, PREPROCESSOR, WEIGHTS, Artifact, Origin, make_artifact, save_artifact
+from pipeline.errors import InputMissing, ModelError, Temporary
+from pipeline.huggingface import Architecture, read_config, read_preprocessor
+from pipeline.preprocessing import Preprocessing
+from pipeline.spec import S3
+from pipeline.storage import join, open_store
+
+_NAME = re.compile(r"ResNet\d+_Weights\.\w+")
+_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_NESTS = ("state_dict", "model_state_dict", "model")  # Lightning, many training scripts, torchvision's references
+#: A parameter that every ResNet has, by torchvision's name and Hugging Face's. What stands before it is a wrapper's prefix:
+#: `module.`, `model.`, `_orig_mod.` and the like.
+_ANCHORS = ("layer1.0.conv1.weight", "resnet.encoder.stages.0.layers.0.layer.0.convolution.weight")
+_STEM, _HEAD = "resnet.embedder.embedder.convolution.weight", "classifier.1.weight"
+_OUTER = {"conv1": "resnet.embedder.embedder.convolution", "bn1": "resnet.embedder.embedder.normalization", "fc": "classifier.1"}
+_PARTS = {"conv": "convolution", "bn": "normalization", "0": "convolution", "1": "normalization"}
+_INNER = re.compile(r"layer(\d+)\.(\d+)\.(?:(conv|bn)(\d)|downsample\.([01]))\.(\w+)")
+_LAYER = re.compile(r"resnet\.encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d+)\.convolution\.weight")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Parameters, and what came with them."""
+
+    state: Mapping[str, Tensor]
+    architecture: Architecture | None = None
+    labels: tuple[str, ...] | None = None
+    preprocessing: Preprocessing | None = None
+
+
+def import_model(
+    source: str,
+    out_uri: str,
+    *,
+    labels: tuple[str, ...] | None = None,
+    preprocessing: Preprocessing | None = None,
+    s3: S3 | None = None,
+) -> Artifact:
+    """Write `source` as an artifact to `out_uri`: torchvision's name of weights (`ResNet18_Weights.IMAGENET1K_V1`), a file with a
+    state dict (.safetensors, .pth, .pt, .bin, .ckpt), or a Hugging Face folder.
+
+    `labels` and `preprocessing` replace what the source says. A state dict says nothing: 1,000 classes get ImageNet's labels,
+    others class_0 and so on; the crop is torchvision's, 256 → 224 bilinear. Raises ModelError, and Temporary when a download
+    fails.
+    """
+    if _NAME.fullmatch(source):
+        found = _torchvision(source)
+    elif source.endswith(_ENDINGS):
+        found = Source(_parameters(_fetch(source, s3), source))
+    else:
+        found = _folder(source, s3, preprocessing)
+    state = to_huggingface(found.state, source)
+    seen = infer_architecture(state, source)
+    artifact = make_artifact(
+        replace(found.architecture, classes=seen.classes) if found.architecture else seen,
+        state,
+        labels=labels or found.labels or default_labels(seen.classes),
+        preprocessing=preprocessing or found.preprocessing or Preprocessing(),
+        origin=Origin(parents=(source,)),
+    )
+    return save_artifact(artifact, out_uri, s3)
+
+
+def to_huggingface(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The ResNet inside a state dict by Hugging Face's names, without a wrapper's prefix. Raises ModelError if there is none."""
+    anchors = [(name, anchor) for name in state for anchor in _ANCHORS if name == anchor or name.endswith(f".{anchor}")]
+    if not anchors:
+        do = "Give the state dict of a torchvision, timm or Hugging Face ResNet"
+        raise ModelError(f"{where}: has no {_ANCHORS[0]} among its {len(state)} tensors", need="a ResNet, plain", do=do)
+    name, anchor = anchors[0]
+    prefix = name.removesuffix(anchor)
+    return {_renamed(name.removeprefix(prefix)): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def infer_architecture(state: Mapping[str, Tensor], where: str) -> Architecture:
+    """The architecture of parameters with Hugging Face's names, from the names and shapes. Strides leave no trace: torchvision's
+    are assumed. Raises ModelError when stem, stages or classifier are missing."""
+    for name in (_STEM, _HEAD):
+        if name not in state:
+            raise ModelError(f"{where}: has no {name}", need="a whole ResNet", do="Give the weights with the classifier")
+    places = [tuple(int(number) for number in found.groups()) for name in state if (found := _LAYER.fullmatch(name))]
+    last = max(k for _, _, k in places)
+    depths = tuple(
+        1 + max((j for i, j, _ in places if i == stage), default=0) for stage in range(1 + max(i for i, _, _ in places))
+    )
+    ends = [state.get(f"resnet.encoder.stages.{i}.layers.0.layer.{last}.convolution.weight") for i in range(len(depths))]
+    return Architecture(
+        layer_type="bottleneck" if last == 2 else "basic",
+        depths=depths,
+        hidden_sizes=tuple(len(end) if end is not None else 0 for end in ends),
+        classes=len(state[_HEAD]),
+        embedding_size=len(state[_STEM]),
+    )
+
+
+def default_labels(classes: int) -> tuple[str, ...]:
+    """ImageNet's names for 1,000 classes, class_0 and so on for any other number."""
+    if classes != 1000:
+        return tuple(f"class_{i}" for i in range(classes))
+    from torchvision.models import ResNet18_Weights
+
+    return tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+
+
+def crop_share(size: int, edge: int) -> float:
+    """The crop_pct with which `Preprocessing.resize_edge` is `edge`: size / edge, or the number below it where int() rounds down
+    what binary fractions miss by 1e-16, as for 17 of 25."""
+    share = size / edge
+    return share if int(size / share) == edge else math.nextafter(share, 0)
+
+
+def _renamed(name: str) -> str:
+    head, _, rest = name.partition(".")
+    if head in _OUTER:
+        return f"{_OUTER[head]}.{rest}"
+    found = _INNER.fullmatch(name)
+    if found is None:
+        return name
+    stage, layer, kind, number, shortcut, leaf = found.groups()
+    place = f"layer.{int(number) - 1}" if kind else "shortcut"
+    return f"resnet.encoder.stages.{int(stage) - 1}.layers.{layer}.{place}.{_PARTS[kind or shortcut]}.{leaf}"
+
+
+def _torchvision(name: str) -> Source:
+    from torchvision.models import get_weight
+
+    try:
+        weights = get_weight(name)
+    except (ValueError, AttributeError, KeyError):
+        do = "Take one such as ResNet18_Weights.IMAGENET1K_V1"
+        raise ModelError(f"{name}: torchvision has no such weights", do=do) from None
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, HTTPException, RuntimeError) as error:
+        do = "Try again, or fetch the file elsewhere and import it by its path"
+        raise Temporary(f"{name}: the download failed ({error})", do=do) from error
+    crop = weights.transforms()
+    size, edge = int(crop.crop_size[0]), int(crop.resize_size[0])
+    wanted = Preprocessing(size, crop_share(size, edge), crop.interpolation.value, tuple(crop.mean), tuple(crop.std))
+    return Source(state, labels=tuple(weights.meta["categories"]), preprocessing=wanted)
+
+
+def _folder(uri: str, s3: S3 | None, preprocessing: Preprocessing | None) -> Source:
+    architecture, labels = read_config(_fetch(join(uri, CONFIG), s3), join(uri, CONFIG))
+    if preprocessing is None:
+        preprocessing = read_preprocessor(_fetch(join(uri, PREPROCESSOR), s3), join(uri, PREPROCESSOR))
+    try:
+        place = join(uri, WEIGHTS)
+        data = open_store(uri, s3).read(place)
+    except InputMissing:
+        place = join(uri, "pytorch_model.bin")
+        data = _fetch(place, s3)
+    return Source(_parameters(data, place), architecture, labels, preprocessing)
+
+
+def _fetch(uri: str, s3: S3 | None) -> bytes:
+    try:
+        return open_store(uri, s3).read(uri)
+    except InputMissing as error:
+        do = f"Give a file ({', '.join(_ENDINGS)}), a Hugging Face folder, or a name such as ResNet18_Weights.IMAGENET1K_V1"
+        raise ModelError(f"{uri}: not found", do=do) from error
+
+
+def _parameters(data: bytes, where: str) -> dict[str, Tensor]:
+    """The tensors of a file, of the innermost state dict when it is nested."""
+    try:
+        if where.endswith(".safetensors"):
+            return load(data)
+        found: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        need = "required: a pickle of nothing but tensors, since any other can run code"
+        raise ModelError(f"{where}: {_first(error)}", need=need, do="Save model.state_dict() alone") from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise ModelError(f"{where}: cannot be read ({_first(error)})", do="Fetch or export the file again") from error
+    while isinstance(found, Mapping) and (nest := next((n for n in _NESTS if isinstance(found.get(n), Mapping)), None)):
+        found = found[nest]
+    items = found.items() if isinstance(found, Mapping) else ()
+    return {str(name): value for name, value in items if isinstance(value, Tensor)}
+
+
+def _first(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).split(". ")[0].rstrip(".")

@@ -1,0 +1,321 @@
+"""An artifact is a Hugging Face folder: transformers opens ours, we open theirs, and nobody opens what is not whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pipeline.artifact import (
+    Artifact,
+    Origin,
+    build,
+    digest_of,
+    load_artifact,
+    make_artifact,
+    save_artifact,
+    with_files,
+)
+from pipeline.errors import ModelError
+from pipeline.huggingface import Architecture
+from pipeline.prepare.importer import crop_share, import_model
+from pipeline.preprocessing import Preprocessing
+from pipeline.resnet import ResNet, fold
+
+TINY = Architecture("basic", (1, 1), (8, 16), classes=3, embedding_size=8)
+RESNET18 = Architecture("basic", (2, 2, 2, 2), (64, 128, 256, 512), classes=10)
+RESNET50 = Architecture("bottleneck", (3, 4, 6, 3), (256, 512, 1024, 2048), classes=10)
+V1 = Architecture("bottleneck", (1, 2), (16, 32), classes=2, downsample_in_bottleneck=True, downsample_in_first_stage=True)
+
+
+def weights(architecture: Architecture) -> dict[str, torch.Tensor]:
+    """Random parameters, batch normalisation included, so that a mix-up of two of them shows."""
+    torch.manual_seed(0)
+    model = ResNet(architecture)
+    shake(model)
+    return model.state_dict()
+
+
+def shake(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+            for tensor in (module.bias, module.running_mean):
+                nn.init.normal_(tensor, std=0.1)
+
+
+def made(architecture: Architecture = TINY, preprocessing: Preprocessing | None = None, **more: object) -> Artifact:
+    labels = tuple(f"label {i}" for i in range(architecture.classes))
+    wanted = preprocessing or Preprocessing(size=32)
+    return make_artifact(architecture, weights(architecture), labels=labels, preprocessing=wanted, **more)
+
+
+def logits(model: nn.Module, size: int = 64) -> np.ndarray:
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        out = model.eval()(x)
+    return (out if isinstance(out, torch.Tensor) else out.logits).numpy()
+
+
+@pytest.mark.parametrize("architecture", [RESNET18, RESNET50, V1], ids=["resnet18", "resnet50", "v1"])
+def test_transformers_opens_ours(tmp_path: Path, architecture: Architecture) -> None:
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    preprocessing = Preprocessing(size=48, crop_pct=0.9, resample="bicubic", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    artifact = save_artifact(made(architecture, preprocessing), str(tmp_path))
+    theirs, info = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[trouble] for trouble in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert [theirs.config.id2label[i] for i in range(architecture.classes)] == list(artifact.labels)
+    np.testing.assert_allclose(logits(build(artifact)), logits(theirs), atol=1e-4)
+    image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    theirs_sees = processor(image, return_tensors="np")["pixel_values"][0]
+    np.testing.assert_allclose(theirs_sees, reference(image, preprocessing), atol=1e-5)
+
+
+def reference(image: np.ndarray, p: Preprocessing) -> np.ndarray:
+    """`Preprocessing` by Pillow, by the book."""
+    from PIL import Image
+
+    height, width = image.shape[:2]
+    scale = p.resize_edge / min(height, width)
+    resized = Image.fromarray(image).resize(
+        (int(width * scale), int(height * scale)), getattr(Image.Resampling, p.resample.upper())
+    )
+    left, top = (resized.width - p.size) // 2, (resized.height - p.size) // 2
+    crop = np.asarray(resized)[top : top + p.size, left : left + p.size] / 255
+    return ((crop - np.array(p.mean)) / np.array(p.std)).transpose(2, 0, 1).astype(np.float32)
+
+
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+def test_ours_opens_what_transformers_saved(tmp_path: Path, layer_type: str) -> None:
+    from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        depths=[1, 2], hidden_sizes=[16, 32], embedding_size=8, layer_type=layer_type, id2label={0: "cat", 1: "dog"}
+    )
+    theirs = ResNetForImageClassification(config)
+    shake(theirs)
+    theirs.save_pretrained(tmp_path)
+    ConvNextImageProcessor(size={"shortest_edge": 224}, crop_pct=0.95).save_pretrained(tmp_path)
+    artifact = load_artifact(str(tmp_path))
+    assert artifact.labels == ("cat", "dog")
+    assert artifact.preprocessing == Preprocessing(224, 0.95, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert artifact == load_artifact(str(tmp_path), weights=False)
+    np.testing.assert_allclose(logits(build(artifact)), logits(theirs), atol=1e-4)
+
+
+def test_a_folder_of_2022_opens(tmp_path: Path) -> None:
+    save_artifact(made(), str(tmp_path))
+    (tmp_path / "artifact.json").unlink()
+    old = {"crop_pct": 0.875, "feature_extractor_type": "ConvNextFeatureExtractor", "resample": 3, "size": 224}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**old, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    assert load_artifact(str(tmp_path)).preprocessing.resize_edge == 256
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("ending", [".safetensors", ".pth"])
+def test_state_dicts_of_torchvision_are_imported(tmp_path: Path, name: str, ending: str) -> None:
+    import safetensors.torch
+    import torchvision
+
+    if ending == ".safetensors" and name == "resnet34":
+        pytest.skip("the two others cover it")
+    theirs = getattr(torchvision.models, name)(num_classes=7)
+    shake(theirs)
+    state = theirs.state_dict()
+    if ending == ".pth":
+        wrapped = {f"model._orig_mod.{key}": tensor for key, tensor in state.items()}
+        torch.save({"epoch": 3, "state_dict": {**wrapped, "loss.weight": torch.ones(7)}}, tmp_path / "w.pth")
+    else:
+        safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    artifact = import_model(str(tmp_path / f"w{ending}"), str(tmp_path / "model"))
+    assert artifact.labels[-1] == "class_6"
+    assert artifact.origin.parents == (str(tmp_path / f"w{ending}"),)
+    np.testing.assert_allclose(logits(build(artifact)), logits(theirs), atol=1e-4)
+    # Random weights give logits of up to 200, whose last float32 bit is 1.5e-5: folding is held against their size.
+    np.testing.assert_allclose(logits(fold(build(artifact))), logits(theirs), atol=1e-5 * np.abs(logits(theirs)).max())
+
+
+def test_a_thousand_classes_are_imagenet(tmp_path: Path) -> None:
+    architecture = Architecture("basic", (1,), (8,), classes=1000, embedding_size=8)
+    torch.save(weights(architecture), tmp_path / "w.pt")
+    artifact = import_model(str(tmp_path / "w.pt"), str(tmp_path / "model"), preprocessing=Preprocessing(size=64))
+    assert (artifact.labels[0], artifact.labels[-1], artifact.preprocessing.size) == ("tench", "toilet tissue", 64)
+
+
+def test_pickled_weights_of_a_folder_are_imported_not_loaded(tmp_path: Path) -> None:
+    artifact = save_artifact(made(), str(tmp_path / "old"))
+    torch.save(weights(TINY), tmp_path / "old" / "pytorch_model.bin")
+    for name in ("model.safetensors", "artifact.json"):
+        (tmp_path / "old" / name).unlink()
+    with pytest.raises(ModelError, match=r"has no model.safetensors.* import the weights"):
+        load_artifact(str(tmp_path / "old"))
+    again = import_model(str(tmp_path / "old"), str(tmp_path / "new"))
+    assert (again.digest, again.labels) == (artifact.digest, artifact.labels)
+    assert len(import_model(str(tmp_path / "old"), str(tmp_path / "b"), labels=("x", "y", "z")).labels) == 3
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": weights(TINY), "path": Path("x")}, tmp_path / "w.ckpt")
+    with pytest.raises(ModelError, match=r"nothing but tensors"):
+        import_model(str(tmp_path / "w.ckpt"), str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("absent.pth", "not found"),
+        ("absent", "not found"),
+        ("ResNet18_Weights.NOPE", "torchvision has no such weights"),
+        ("empty.pth", "cannot be read"),
+        ("other.pt", "has no layer1.0.conv1.weight"),
+        ("headless.pt", "has no classifier.1.weight"),
+        ("grouped.pt", "has shape"),
+    ],
+)
+def test_what_is_no_resnet_is_not_imported(tmp_path: Path, source: str, sentence: str) -> None:
+    state = weights(V1)
+    (tmp_path / "empty.pth").write_bytes(b"")
+    torch.save({"weight": torch.ones(3)}, tmp_path / "other.pt")
+    torch.save({name: t for name, t in state.items() if "classifier" not in name}, tmp_path / "headless.pt")
+    grouped = "resnet.encoder.stages.0.layers.0.layer.1.convolution.weight"
+    torch.save({**state, grouped: state[grouped][:, :2].clone()}, tmp_path / "grouped.pt")
+    with pytest.raises(ModelError, match=sentence):
+        import_model(source if "_Weights" in source else str(tmp_path / source), str(tmp_path / "model"))
+
+
+def test_half_precision_weights_become_float32() -> None:
+    half = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in weights(TINY).items()}
+    artifact = make_artifact(TINY, half, labels=("a", "b", "c"), preprocessing=Preprocessing(size=32))
+    assert {tensor.dtype for tensor in build(artifact).parameters()} == {torch.float32}
+    quantized = {**weights(TINY), "classifier.1.bias": torch.zeros(3, dtype=torch.int8)}
+    with pytest.raises(ModelError, match="is int8"):
+        make_artifact(TINY, quantized, labels=("a", "b", "c"), preprocessing=Preprocessing(size=32))
+
+
+def test_the_digest_names_every_byte_and_nothing_else(tmp_path: Path) -> None:
+    artifact = made(origin=Origin(parents=("sha256:1",), metrics={"top1": 0.7}, command="nightlabel import x"))
+    saved = save_artifact(artifact, str(tmp_path / "a"))
+    assert saved == made()
+    assert saved.origin == artifact.origin
+    changed = bytearray(artifact.files["model.safetensors"])
+    changed[-1] ^= 1
+    others = [
+        with_files({**artifact.files, "model.safetensors": bytes(changed)}),
+        with_files({**artifact.files, "model.int8.onnx": b"onnx"}),
+        with_files({**artifact.files, "config.json": artifact.files["config.json"] + b"\n"}),
+        made(preprocessing=Preprocessing(size=32, crop_pct=0.8)),
+    ]
+    assert len({artifact.digest, *(other.digest for other in others)}) == 5
+    assert artifact.digest.startswith("sha256:")
+    assert digest_of({"b": "2", "a": "1"}) == digest_of({"a": "1", "b": "2"})
+    for other in others:
+        with pytest.raises(ModelError, match="holds sha256:"):
+            save_artifact(other, str(tmp_path / "a"))
+
+
+def test_saving_twice_is_no_error_and_an_int8_model_travels(tmp_path: Path) -> None:
+    artifact = with_files({**made().files, "model.int8.onnx": b"onnx"})
+    save_artifact(artifact, str(tmp_path))
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert save_artifact(artifact, f"file://{tmp_path}/").files["model.int8.onnx"] == b"onnx"
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    assert load_artifact(str(tmp_path), weights=False) == artifact
+
+
+def test_another_file_in_the_way_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"holds another config.json"):
+        save_artifact(made(), str(tmp_path))
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def broken(folder: Path, name: str, **fields: object) -> None:
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "sentence"),
+    [
+        ("config.json", {"model_type": "vit"}, "model_type is 'vit'; required: 'resnet'"),
+        ("config.json", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("config.json", {"layer_type": "wide"}, "layer_type is 'wide'"),
+        ("config.json", {"depths": [2]}, "do not describe a network"),
+        ("config.json", {"id2label": {"0": "a", "2": "b"}}, "id2label has 2 entries"),
+        ("config.json", {"id2label": {"0": "a", "1": "b"}}, "the weights have 3 classes, config.json names 2 labels"),
+        (
+            "preprocessor_config.json",
+            {"image_processor_type": "ViTImageProcessor"},
+            "image_processor_type is 'ViTImageProcessor'",
+        ),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 384}}, "warps instead of cropping; required: below 384"),
+        ("preprocessor_config.json", {"size": {"height": 224}}, "size is 0"),
+        ("preprocessor_config.json", {"resample": 0}, "resample is 0"),
+        ("preprocessor_config.json", {"do_rescale": False}, "do_rescale is False"),
+        ("preprocessor_config.json", {"image_std": [1, 1]}, "unpack"),
+    ],
+)
+def test_what_we_would_run_wrong_is_refused(tmp_path: Path, name: str, fields: dict[str, object], sentence: str) -> None:
+    save_artifact(made(), str(tmp_path))
+    (tmp_path / "artifact.json").unlink()
+    broken(tmp_path, name, **fields)
+    with pytest.raises(ModelError, match=sentence):
+        load_artifact(str(tmp_path))
+
+
+def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    save_artifact(made(), str(tmp_path / "a"))
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+        (tmp_path / name / name).unlink()
+        for all_of_it in (True, False):
+            with pytest.raises(ModelError, match=f"has no {name}"):
+                load_artifact(str(tmp_path / name), weights=all_of_it)
+    with pytest.raises(ModelError, match=r"has no config.json"):
+        load_artifact(str(tmp_path / "nowhere"))
+
+
+def test_a_changed_file_is_refused(tmp_path: Path) -> None:
+    artifact = save_artifact(made(), str(tmp_path))
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ModelError, match=r"model.safetensors is not the one it was saved with"):
+        load_artifact(str(tmp_path))
+    assert load_artifact(str(tmp_path), weights=False).digest == artifact.digest, "artifact.json is believed"
+    (tmp_path / "model.int8.onnx").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"model.int8.onnx is not the one .* none, as in artifact.json, not one"):
+        load_artifact(str(tmp_path), weights=False)
+    (tmp_path / "artifact.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"is not an artifact"):
+        load_artifact(str(tmp_path))
+    (tmp_path / "artifact.json").unlink()
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ModelError, match="is damaged"):
+        load_artifact(str(tmp_path))
+
+
+def test_every_crop_of_torchvision_keeps_its_edge() -> None:
+    for size in range(16, 384):
+        for edge in range(size, 2 * size):
+            assert Preprocessing(size=size, crop_pct=crop_share(size, edge)).resize_edge == edge
+
+
+def test_an_artifact_is_read_without_torch(tmp_path: Path) -> None:
+    save_artifact(made(), str(tmp_path))
+    code = (
+        "import sys; from pipeline.artifact import load_artifact; load_artifact(sys.argv[1]); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).parent.parent)
