@@ -1,0 +1,204 @@
+"""One unit → image rows, with the key each image came with, closed by an end row that says how many there were.
+
+What is wrong with a unit as a whole, a broken shard or a store that does not answer after all retries, travels in its end row:
+it costs this unit and nothing else, and the driver decides from the class whether another pass can help.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.cut import IMAGE_SUFFIXES, check_columns, root_of
+from pipeline.errors import InputError, NightlabelError, ShardError
+from pipeline.plan import Part, Unit
+from pipeline.rows import IMAGE, Failure, UnitError
+from pipeline.spec import Input
+from pipeline.storage import Object, RangeFile, Store
+from pipeline.tar import Stream, members
+
+BATCH_ROWS = 64
+BATCH_BYTES = 16 * 2**20  # 64 photographs of 110 kB are 7 MB; larger images make smaller batches
+CONNECTIONS = 16  # loose images in flight: 100-200 ms to the first byte of each, on one connection 5-10 img/s
+# Images that must not vanish without a row although no decoder of ours reads them: they end as UNSUPPORTED_FORMAT.
+_UNREAD_SUFFIXES = ("heic", "heif", "avif", "jp2", "jxl", "psd", "svg")
+_IMAGES = frozenset((*IMAGE_SUFFIXES, *_UNREAD_SUFFIXES))
+
+Row = dict[str, object]
+
+
+def read_unit(store: Store, unit: Unit, *, wanted: Input) -> Iterator[pa.Table]:
+    """Tables of rows.IMAGE plus the kept columns, at most BATCH_ROWS or about BATCH_BYTES each; the last holds the end row.
+
+    Raises nothing a user could act on: such an error becomes the end row's `error_class` and `error`.
+    """
+    rows, schema = 0, IMAGE
+    error: NightlabelError | None = None
+    try:
+        for part in unit.parts if wanted.format != "images" else ():
+            source = _read_tar(store, part, wanted) if wanted.format == "webdataset" else _read_parquet(store, part, wanted)
+            for table in source:
+                yield _numbered(table, unit.id, rows)
+                rows, schema = rows + table.num_rows, table.schema
+        if wanted.format == "images":
+            for table in _read_images(store, unit.parts, wanted):
+                yield _numbered(table, unit.id, rows)
+                rows += table.num_rows
+    except NightlabelError as caught:
+        error = caught
+    end: Row = {"unit": unit.id, "index": rows}
+    if error is not None:
+        end |= {"error_class": error.error_class, "error": str(error)}
+    yield pa.Table.from_pylist([end], schema=schema)
+
+
+def _numbered(table: pa.Table, unit_id: str, first: int) -> pa.Table:
+    table = table.set_column(0, IMAGE.field("unit"), pa.array([unit_id] * table.num_rows, pa.string()))
+    return table.set_column(1, IMAGE.field("index"), pa.array(range(first, first + table.num_rows), pa.int64()))
+
+
+def _table(rows: list[Row], keep: tuple[str, ...]) -> pa.Table:
+    schema = pa.schema([*IMAGE, *(pa.field(name, pa.string()) for name in keep)])
+    return pa.Table.from_pylist([{"unit": "", "index": 0, **row} for row in rows], schema=schema)
+
+
+def _batches(rows: Iterator[Row], keep: tuple[str, ...]) -> Iterator[pa.Table]:
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        data = row.get("bytes")
+        size += len(data) if isinstance(data, (bytes, memoryview)) else 0
+        if len(batch) >= BATCH_ROWS or size >= BATCH_BYTES:
+            yield _table(batch, keep)
+            batch, size = [], 0
+    if batch:
+        yield _table(batch, keep)
+
+
+def _read_tar(store: Store, part: Part, wanted: Input) -> Iterator[pa.Table]:
+    with Stream(store, Object(part.uri, part.size, part.etag)) as stream:
+        yield from _batches(_samples(stream, wanted.keep), wanted.keep)
+
+
+def _samples(stream: Stream, keep: tuple[str, ...]) -> Iterator[Row]:
+    """One row per image member. Members of one sample (same path up to the first dot of the name) stand together, sidecars before
+    or after their image. `a.jpg` has key `a`; `a.left.jpg` is an image too, with key `a.left`, so no image vanishes."""
+    uri, seen = stream.item.uri, set[str]()
+    sample, images, sidecars = "", list[Row](), dict[str, str]()
+    for name, content in members(stream):
+        folder, _, base = name.rpartition("/")
+        if base.startswith("."):  # ._name: what macOS adds
+            continue
+        stem = f"{folder}/" * bool(folder) + base.partition(".")[0]
+        if stem != sample:
+            yield from _with_sidecars(images, sidecars, sample, keep)
+            sample, images, sidecars = stem, [], {}
+        key, _, suffix = name.rpartition(".")
+        if suffix.lower() in _IMAGES and key:
+            row: Row = {"key": key, "source": uri, "bytes": content}
+            if key in seen:
+                row = {
+                    "key": key,
+                    "source": uri,
+                    "error_class": Failure.DUPLICATE_KEY,
+                    "error": f"{name}: the shard has this key already",
+                }
+            seen.add(key)
+            images.append(row)
+        elif suffix in keep or name[len(stem) + 1 :] in keep:
+            sidecars[name] = bytes(content).decode("utf-8", "replace").strip("\n")
+    yield from _with_sidecars(images, sidecars, sample, keep)
+
+
+def _with_sidecars(images: list[Row], sidecars: dict[str, str], sample: str, keep: tuple[str, ...]) -> Iterator[Row]:
+    for row in images:
+        kept = {name: sidecars.get(f"{row['key']}.{name}", sidecars.get(f"{sample}.{name}")) for name in keep}
+        yield {**row, **kept}
+
+
+def _read_parquet(store: Store, part: Part, wanted: Input) -> Iterator[pa.Table]:
+    columns = [wanted.image_column, *((wanted.key_column,) if wanted.key_column else ()), *wanted.keep]
+    try:
+        file = pq.ParquetFile(
+            RangeFile(store, Object(part.uri, part.size, part.etag)), buffer_size=8 * 2**20, page_checksum_verification=True
+        )
+        check_columns(file.schema_arrow, wanted, part.uri)
+        first, groups = _row_groups(file.metadata, part)
+        seen: set[str] = set()
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(dict.fromkeys(columns))):
+            yield _image_table(pa.Table.from_batches([batch]), part.uri, wanted, first=first, seen=seen)
+            first += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ShardError(
+            UnitError.PARQUET_CORRUPT, f"{part.uri}: {reason}", need="an intact Parquet file", do="Write the file again"
+        ) from error
+
+
+def _row_groups(footer: pq.FileMetaData, part: Part) -> tuple[int, list[int]]:
+    """(number of the first row, row groups) that make up the part's row range."""
+    start, stop = part.start or 0, footer.num_rows if part.stop is None else part.stop
+    groups, row = [], 0
+    for group in range(footer.num_row_groups):
+        if start <= row < stop:
+            groups.append(group)
+        row += footer.row_group(group).num_rows
+    return start, groups
+
+
+def _image_table(table: pa.Table, uri: str, wanted: Input, *, first: int, seen: set[str]) -> pa.Table:
+    images = table.column(wanted.image_column).combine_chunks()
+    if pa.types.is_struct(images.type):
+        images = images.field("bytes") if images.null_count == 0 else images.flatten()[images.type.get_field_index("bytes")]
+    numbers = range(first, first + table.num_rows)
+    named = table.column(wanted.key_column).to_pylist() if wanted.key_column else [None] * table.num_rows
+    keys = [str(number if key is None else key) for number, key in zip(numbers, named, strict=True)]
+    repeated = []
+    for key in keys:
+        repeated.append(key in seen)
+        seen.add(key)
+    classes = [Failure.DUPLICATE_KEY.value if again else None for again in repeated]
+    errors = [f"{key}: the file has this key already" if again else None for key, again in zip(keys, repeated, strict=True)]
+    fixed = [
+        pa.nulls(table.num_rows, pa.string()),
+        pa.nulls(table.num_rows, pa.int64()),
+        pa.array(keys, pa.string()),
+        pa.array([uri] * table.num_rows, pa.string()),
+        images.cast(pa.large_binary()),
+        pa.array(classes, pa.string()),
+        pa.array(errors, pa.string()),
+    ]
+    kept = [table.column(name) for name in wanted.keep]
+    return pa.table([*fixed, *kept], names=[*IMAGE.names, *wanted.keep])
+
+
+def _read_images(store: Store, parts: tuple[Part, ...], wanted: Input) -> Iterator[pa.Table]:
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        roots = sorted((root_of(uri) for uri in wanted.uris), key=len, reverse=True)
+        yield from _batches(_fetched(pool, store, parts, roots), ())
+
+
+def _fetched(pool: ThreadPoolExecutor, store: Store, parts: tuple[Part, ...], roots: list[str]) -> Iterator[Row]:
+    flying: deque[tuple[Part, Future[Row]]] = deque()
+    for number in count():
+        while len(flying) < 2 * CONNECTIONS and number + len(flying) < len(parts):
+            part = parts[number + len(flying)]
+            flying.append((part, pool.submit(_fetch, store, part)))
+        if not flying:
+            return
+        part, future = flying.popleft()
+        root = next((root for root in roots if part.uri.startswith(root)), "")
+        yield {"key": part.uri.removeprefix(root), "source": part.uri, **future.result()}
+
+
+def _fetch(store: Store, part: Part) -> Row:
+    try:
+        return {"bytes": store.read(part.uri, etag=part.etag)}
+    except InputError as error:  # gone or replaced since the plan: this pinned image has no bytes any more
+        return {"error_class": Failure.FETCH_FAILED, "error": str(error)}

@@ -1,0 +1,296 @@
+"""The plan and the commit: an input belongs to one unit, a unit is committed once, the counts add up, whoever comes when."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.commit import Provenance, UnitBuffer, commit_unit, read_footer, serialise, validate, verify
+from pipeline.errors import Conflict, StoreError
+from pipeline.plan import Log, Part, Plan, Unit, split
+from pipeline.plan import make_plan as plan_for
+from pipeline.rows import PREDICTION
+from pipeline.storage import Disk, Object
+
+OURS = Provenance("f" * 12, "attempt-1", "0")
+
+
+def log_at(path: Path) -> Log:
+    return Log(Disk(), str(path / OURS.fingerprint))
+
+
+def objects(*names: str, etag: str = "1") -> list[Object]:
+    return [Object(f"/in/{name}", 10, etag) for name in names]
+
+
+def make_plan(log: Log, listing: list[Object], cut=None, *, gone: tuple[str, ...] = (), write: bool = True) -> Plan:
+    return plan_for(log, listing, cut or pairs, present=lambda part: part.uri not in gone, write=write)
+
+
+def pairs(listing: list[Object]) -> list[Unit]:
+    """Cuts two inputs to a unit."""
+    parts = [Part(item.uri, item.etag, item.size) for item in listing]
+    return [Unit(tuple(parts[at : at + 2])) for at in range(0, len(parts), 2)]
+
+
+def prediction_rows(count: int, *, failed: int = 0) -> pa.Table:
+    rows = [
+        {"key": f"k{number}", "source": "s", "index": number}
+        | (
+            {"status": "failed", "error_class": "CORRUPT", "error": "x"}
+            if number < failed
+            else {"status": "ok", "label": "cat", "label_id": 0}
+        )
+        for number in range(count)
+    ]
+    return pa.Table.from_pylist(rows, schema=PREDICTION)
+
+
+def commit(log: Log, unit: Unit, *, by: Provenance = OURS, count: int = 4):
+    return commit_unit(log, unit, prediction_rows(count, failed=1), by)
+
+
+def finish(log: Log, plan: Plan) -> None:
+    rows = {"in": 4 * len(plan.units), "ok": 3 * len(plan.units), "failed": len(plan.units)}
+    assert log.store.create(log.run_key(plan.run_id, "manifest.json"), json.dumps({"rows": rows}).encode())
+
+
+def owners(plan: Plan) -> dict[str, list[str]]:
+    return {unit.id: [part.uri for part in unit.parts] for unit in plan.units}
+
+
+def test_a_plan_is_stored_once_and_found_again(tmp_path):
+    log = log_at(tmp_path)
+    first = make_plan(log, objects("a", "b", "c"))
+    assert (first.run_id, len(first.units), first.committed) == ("000001", 2, frozenset())
+    assert make_plan(log, objects("c", "b", "a")) == first
+    assert len(log.runs()) == 1
+
+
+def test_showing_a_plan_writes_nothing(tmp_path):
+    plan = make_plan(log_at(tmp_path), objects("a"), write=False)
+    assert (plan.run_id, len(plan.todo)) == ("new", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_leaves_nothing_to_do_and_a_grown_prefix_only_what_is_new(tmp_path):
+    log = log_at(tmp_path)
+    plan = make_plan(log, objects("b", "d"))
+    commit(log, plan.units[0])
+    assert make_plan(log, objects("b", "d")).todo == ()
+    finish(log, plan)
+    assert make_plan(log, objects("b", "d")).run_id is None
+    grown = make_plan(log, objects("a", "b", "c", "d", "e"))
+    assert grown.run_id == "000002"
+    assert sorted(uri for uris in owners(grown).values() for uri in uris) == ["/in/a", "/in/c", "/in/e"]
+
+
+def test_growth_before_the_end_keeps_units_as_they_are(tmp_path):
+    log = log_at(tmp_path)
+    first = make_plan(log, objects("b", "d", "f"))
+    commit(log, first.units[0])
+    grown = make_plan(log, objects("a", "b", "d", "f"))
+    assert grown.run_id == "000002"
+    assert owners(first).items() <= owners(grown).items()
+    assert grown.committed == {first.units[0].id}
+    assert make_plan(log, objects("a", "b", "d", "f")) == grown
+
+
+def test_a_changed_input_takes_its_neighbours_along_unless_they_are_committed(tmp_path):
+    log = log_at(tmp_path)
+    first = make_plan(log, objects("a", "b", "c", "d"))
+    commit(log, first.units[0])
+    changed = [*objects("a", "c"), *objects("b", "d", etag="2")]
+    second = make_plan(log, changed)
+    assert first.units[0].id in second.committed
+    todo = [(part.uri, part.etag) for unit in second.todo for part in unit.parts]
+    assert sorted(todo) == [("/in/b", "2"), ("/in/c", "1"), ("/in/d", "2")]
+
+
+def test_a_broken_unit_is_split_and_stays_split(tmp_path):
+    log = log_at(tmp_path)
+    plan = make_plan(log, objects("a", "b", "c"))
+    after = split(log, plan, frozenset({plan.units[0].id}))
+    assert sorted(owners(after).values()) == [["/in/a"], ["/in/b"], ["/in/c"]]
+    assert make_plan(log, objects("a", "b", "c")) == after
+
+
+def test_what_another_driver_listed_stays_in_its_unit_but_what_is_gone_breaks_it(tmp_path):
+    log = log_at(tmp_path)
+    both = make_plan(log, objects("a", "b"))
+    assert make_plan(log, objects("a")) == both
+    alone = make_plan(log, objects("a"), gone=("/in/b",))
+    assert list(owners(alone).values()) == [["/in/a"]]
+
+
+def test_two_nights_into_one_output_do_not_disturb_each_other(tmp_path):
+    log = log_at(tmp_path)
+    monday = make_plan(log, objects("mon/a", "mon/b"))
+    tuesday = make_plan(log, objects("tue/a"))
+    assert (monday.run_id, tuesday.run_id) == ("000001", "000002")
+    assert make_plan(log, objects("mon/a", "mon/b")) == monday
+    assert len(log.runs()) == 2
+
+
+def test_drivers_that_plan_at_once_never_share_an_input(tmp_path):
+    log = log_at(tmp_path)
+    plans: list[Plan] = []
+
+    def drive(number: int) -> None:
+        names = [f"{letter}{copy}" for letter in "abcdef" for copy in range(number % 3 + 1)]
+        plans.append(make_plan(log_at(tmp_path), objects(*names)))
+
+    threads = [threading.Thread(target=drive, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    units = {unit.id: unit for plan in plans for unit in plan.units}
+    inputs = [part.input for unit in units.values() for part in unit.parts]
+    assert len(plans) == 8
+    assert len(inputs) == len(set(inputs)), "one input in two units"
+    assert log.runs()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["list", "commit", "finish"]), st.sets(st.sampled_from("abcdefgh"), min_size=1)), max_size=12
+    )
+)
+def test_whatever_happens_no_input_is_committed_twice(tmp_path_factory, steps):
+    log = log_at(tmp_path_factory.mktemp("log"))
+    plan: Plan | None = None
+    seen: set[str] = set()
+    for action, names in steps:
+        if action == "list" or plan is None:
+            seen |= names
+            plan = make_plan(log, objects(*sorted(names)))
+        elif action == "commit" and plan.todo:
+            commit(log, plan.todo[0])
+            plan = Plan(plan.run_id, plan.units, plan.committed | {plan.todo[0].id})
+        elif (
+            action == "finish"
+            and plan.run_id is not None
+            and not plan.todo
+            and not any(run.finished for run in log.runs() if run.id == plan.run_id)
+        ):
+            finish(log, plan)
+    committed = log.committed()
+    units = {unit.id: unit for run in log.runs() for unit in run.units if unit.id in committed}
+    inputs = [part.input for unit in units.values() for part in unit.parts]
+    assert len(inputs) == len(set(inputs))
+    assert validate(log, fingerprint=OURS.fingerprint)[1] == []
+
+
+def test_a_damaged_plan_is_named(tmp_path):
+    log = log_at(tmp_path)
+    make_plan(log, objects("a"))
+    path = Path(log.run_key("000001", "plan.parquet"))
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(StoreError, match=r"plan\.parquet: not a plan"):
+        make_plan(log, objects("a"))
+
+
+def test_unit_id_follows_from_the_parts_alone():
+    """The recipe is a promise: an id computed elsewhere, from the contract, must be the same."""
+    unit = Unit((Part("s3://b/ü.tar", "etag", 5), Part("s3://b/2", "e", 6, 0, 10)))
+    recipe = '[["s3://b/ü.tar","etag",5,null,null],["s3://b/2","e",6,0,10]]'
+    assert unit.id == hashlib.sha256(recipe.encode()).hexdigest()[:32]
+    assert Unit(tuple(reversed(unit.parts))).id != unit.id
+
+
+def test_second_commit_of_a_unit_accepts_what_stands(tmp_path):
+    log, unit = log_at(tmp_path), pairs(objects("a"))[0]
+    footer, ours = commit(log, unit)
+    assert (footer.rows_in, footer.ok, footer.failed, footer.failures, ours) == (4, 3, 1, {"CORRUPT": 1}, True)
+    assert commit(log, unit) == (footer, True), "a lost reply: what stands there is ours"
+    other = Provenance(OURS.fingerprint, "attempt-2", "0")
+    assert commit(log, unit, by=other) == (footer, False)
+    assert list(verify(log, [unit], fingerprint=OURS.fingerprint)) == [footer]
+
+
+def test_something_else_in_our_place_is_a_conflict(tmp_path):
+    log = log_at(tmp_path)
+    one, two, three = pairs(objects("a", "b", "c", "d", "e", "f"))
+    commit(log, one)
+    Path(log.data_key(two.id)).write_bytes(Path(log.data_key(one.id)).read_bytes())
+    Path(log.data_key(three.id)).write_bytes(b"hello")
+    for unit in (two, three):
+        with pytest.raises(Conflict) as caught:
+            commit(log, unit)
+        assert caught.value.exit_code == 6
+    assert Path(log.data_key(three.id)).read_bytes() == b"hello"
+    with pytest.raises(Conflict):
+        commit(log, one, count=5)
+
+
+def test_validate_finds_what_is_wrong(tmp_path):
+    log = log_at(tmp_path)
+    plan = make_plan(log, objects("a", "b", "c", "d"))
+    for unit in plan.units:
+        commit(log, unit)
+    finish(log, plan)
+    footers, problems = validate(log, fingerprint=OURS.fingerprint)
+    assert (len(footers), problems) == (2, [])
+    commit(log, pairs(objects("z"))[0])
+    path = Path(log.data_key(plan.units[0].id))
+    path.unlink()
+    _, problems = validate(log, fingerprint=OURS.fingerprint)
+    assert any("1 of its 2 units have no object" in problem for problem in problems)
+    assert any("in no plan" in problem for problem in problems)
+    path.write_bytes(b"PAR1 damaged")
+    assert any("not a unit of nightlabel" in problem for problem in validate(log, fingerprint=OURS.fingerprint)[1])
+
+
+def test_counts_that_do_not_add_up_are_not_written():
+    unit = pairs(objects("a"))[0]
+    gap = prediction_rows(4).filter(pa.array([True, False, True, True]))
+    with pytest.raises(AssertionError, match="do not add up"):
+        serialise(gap, unit, OURS)
+
+
+def end(count: int, error_class: str | None = None) -> dict:
+    return {"index": count, "error_class": error_class, "error": error_class}
+
+
+@given(st.permutations(range(6)), st.integers(min_value=1, max_value=3))
+def test_a_unit_is_complete_when_all_rows_are_there_in_any_order_even_twice(order, block: int):
+    fields = pa.schema([field.with_nullable(True) for field in PREDICTION])
+    rows = prediction_rows(5).to_pylist()
+    items = [end(5) if number == 5 else rows[number] for number in order]
+    buffer = UnitBuffer()
+    for at in range(0, len(items), block):
+        assert not buffer.complete
+        table = pa.Table.from_pylist(items[at : at + block], schema=fields)
+        buffer.add(table)
+        if at + block < len(items):
+            buffer.add(table)
+    assert buffer.complete
+    assert buffer.table() == prediction_rows(5)
+
+
+def test_a_unit_error_completes_the_unit_and_an_empty_unit_has_no_rows():
+    fields = pa.schema([field.with_nullable(True) for field in PREDICTION])
+    broken, empty = UnitBuffer(), UnitBuffer()
+    broken.add(pa.Table.from_pylist([end(7, "TAR_NO_EOF")], schema=fields))
+    assert broken.complete
+    assert broken.error == ("TAR_NO_EOF", "TAR_NO_EOF")
+    empty.add(pa.Table.from_pylist([end(0)], schema=fields))
+    assert empty.complete
+    assert empty.table().num_rows == 0
+    assert serialise(empty.table(), pairs(objects("a"))[0], OURS)[1].rows_in == 0
+
+
+def test_footer_is_read_back(tmp_path):
+    log, unit = log_at(tmp_path), pairs(objects("a", "b"))[0]
+    footer, _ = commit(log, unit)
+    assert read_footer(log, unit.id) == footer
+    assert footer.inputs == (("/in/a", "1", 10), ("/in/b", "1", 10))
