@@ -1,0 +1,42 @@
+"""A decoder that does on command what a poison image does to a real one; give it to `Preprocess` as decoder="poison:decode".
+
+No file of the corpora kills Pillow 13 or libjpeg-turbo 3, so the tests bring their own poison. The first line of the data is the
+command (abort, hang, hog, exit, pid); a second line, when there is one, is a file to create first: it tells a test that it began.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import decode as real
+
+
+def decode(data, *, max_pixels: int) -> np.ndarray:
+    command, _, rest = bytes(data[:4096]).partition(b"\n")
+    if command in (b"abort", b"hang", b"hog", b"exit") and rest:
+        Path(os.fsdecode(rest.strip())).touch()
+    if command == b"abort":
+        os.abort()
+    if command == b"exit":
+        os._exit(3)
+    if command == b"hang":
+        threading.Event().wait()
+    if command == b"hog":  # 4 GiB at most, so that a limit that does not hold fails a test and not the machine
+        hoard = [np.ones(2**24, dtype=np.uint8) for _ in range(256)]
+        return hoard[0][:3].reshape(1, 1, 3)
+    if command == b"pid":
+        return np.array(os.getpid())
+    return real.decode(data, max_pixels=max_pixels)
+
+
+def make_preprocess(job, preprocessing, careful):
+    """Stands in for `run._make_preprocess` with this module's decoder."""
+    from pipeline.careful import CarefulLimits
+    from pipeline.preprocess import Preprocess  # not above: it would bring torch, seconds, into each child of test_careful
+
+    limits = CarefulLimits(job.limits.decode_timeout, job.limits.decode_memory) if careful else None
+    return Preprocess(preprocessing, max_pixels=job.limits.max_pixels, careful=limits, decoder="poison:decode")
