@@ -1,0 +1,131 @@
+"""Image rows with pixels → prediction rows: label, score and top-k of every image that has pixels.
+
+The model runs over a whole block at a time, in batches of its own, and the columns are put together once, in Arrow, so a row
+costs the host a few microseconds. Rows without pixels (failed before) and rows without a key (the end of a unit) pass through.
+The arithmetic is in `engine`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from pipeline import rows
+from pipeline.artifact import Artifact, build
+from pipeline.engine import Scores, TorchEngine, Wanted
+from pipeline.resnet import fold
+from pipeline.spec import Output
+
+_TAKEN = frozenset({*rows.IMAGE.names, *rows.PREDICTION.names, "pixels"})
+_NONFINITE = "the model's scores of this image are not finite numbers"
+
+
+class Predict:
+    """A callable on the tables that `preprocess` puts out. `threads` are of the CPU.
+
+    Raises ModelError when the model, its precision and the device do not go together.
+    """
+
+    def __init__(
+        self, artifact: Artifact, *, precision: str, device: str, batch_size: int, output: Output, threads: int | None = None
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.size, self.output = artifact.preprocessing.size, output
+        self.features, self.classes = artifact.architecture.features, artifact.architecture.classes
+        self.top_k = min(output.top_k, self.classes)
+        self.labels = pa.array(artifact.labels, pa.string())
+        self.engine = TorchEngine(
+            fold(build(artifact)),
+            artifact.preprocessing,
+            wanted=Wanted(self.top_k, output.embeddings, output.probabilities),
+            precision=precision,
+            device=device,
+            batch_size=batch_size,
+        )
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """`unit`, the columns of rows.PREDICTION (status null in rows that end a unit), `embedding` and `probabilities` when the
+        output wants them, then the kept columns untouched."""
+        scores, at = self._scores(batch.column("pixels"))
+        scored = np.zeros(batch.num_rows, dtype=bool)
+        scored[at] = scores.finite
+        broken = np.zeros(batch.num_rows, dtype=bool)
+        broken[at] = ~scores.finite
+        error_class, error = _failures(batch, pa.array(broken))
+        columns = {name: batch.column(name) for name in ("unit", "key", "source", "index", "width", "height")}
+        columns |= {"error_class": error_class, "error": error, "status": _status(batch.column("key"), error_class)}
+        columns |= self._labelled(scores, scored)
+        names = ["unit", *rows.PREDICTION.names, *self._optional(columns, scores, at, scored)]
+        kept = [name for name in batch.column_names if name not in _TAKEN]
+        types = {field.name: field.type for field in rows.PREDICTION}
+        arrays = [columns[name].cast(types.get(name, columns[name].type)) for name in names]
+        return pa.table([*arrays, *(batch.column(name) for name in kept)], names=[*names, *kept])
+
+    def _scores(self, column: pa.ChunkedArray) -> tuple[Scores, np.ndarray]:
+        """Scores of the rows that have pixels, and where these rows are."""
+        at = np.flatnonzero(np.asarray(column.is_valid()))
+        if len(at) == 0:
+            return self._nothing(), at
+        if column.type != pa.binary(3 * self.size * self.size):
+            raise ValueError(f"pixels are {column.type}, the model sees {self.size} × {self.size} × 3 bytes")
+        return self.engine(rows.pixels_view(column, self.size), at), at
+
+    def _nothing(self) -> Scores:
+        ids, scores = np.empty((0, self.top_k), np.int32), np.empty((0, self.top_k), np.float32)
+        embeddings = np.empty((0, self.features), np.float32)
+        return Scores(ids, scores, np.empty(0, bool), embeddings, np.empty((0, self.classes), np.float16))
+
+    def _labelled(self, scores: Scores, scored: np.ndarray) -> dict[str, pa.Array]:
+        ids, values = scores.ids[scores.finite], scores.scores[scores.finite]
+        flat = pa.array(ids.ravel())
+        ranked = pa.StructArray.from_arrays(
+            [flat, self.labels.take(flat), pa.array(values.ravel())], fields=list(rows.TOPK.value_type)
+        )
+        offsets = np.concatenate([[0], np.cumsum(scored) * self.top_k]).astype(np.int32)
+        label_id = _spread(ids[:, 0], scored)
+        return {
+            "label_id": label_id,
+            "label": self.labels.take(label_id),
+            "score": _spread(values[:, 0], scored),
+            "topk": pa.ListArray.from_arrays(pa.array(offsets), ranked, type=rows.TOPK, mask=pa.array(~scored)),
+        }
+
+    def _optional(self, columns: dict[str, pa.Array], scores: Scores, at: np.ndarray, scored: np.ndarray) -> list[str]:
+        """Adds the optional columns that the output wants, and names them."""
+        wanted = []
+        if self.output.embeddings:
+            columns["embedding"] = _vectors(scores.embeddings, at, scored)
+            wanted.append("embedding")
+        if self.output.probabilities:
+            columns["probabilities"] = _vectors(scores.probabilities, at, scored)
+            wanted.append("probabilities")
+        return wanted
+
+
+def _failures(batch: pa.Table, broken: pa.Array) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """`error_class` and `error`, with NONFINITE where `broken`."""
+    error_class, error = (batch.column(name).cast(pa.string()) for name in ("error_class", "error"))
+    return pc.if_else(broken, rows.Failure.NONFINITE.value, error_class), pc.if_else(broken, _NONFINITE, error)
+
+
+def _status(key: pa.ChunkedArray, error_class: pa.ChunkedArray) -> pa.ChunkedArray:
+    status = pc.if_else(error_class.is_null(), "ok", "failed")
+    return pc.if_else(key.is_valid(), status, pa.scalar(None, pa.string()))
+
+
+def _spread(values: np.ndarray, where: np.ndarray) -> pa.Array:
+    """One value for every true of `where`, null elsewhere."""
+    full = np.zeros(len(where), values.dtype)
+    full[where] = values
+    return pa.array(full, mask=~where)
+
+
+def _vectors(values: np.ndarray | None, at: np.ndarray, scored: np.ndarray) -> pa.Array:
+    """Vectors [len(at), width] at the rows `at` of a column that is null where not `scored`."""
+    assert values is not None  # the engine returns what the output wants
+    full = np.zeros((len(scored), values.shape[1]), values.dtype)
+    full[at] = values
+    return pa.FixedSizeListArray.from_arrays(pa.array(full.ravel()), values.shape[1], mask=pa.array(~scored))
