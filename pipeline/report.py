@@ -1,0 +1,127 @@
+"""Do the counts add up, where did the time go, what failed and why: one receipt, as manifest, JSON, lines for a screen, page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.rows import UnitError
+from pipeline.spec import Job
+
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class UnitTrouble:
+    """Why a unit has no object: `error_class` is one of rows.UnitError, an error's class, or LOST (its blocks never arrived)."""
+
+    unit: str
+    inputs: tuple[str, ...]
+    error_class: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """The account of one attempt at a run. `rows_in = ok + failed` over `units_done` units; seconds are wall clock."""
+
+    job: str
+    where: str
+    fingerprint: str
+    artifact: str
+    precision: str
+    run: str | None
+    units: int
+    units_done: int
+    units_before: int
+    rows_in: int
+    ok: int
+    failed: int
+    failures: Mapping[str, int]
+    labels: Mapping[str, int]
+    labelled_now: int
+    written: int
+    seconds: float
+    first_seconds: float | None
+    images_per_second: float | None
+    seam_seconds: Mapping[str, float]
+    passes: int
+    trouble: tuple[UnitTrouble, ...] = ()
+    exit_code: int = 0
+    events: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        fields = asdict(self)
+        del fields["events"]
+        return fields
+
+    def manifest(self, job: Job, *, code: str) -> bytes:
+        """The last object of a run. Raises AssertionError when the counts do not add up."""
+        if self.units_done != self.units or self.rows_in != self.ok + self.failed or sum(self.failures.values()) != self.failed:
+            raise AssertionError(f"the counts do not add up: {self}")
+        content = {
+            "version": MANIFEST_VERSION,
+            "job": self.job,
+            "run": self.run,
+            "code": code,
+            "fingerprint": self.fingerprint,
+            "artifact": self.artifact,
+            "precision": self.precision,
+            "input": list(job.input.uris),
+            "units": self.units,
+            "rows": {"in": self.rows_in, "ok": self.ok, "failed": self.failed},
+            "failures": dict(self.failures),
+            "seconds": round(self.seconds, 3),
+        }
+        return json.dumps(content, indent=1).encode()
+
+    def lines(self) -> list[str]:
+        """The receipt for a screen."""
+        adds_up = f"{self.rows_in:,} in = {self.ok:,} ok + {self.failed:,} failed"
+        if self.run is None:
+            return [f"nothing to do: every input of {self.job} is labelled", f"where   {self.where}"]
+        state = "done" if self.exit_code in (0, 4) else "not finished"
+        lines = [f"{state}: {adds_up}, {self.units_done} of {self.units} units"]
+        if self.failures:
+            lines.append("failed  " + ", ".join(f"{name} {number:,}" for name, number in self.failures.items()))
+        for trouble in self.trouble[:10]:
+            lines.append(f"left    {trouble.error_class}: {trouble.error}")
+        if len(self.trouble) > 10:
+            lines.append(f"left    and {len(self.trouble) - 10} more units")
+        lines += [f"where   {self.where}", f"run     {self.run}, {self.passes} {'pass' if self.passes == 1 else 'passes'}"]
+        took = f"took    {self.seconds:.1f} s"
+        if self.first_seconds is not None:
+            took += f", first prediction after {self.first_seconds:.1f} s, {self.labelled_now:,} images now"
+        if self.images_per_second is not None:
+            took += f", {self.images_per_second:,.0f} img/s from the first block to the last"
+        lines.append(took)
+        if self.seam_seconds:
+            lines.append(
+                "seams   " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seam_seconds.items()) + " (summed)"
+            )
+        return lines
+
+    def page(self) -> bytes:
+        """report.html: one file, nothing loaded from elsewhere."""
+        from jinja2 import Environment, PackageLoader
+
+        template = Environment(autoescape=True, loader=PackageLoader("pipeline", ".")).get_template("report.html.j2")
+        most = max(self.labels.values(), default=1)
+        top = sorted(self.labels.items(), key=lambda item: (-item[1], item[0]))[:25]
+        return template.render(r=self, top=top, most=most, rate=self.images_per_second).encode()
+
+    def event_lines(self) -> bytes:
+        """events.jsonl"""
+        return b"".join(json.dumps(event).encode() + b"\n" for event in self.events)
+
+
+def exit_code(trouble: tuple[UnitTrouble, ...], *, left: bool, share: float, limit: float) -> int:
+    """Broken inputs first, then rights, then what may pass by itself, then units that never arrived, then too many failures."""
+    classes = {item.error_class for item in trouble}
+    if left:
+        by_class = ((set(UnitError.__members__), 3), ({"PERMISSION_DENIED"}, 77), ({"UNFIT"}, 2), ({"TEMPORARY"}, 75))
+        return next((code for names, code in by_class if classes & names), 5)
+    return 4 if share > limit else 0

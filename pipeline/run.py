@@ -1,0 +1,194 @@
+"""The whole chain in one function, and one pass of it.
+
+Correctness never rests on Ray: a block that is lost (its worker died, its code failed) is simply missing from the pass, and the
+driver runs another one over the units that did not arrive. So retries are few and finite, and errored blocks are allowed.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import astuple
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+
+from pipeline.artifact import Artifact
+from pipeline.cluster import connect
+from pipeline.errors import ModelError, NightlabelError, Stalled, Temporary
+from pipeline.plan import Part, Unit
+from pipeline.preprocessing import Preprocessing
+from pipeline.spec import Input, Job
+
+Stage = Callable[[pa.Table], pa.Table]
+
+STALL_S = 600.0  # no block for so long means a hung pool (ray#62746); a 128 MiB block takes 50 s at 18 img/s
+_ACTOR: dict[str, Any] = {"max_restarts": 2, "max_task_retries": 1}  # Ray's default is to retry for ever, a poison image with it
+
+
+def chain(units: list[Unit], job: Job, artifact: Artifact, *, careful: bool = False) -> ray.data.Dataset:
+    """read → preprocess → predict over units: a lazy dataset of prediction rows, every unit closed by its end row."""
+    pools, rows = job.resources, _block_bytes(job, artifact) // (3 * artifact.preprocessing.size**2)
+    items = [{"unit": json.dumps([astuple(part) for part in unit.parts])} for unit in units]
+    with warnings.catch_warnings():
+        # Finite retries have no other way in than the keyword arguments that 2.60 deprecates (2.61 is not admitted).
+        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+        return (
+            ray.data.from_items(items, override_num_blocks=len(items))
+            .map_batches(
+                partial(_read, wanted=job.input),
+                batch_size=None,
+                batch_format="pyarrow",
+                compute=TaskPoolStrategy(size=pools.read.tasks),
+                num_cpus=pools.read.cpus_per_task,
+                max_retries=1,
+            )
+            .map_batches(
+                _Timed,
+                fn_constructor_args=("preprocess", partial(_make_preprocess, job, artifact.preprocessing, careful)),
+                batch_size=None,
+                batch_format="pyarrow",
+                zero_copy_batch=True,
+                compute=ActorPoolStrategy(size=pools.preprocess.actors),
+                num_cpus=pools.preprocess.cpus_per_actor,
+                **_ACTOR,
+            )
+            .map_batches(
+                _Timed,
+                fn_constructor_args=("predict", partial(_make_predict, job, artifact.digest)),
+                batch_size=rows if pools.predict.gpus_per_actor else None,  # Ray wants a number where a GPU is asked for
+                batch_format="pyarrow",
+                zero_copy_batch=True,
+                compute=ActorPoolStrategy(size=pools.predict.actors),
+                num_cpus=pools.predict.cpus_per_actor,
+                num_gpus=pools.predict.gpus_per_actor,
+                **_ACTOR,
+            )
+        )
+
+
+def _block_bytes(job: Job, artifact: Artifact) -> int:
+    """One forward batch of pixels at least, 4 MiB to 128 MiB: 27 to 891 crops of 224 × 224."""
+    return max(2**22, min(2**27, job.resources.predict.batch_size * 3 * artifact.preprocessing.size**2))
+
+
+def _threads(cpus: float) -> int:
+    return max(1, int(cpus + 0.5))
+
+
+def _read(batch: pa.Table, *, wanted: Input) -> Iterator[pa.Table]:
+    from pipeline.read import read_unit
+    from pipeline.storage import open_store
+
+    for parts in batch.column("unit").to_pylist():
+        unit = Unit(tuple(Part(*fields) for fields in json.loads(parts)))
+        since = time.perf_counter()
+        for table in read_unit(open_store(wanted.uris[0], wanted.s3), unit, wanted=wanted):
+            yield _with_seconds(table, "read", time.perf_counter() - since)
+            since = time.perf_counter()
+
+
+def _make_preprocess(job: Job, preprocessing: Preprocessing, careful: bool) -> Stage:
+    from pipeline.careful import CarefulLimits
+    from pipeline.preprocess import Preprocess
+
+    limits = CarefulLimits(job.limits.decode_timeout, job.limits.decode_memory) if careful else None
+    threads = _threads(job.resources.preprocess.cpus_per_actor)
+    return Preprocess(preprocessing, max_pixels=job.limits.max_pixels, threads=threads, careful=limits)
+
+
+def _make_predict(job: Job, digest: str) -> Stage:
+    from pipeline.artifact import load_artifact
+    from pipeline.predict import Predict
+
+    artifact = load_artifact(job.model.uri, job.model.s3)
+    if artifact.digest != digest:
+        raise ModelError(f"{job.model.uri}: digest {artifact.digest}", need=f"{digest}, as it was planned", do="Run again")
+    pool = job.resources.predict
+    return Predict(
+        artifact,
+        precision=job.model.precision,
+        device="cuda" if pool.gpus_per_actor else "cpu",
+        batch_size=pool.batch_size,
+        output=job.output,
+        threads=_threads(pool.cpus_per_actor),
+    )
+
+
+class _Timed:
+    """A stage whose seconds travel with the rows, in a column `_<seam>_s` that the driver takes off."""
+
+    def __init__(self, seam: str, make: Callable[[], Stage]) -> None:
+        self.seam, self.stage = seam, make()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        since = time.perf_counter()
+        return _with_seconds(self.stage(batch), self.seam, time.perf_counter() - since)
+
+
+def _with_seconds(table: pa.Table, seam: str, seconds: float) -> pa.Table:
+    share = pa.array([seconds / max(1, table.num_rows)] * table.num_rows, pa.float32())
+    return table.append_column(f"_{seam}_s", share)
+
+
+def run_pass(units: list[Unit], job: Job, artifact: Artifact, *, careful: bool = False) -> Iterator[pa.Table]:
+    """Prediction rows of `units` as their blocks finish, in any order; blocks may be missing, that is the driver's to see.
+
+    Raises Temporary when the pass dies, and Stalled when nothing arrives for STALL_S seconds; what hung is gone then.
+    """
+    DataContext.get_current().target_max_block_size = _block_bytes(job, artifact)
+    dataset = chain(units, job, artifact, careful=careful)
+    try:
+        yield from _watched(lambda: iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow")))
+    except Stalled:
+        ray.shutdown()  # the only end of a hung worker, which else would keep its CPUs from the next pass
+        connect(job)
+        raise
+
+
+def _watched(start: Callable[[], Iterator[pa.Table]]) -> Iterator[pa.Table]:
+    """The items of an iterator that runs in a thread of its own, so that a hung pool can be left and no signal waits."""
+    done = object()
+    arrived: queue.Queue[Any] = queue.Queue(maxsize=8)
+    left = threading.Event()
+
+    def consume() -> None:
+        try:
+            for table in start():
+                if left.is_set():
+                    return
+                arrived.put(table)
+            arrived.put(done)
+        except BaseException as error:  # noqa: BLE001  # raised again below, in the thread that can do something about it
+            arrived.put(error)
+
+    threading.Thread(target=consume, daemon=True).start()
+    try:
+        while (item := arrived.get(timeout=STALL_S)) is not done:
+            if isinstance(item, BaseException):
+                raise _reason(item) from item
+            yield item
+    except queue.Empty:
+        raise Stalled(f"no block arrived for {STALL_S:g} s", do="Run again; what is committed stays") from None
+    finally:
+        left.set()
+
+
+def _reason(error: BaseException) -> BaseException:
+    """What a pass died of, as an error of ours: the one that a stage raised while it loaded, or that Ray failed. Else a bug."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, NightlabelError):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    if not isinstance(error, (ray.exceptions.RayError, RuntimeError)):
+        return error
+    return Temporary(f"the pass ended early ({str(error).splitlines()[0]})", do="Run again; what is committed stays")

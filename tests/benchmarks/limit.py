@@ -1,0 +1,177 @@
+"""How near is the pipeline to plain processes? Both do the same work on the same photographs, in turn, in one run.
+
+    .venv/bin/python tests/benchmarks/limit.py [--photos FOLDER] [--copies 3] [--runs 3] [--precision float32]
+
+The limit: one process a core, each with its own images in memory, `Preprocess` and `Predict` called in a plain loop, nothing
+between. Ours: `nightlabel run` on tars on the local disk. Photographs are repeated under new keys, so that start-up and steady
+state are told apart. Prints a table and writes tests/benchmarks/results/limit.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+DEFAULT_PHOTOS = HERE.parents[2] / "shared" / "data" / "photos"
+
+
+def copy_tars(photos: Path, folder: Path, copies: int) -> int:
+    """Every tar `copies` times under other keys; the number of images."""
+    from shards import tar_bytes
+
+    images = 0
+    folder.mkdir()
+    for tar in sorted(photos.glob("*.tar")):
+        for copy in range(copies):
+            members = {f"c{copy}-{name}": data for name, data in read_tar(tar)}
+            (folder / f"{copy}-{tar.name}").write_bytes(tar_bytes(members))
+            images += sum(name.endswith(".jpg") for name in members)
+    return images
+
+
+def read_tar(path: Path) -> list[tuple[str, bytes]]:
+    from pipeline.storage import Disk
+    from pipeline.tar import Stream, members
+
+    store = Disk()
+    with Stream(store, store.head(str(path))) as stream:
+        return [(name, bytes(content)) for name, content in members(stream)]
+
+
+def plain(tars: list[Path], model: str, precision: str, batch: int, lines: tuple[Any, Any]) -> None:
+    """One process of the limit: (images, seconds) after everything is loaded and warm."""
+    import pyarrow as pa
+
+    from pipeline.artifact import load_artifact
+    from pipeline.predict import Predict
+    from pipeline.preprocess import Preprocess
+    from pipeline.rows import IMAGE
+    from pipeline.spec import Output
+
+    artifact = load_artifact(model)
+    preprocess = Preprocess(artifact.preprocessing, max_pixels=10**8)
+    predict = Predict(artifact, precision=precision, device="cpu", batch_size=batch, output=Output(uri="x"), threads=1)
+    tables = []
+    for tar in tars:
+        images = [data for name, data in read_tar(tar) if name.endswith(".jpg")]
+        rows = [{"unit": "u", "index": at, "key": str(at), "source": "s", "bytes": data} for at, data in enumerate(images)]
+        tables.append(pa.Table.from_pylist(rows, schema=IMAGE))
+    predict(preprocess(tables[0].slice(0, batch)))
+    gate, results = lines
+    gate.wait()
+    since = time.perf_counter()
+    for table in tables:
+        predict(preprocess(table))
+    results.put((sum(table.num_rows for table in tables), time.perf_counter() - since))
+
+
+def limit(folder: Path, model: str, precision: str, batch: int) -> float:
+    """Images a second of one plain process per core, together."""
+    cores = len(os.sched_getaffinity(0))
+    spawn = multiprocessing.get_context("spawn")
+    gate, results = spawn.Barrier(cores), spawn.Queue()
+    tars = sorted(folder.glob("*.tar"))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    common = (model, precision, batch, (gate, results))
+    workers = [spawn.Process(target=plain, args=(tars[at::cores], *common)) for at in range(cores)]
+    for worker in workers:
+        worker.start()
+    rates = [images / seconds for images, seconds in (results.get(timeout=1800) for _ in workers)]
+    for worker in workers:
+        worker.join()
+    del os.environ["OMP_NUM_THREADS"]
+    return sum(rates)
+
+
+def ours(job: Path) -> dict[str, Any]:
+    """The receipt of `nightlabel run`."""
+    done = subprocess.run([sys.executable, "-m", "pipeline", "run", str(job), "--json"], stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, default=DEFAULT_PHOTOS)
+    parser.add_argument("--copies", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--resources", default=None, help="JSON of the job's resources; default those of jobs/photos-2cpu.yaml")
+    args = parser.parse_args()
+    if not args.photos.is_dir():
+        sys.exit(f"{args.photos} is absent: give a folder of WebDataset tars with --photos")
+    import yaml
+    from models import make_artifact
+
+    from pipeline.preprocessing import Preprocessing
+
+    resources = (
+        json.loads(args.resources)
+        if args.resources
+        else yaml.safe_load((HERE.parents[1] / "jobs/photos-2cpu.yaml").read_text())["resources"]
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        images = copy_tars(args.photos, folder / "tars", args.copies)
+        some = [data for name, data in read_tar(sorted(args.photos.glob("*.tar"))[0]) if name.endswith(".jpg")]
+        model = make_artifact(folder, some, preprocessing=Preprocessing())
+        rows = []
+        for number in range(args.runs):
+            rate = limit(folder / "tars", model, args.precision, resources["predict"]["batch_size"])
+            job = folder / "job.yaml"
+            job.write_text(
+                json.dumps(
+                    {
+                        "name": "limit",
+                        "input": {"uri": str(folder / "tars")},
+                        "model": {"uri": model, "precision": args.precision},
+                        "output": {"uri": str(folder / f"out-{number}")},
+                        "resources": resources,
+                    }
+                )
+            )
+            receipt = ours(job)
+            assert receipt["ok"] == images, receipt
+            row = {
+                "limit": rate,
+                "steady": receipt["images_per_second"],
+                "first_s": receipt["first_seconds"],
+                "seconds": receipt["seconds"],
+            }
+            row |= {"ratio": row["steady"] / rate, "end_to_end": images / receipt["seconds"]}
+            rows.append(row)
+            print(f"run {number + 1}: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()), flush=True)
+    medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    print(
+        f"median of {args.runs}, {images} photographs, {args.precision}: "
+        + ", ".join(f"{key} {value:.2f}" for key, value in medians.items())
+    )
+    result = {
+        "date": date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "command": " ".join(["tests/benchmarks/limit.py", *sys.argv[1:]]),
+        "images": images,
+        "precision": args.precision,
+        "resources": resources,
+        "runs": rows,
+        "median": medians,
+    }
+    out = HERE / "results" / "limit.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

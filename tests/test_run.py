@@ -1,0 +1,399 @@
+"""The main job end to end: a real Ray, a real S3 server, real files. Every input ends as a row exactly once, whatever breaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from shards import picture, tar_bytes, write_parquet, write_tars
+
+from pipeline import run
+from pipeline.commit import validate
+from pipeline.errors import Conflict, InputMissing, Interrupted, JobError, ModelError, UnitsLeft
+from pipeline.label import Driver
+from pipeline.report import Receipt
+from pipeline.rows import PREDICTION
+from pipeline.spec import Job
+from pipeline.start import fingerprint, load_model, open_log
+from pipeline.storage import open_store
+
+LIGHT = {
+    "read": {"cpus_per_task": 0.1},
+    "preprocess": {"cpus_per_actor": 0.2},
+    "predict": {"cpus_per_actor": 0.5, "batch_size": 8},
+}
+
+
+def job(source: str | Path, artifact: str, out: str | Path, **fields: Any) -> Job:
+    """A small job; `input` and other sections can be given."""
+    content = {
+        "name": "test",
+        "model": {"uri": artifact},
+        "output": {"uri": str(out)},
+        "resources": LIGHT,
+        "limits": {"max_failed": "100%"},
+    }
+    content |= {"input": {"uri": str(source), **fields.pop("input", {})}}
+    return Job.model_validate(content | fields)
+
+
+def label(wanted: Job) -> Receipt:
+    return Driver(wanted, observe=lambda event, fields: None, started=time.perf_counter()).label()
+
+
+def table(where: str | Path) -> pa.Table:
+    """All rows of a local output."""
+    return pa.concat_tables([pq.read_table(path) for path in sorted(Path(where, "data").glob("*.parquet"))])
+
+
+def files(folder: str | Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def problems(wanted: Job) -> list[str]:
+    artifact = load_model(wanted, weights=False)
+    return validate(open_log(wanted, artifact), fingerprint=fingerprint(artifact, wanted))[1]
+
+
+def labels(rows: pa.Table) -> dict[str, str]:
+    """Label by key without folder and suffix: what the formats have in common."""
+    keys = [Path(key).stem for key in rows.column("key").to_pylist()]
+    return dict(zip(keys, rows.column("label").to_pylist(), strict=True))
+
+
+def test_disk_to_disk_and_again(tmp_path, model, on_ray):
+    keys = write_tars(tmp_path / "in", shards=5, images=6)
+    wanted = job(
+        tmp_path / "in", model, tmp_path / "out", input={"keep": ["cls"]}, output={"uri": str(tmp_path / "out"), "top_k": 3}
+    )
+    receipt = label(wanted)
+    assert (receipt.exit_code, receipt.rows_in, receipt.ok, receipt.failed, receipt.passes) == (0, 30, 30, 0, 1)
+    rows = table(receipt.where)
+    assert sorted(rows.column("key").to_pylist()) == sorted(keys)
+    assert rows.schema.names == [*PREDICTION.names, "cls"]
+    assert all(rows.schema.field(field.name).type == field.type for field in PREDICTION)
+    first = rows.to_pylist()[0]
+    assert next(item["label"] for item in first["topk"]) == first["label"]
+    assert first["topk"][0]["score"] >= first["topk"][1]["score"] >= first["topk"][2]["score"]
+    assert (first["width"], first["height"], first["status"], first["cls"]) == (40, 30, "ok", "0")
+    assert len(set(rows.column("label").to_pylist())) > 1, "the model tells nothing apart, so equal labels would prove nothing"
+    assert problems(wanted) == []
+    manifest = json.loads(Path(receipt.where, "runs/000001/manifest.json").read_text())
+    assert manifest["rows"] == {"in": 30, "ok": 30, "failed": 0}
+    assert {path.name for path in Path(receipt.where, "runs/000001").iterdir()} == {
+        "plan.parquet",
+        "spec.yaml",
+        "report.html",
+        "events.jsonl",
+        "manifest.json",
+    }
+    before = files(tmp_path / "out")
+    again = label(wanted)
+    assert (again.exit_code, again.run, again.passes) == (0, None, 0)
+    assert files(tmp_path / "out") == before
+
+
+def test_s3_to_s3_and_a_grown_prefix(tmp_path, model, s3, on_ray):
+    bucket = s3.bucket()
+    write_tars(tmp_path / "in", shards=4, images=5)
+    for path in sorted((tmp_path / "in").iterdir()):
+        s3.put(f"s3://{bucket}/in/{path.name}", path.read_bytes())
+    wanted = job(f"s3://{bucket}/in/", model, f"s3://{bucket}/out")
+    wanted = wanted.model_copy(update={"input": wanted.input.model_copy(update={"s3": s3.options})})
+    receipt = label(wanted)
+    assert (receipt.exit_code, receipt.rows_in, receipt.units) == (0, 20, 4)
+    assert problems(wanted) == []
+    assert label(wanted).run is None
+    write_tars(tmp_path / "more", shards=1, images=7, first=2)
+    s3.put(f"s3://{bucket}/in/001b.tar", (tmp_path / "more/002.tar").read_bytes())
+    grown = label(wanted)
+    assert (grown.run, grown.rows_in, grown.labelled_now, grown.units) == ("000002", 7, 7, 1)
+    assert problems(wanted) == []
+    store = open_store(f"s3://{bucket}/out")
+    assert len(list(store.list(f"{grown.where}/data/"))) == 5
+
+
+def test_all_formats_label_alike(tmp_path, model, on_ray):
+    keys = write_tars(tmp_path / "tars", shards=4, images=4)
+    pictures = {key: picture(1000 * int(key[:3]) + int(key[4:])) for key in keys}
+    write_parquet(tmp_path / "parquet/a.parquet", list(pictures.values()), keys=list(pictures), rows_per_group=4)
+    for key, data in pictures.items():
+        (tmp_path / "loose" / key[:3]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "loose" / key[:3] / f"{key}.jpg").write_bytes(data)
+    results = []
+    for source, kind in (("tars", "webdataset"), ("parquet", "parquet"), ("loose", "images")):
+        receipt = label(job(tmp_path / source, model, tmp_path / f"out-{source}", input={"format": kind}))
+        assert (receipt.exit_code, receipt.rows_in) == (0, 16)
+        assert receipt.units >= 4
+        results.append(labels(table(receipt.where)))
+    assert results[0] == results[1] == results[2]
+    assert set(results[0]) == set(keys)
+
+
+def test_another_model_or_setting_is_another_output_and_touches_nothing_old(tmp_path, model, on_ray, tmp_path_factory):
+    import models
+
+    write_tars(tmp_path / "in", shards=1, images=3)
+    first = label(job(tmp_path / "in", model, tmp_path / "out"))
+    before = files(first.where)
+    other = models.small_artifact(tmp_path_factory.mktemp("other"), seed=1)
+    rich = {"uri": str(tmp_path / "out"), "probabilities": True, "embeddings": True}
+    second = label(job(tmp_path / "in", other, tmp_path / "out", output=rich))
+    assert first.fingerprint != second.fingerprint
+    assert files(first.where) == before
+    rows = table(second.where)
+    assert rows.schema.field("embedding").type == pa.list_(pa.float32(), 512)
+    assert rows.schema.field("probabilities").type == pa.list_(pa.float16(), 8)
+    assert all(abs(sum(map(float, row)) - 1) < 5e-3 for row in rows.column("probabilities").to_pylist())
+    with pytest.raises(ModelError, match="digest"):
+        label(job(tmp_path / "in", model, tmp_path / "out", model={"uri": model, "digest": "sha256:" + "0" * 64}))
+
+
+def broken_tars(folder: Path) -> None:
+    write_tars(folder, shards=2, images=4)
+    whole = (folder / "000.tar").read_bytes()
+    (folder / "empty.tar").write_bytes(tar_bytes({}))
+    (folder / "zero.tar").write_bytes(b"")
+    (folder / "page.tar").write_bytes(b"<!doctype html><title>503</title>" + b" " * 2000)
+    border = 512 + -(-len(picture(0)) // 512) * 512
+    (folder / "border.tar").write_bytes(whole[:border])
+    (folder / "inside.tar").write_bytes(whole[: border - 300])
+    images = {
+        "zero.jpg": b"",
+        "cut.jpg": picture(1)[:-200],
+        "page.jpg": b"<html>",
+        "good.png": picture(2, kind="PNG"),
+        "wrong.png": picture(3),
+    }
+    (folder / "images.tar").write_bytes(tar_bytes(images))
+
+
+def test_broken_shards_and_images_cost_themselves_and_nothing_else(tmp_path, model, on_ray):
+    broken_tars(tmp_path / "in")
+    one_shard_a_unit = LIGHT | {"read": {"tasks": 2, "cpus_per_task": 0.1}}
+    wanted = job(tmp_path / "in", model, tmp_path / "out", resources=one_shard_a_unit)
+    receipt = label(wanted)
+    assert receipt.exit_code == 3
+    assert {(Path(item.inputs[0]).name, item.error_class) for item in receipt.trouble} == {
+        ("zero.tar", "TAR_NO_EOF"),
+        ("page.tar", "TAR_CORRUPT"),
+        ("border.tar", "TAR_NO_EOF"),
+        ("inside.tar", "TAR_TRUNCATED"),
+    }
+    assert (receipt.rows_in, receipt.ok, receipt.failures) == (13, 10, {"NOT_AN_IMAGE": 2, "TRUNCATED": 1})
+    assert receipt.passes == 1, "what is wrong in itself is not read again"
+    rows = {row["key"]: row for row in table(receipt.where).to_pylist()}
+    assert (rows["zero"]["status"], rows["zero"]["error_class"], rows["zero"]["label"]) == ("failed", "NOT_AN_IMAGE", None)
+    assert rows["wrong"]["status"] == "ok", "the content decides, not the name"
+    assert not Path(receipt.where, "runs", receipt.run, "manifest.json").exists()
+    before = files(tmp_path / "out")
+    assert label(wanted).exit_code == 3
+    assert files(tmp_path / "out") == before
+    for name in ("zero", "page", "border", "inside"):
+        (tmp_path / "in" / f"{name}.tar").write_bytes(tar_bytes({f"{name}-mended.jpg": picture(9)}))
+    mended = label(wanted)
+    assert (mended.exit_code, mended.rows_in, mended.labelled_now) == (0, 17, 4)
+    assert problems(wanted) == []
+
+
+def test_a_broken_shard_in_a_joined_unit_holds_nothing_back(tmp_path, model, on_ray):
+    write_tars(tmp_path / "in", shards=12, images=2)
+    (tmp_path / "in/004.tar").write_bytes(b"<html>")
+    wanted = job(tmp_path / "in", model, tmp_path / "out")
+    receipt = label(wanted)
+    assert (receipt.exit_code, receipt.rows_in, len(receipt.trouble)) == (3, 22, 1)
+    assert len(set(table(receipt.where).column("key").to_pylist())) == 22
+    (tmp_path / "in/004.tar").unlink()
+    assert label(wanted).exit_code == 0
+    assert problems(wanted) == []
+
+
+def test_a_flipped_byte_in_parquet_is_that_file_alone(tmp_path, model, on_ray):
+    for name in "ab":
+        write_parquet(
+            tmp_path / f"in/{name}.parquet", [picture(number) for number in range(6)], keys=[f"{name}{n}" for n in range(6)]
+        )
+    data = bytearray((tmp_path / "in/a.parquet").read_bytes())
+    data[4] ^= 0xFF  # the first page's header
+    (tmp_path / "in/a.parquet").write_bytes(data)
+    receipt = label(job(tmp_path / "in", model, tmp_path / "out", input={"format": "parquet"}))
+    assert (receipt.exit_code, receipt.rows_in) == (3, 6)
+    assert [item.error_class for item in receipt.trouble] == ["PARQUET_CORRUPT"]
+
+
+def test_too_many_failures_are_committed_all_the_same(tmp_path, model, on_ray):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.tar").write_bytes(tar_bytes({"a.jpg": picture(1), "b.jpg": b"", "c.jpg": picture(2)}))
+    receipt = label(job(tmp_path / "in", model, tmp_path / "out", limits={"max_failed": "10%"}))
+    assert (receipt.exit_code, receipt.rows_in, receipt.failed) == (4, 3, 1)
+    assert Path(receipt.where, "runs/000001/manifest.json").exists()
+
+
+def test_a_poison_image_costs_one_row(tmp_path, model, on_ray, monkeypatch):
+    import poison
+
+    monkeypatch.setattr(run, "_make_preprocess", poison.make_preprocess)
+    write_tars(tmp_path / "in", shards=3, images=4)
+    members = {f"p{number}.jpg": picture(number) for number in range(4)} | {"abort.jpg": b"abort\n"}
+    (tmp_path / "in/poison.tar").write_bytes(tar_bytes(members))
+    receipt = label(job(tmp_path / "in", model, tmp_path / "out"))
+    assert (receipt.exit_code, receipt.rows_in, receipt.ok) == (0, 17, 16)
+    assert receipt.failures == {"DECODER_CRASH": 1}
+    assert receipt.passes == 3, "two as they come, one in careful mode"
+
+
+def test_an_image_that_hangs_costs_one_row(tmp_path, model, on_ray, monkeypatch):
+    import poison
+
+    monkeypatch.setattr(run, "_make_preprocess", poison.make_preprocess)
+    monkeypatch.setattr(run, "STALL_S", 20.0)
+    write_tars(tmp_path / "in", shards=1, images=4)
+    (tmp_path / "in/poison.tar").write_bytes(tar_bytes({"a.jpg": picture(1), "hang.jpg": b"hang\n"}))
+    limits = {"max_failed": "100%", "decode_timeout": "2s"}
+    receipt = label(job(tmp_path / "in", model, tmp_path / "out", limits=limits))
+    assert (receipt.exit_code, receipt.rows_in, receipt.failures) == (0, 6, {"DECODE_TIMEOUT": 1})
+    assert receipt.passes >= 2
+
+
+def test_two_drivers_share_the_work(tmp_path, model, on_ray):
+    keys = write_tars(tmp_path / "in", shards=6, images=3)
+    (tmp_path / "job.yaml").write_text(job_text(tmp_path, model))
+    both = [start_cli("run", tmp_path / "job.yaml", "--json") for _ in range(2)]
+    outputs = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    receipts = [json.loads(out) for out, _ in outputs]
+    where = receipts[0]["where"]
+    assert sorted(table(where).column("key").to_pylist()) == sorted(keys)
+    assert sum(receipt["written"] for receipt in receipts) == 6
+    assert len(list(Path(where, "runs").iterdir())) == 1
+
+
+def job_text(folder: Path, model: str, *, tasks: int = 1) -> str:
+    """A job of at least 4 × `tasks` units."""
+    resources = LIGHT | {"read": {"tasks": tasks, "cpus_per_task": 0.1}}
+    places = {"input": {"uri": str(folder / "in")}, "model": {"uri": model}, "output": {"uri": str(folder / "out")}}
+    return json.dumps({"name": "test", **places, "resources": resources})  # JSON is YAML
+
+
+def start_cli(*words: object, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pipeline", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+
+
+def cli(*words: object, **environment: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of the command line."""
+    process = start_cli(*words, **environment)
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+def wait_for_units(where: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if len(list(where.rglob("data/*.parquet"))) >= count:
+            return
+        threading.Event().wait(0.02)
+
+
+@pytest.mark.timeout(600)
+def test_sigkill_at_five_moments_loses_nothing_and_repeats_nothing(tmp_path, model, on_ray):
+    rng = random.Random(7)
+    keys = write_tars(tmp_path / "in", shards=24, images=10)
+    path = tmp_path / "job.yaml"
+    path.write_text(job_text(tmp_path, model, tasks=3))
+    written: dict[str, int] = {}
+    for count in (0, *(rng.randint(1, 2) for _ in range(4))):
+        process = start_cli("run", path)
+        wait_for_units(tmp_path / "out", len(written) + count, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        now = {name: stamp for name, stamp in files(tmp_path / "out").items() if "/data/" in name}
+        assert now.items() >= written.items(), "a committed unit was written again"
+        written = now
+    assert 0 < len(written) <= 12, "nothing was committed before a kill"
+    code, out, err = cli("run", path)
+    assert code == 0, err
+    assert f"resuming: {len(written)} of 12 units done" in err, err
+    (where,) = (tmp_path / "out").iterdir()
+    query = f"select count(*), count(distinct key), count(*) filter (status = 'ok') from '{where}/data/*.parquet'"
+    assert duckdb.sql(query).fetchall() == [(240, 240, 240)]
+    assert sorted(table(where).column("key").to_pylist()) == sorted(keys)
+    assert files(where).items() >= written.items()
+    assert "240 in = 240 ok + 0 failed" in out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_run_and_says_how_to_go_on(tmp_path, model, on_ray, number, code):
+    write_tars(tmp_path / "in", shards=24, images=10)
+    (tmp_path / "job.yaml").write_text(job_text(tmp_path, model, tasks=3))
+    process = start_cli("run", tmp_path / "job.yaml")
+    wait_for_units(tmp_path / "out", 1, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "goes on from there" in err
+    assert "Traceback" not in err
+
+
+def test_deadline_stops_resumably(tmp_path, model, on_ray):
+    write_tars(tmp_path / "in", shards=4, images=4)
+    with pytest.raises(UnitsLeft, match="deadline") as caught:
+        label(job(tmp_path / "in", model, tmp_path / "out", limits={"deadline": "0.1s"}))
+    assert caught.value.exit_code == 5
+    assert label(job(tmp_path / "in", model, tmp_path / "out")).exit_code == 0
+
+
+def test_demand_beyond_the_machine_is_refused(tmp_path, model, on_ray):
+    write_tars(tmp_path / "in", shards=1, images=1)
+    with pytest.raises(JobError, match="asks for 1 GPUs"):
+        label(job(tmp_path / "in", model, tmp_path / "out", resources={"predict": {"gpus_per_actor": 1}}))
+    with pytest.raises(JobError, match="the cluster has 2 on this machine"):
+        label(job(tmp_path / "in", model, tmp_path / "out", resources={"preprocess": {"actors": 9}}))
+
+
+def test_missing_inputs_and_wrong_places(tmp_path, model):
+    with pytest.raises(InputMissing):
+        label(job(tmp_path / "absent/", model, tmp_path / "out"))
+    write_tars(tmp_path / "in", shards=1, images=1)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(Exception, match="file") as caught:
+        label(job(tmp_path / "in", model, tmp_path / "file/out"))
+    assert caught.value.exit_code == 2
+    with pytest.raises(ModelError):
+        label(job(tmp_path / "in", str(tmp_path / "no-model"), tmp_path / "out"))
+
+
+def test_no_permission_is_a_sentence_and_exit_77(tmp_path, model, s3):
+    write_tars(tmp_path / "in", shards=1, images=1)
+    wanted = json.loads(job_text(tmp_path, model)) | {"output": {"uri": f"s3://{s3.bucket()}/out"}}
+    (tmp_path / "job.yaml").write_text(json.dumps(wanted))
+    code, out, err = cli("run", tmp_path / "job.yaml", "--json", AWS_SECRET_ACCESS_KEY="wrong")
+    assert (code, json.loads(out)["exit_code"]) == (77, 77), err
+    assert "Traceback" not in err
+
+
+def test_a_stranger_in_a_units_place_is_a_conflict(tmp_path, model, on_ray):
+    write_tars(tmp_path / "in", shards=2, images=2)
+    wanted = job(tmp_path / "in", model, tmp_path / "out")
+    from pipeline.start import plan_job
+
+    log, plan = plan_job(wanted, load_model(wanted, weights=False))
+    stranger = Path(log.data_key(plan.units[0].id))
+    stranger.parent.mkdir(parents=True)
+    stranger.write_bytes(b"not ours")
+    with pytest.raises(Conflict):
+        label(wanted)
+    assert stranger.read_bytes() == b"not ours"
+    assert Interrupted("x").exit_code == 130
