@@ -1,0 +1,100 @@
+"""The packed digits: the same bytes every time, nothing lost, and every broken image refused for the reason it was made for."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.cut import cut, list_inputs
+from pipeline.decode import BadImage, decode
+from pipeline.errors import UnfitError
+from pipeline.prepare.digits import CLASSES, EDGE, Digits, pack_digits
+from pipeline.read import read_unit
+from pipeline.spec import Input
+from pipeline.storage import open_store
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
+    return pack_digits(tmp_path_factory.mktemp("digits"))
+
+
+def sums(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*.tar")}
+
+
+def members(folder: Path) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for info in tar:
+                assert info.name not in found
+                found[info.name] = tar.extractfile(info).read()
+    return found
+
+
+def test_same_seed_same_bytes(digits: Digits, tmp_path: Path):
+    pack_digits(tmp_path / "again")
+    pack_digits(tmp_path / "other", seed=1)
+    assert sums(digits.train.parent) == sums(tmp_path / "again")
+    assert sums(digits.train.parent) != sums(tmp_path / "other")
+
+
+def test_every_digit_once_and_the_truth_beside_it(digits: Digits):
+    train, label = members(digits.train), members(digits.label)
+    images = [name for name in (*train, *label) if not name.endswith(".cls")]
+    assert len(images) == len({name.partition(".")[0] for name in images}) == 1797 + len(digits.broken)
+    assert digits.train_images == len(train) // 2 == 898
+    assert digits.label_images == 899 + len(digits.broken)
+    truths = [data.decode() for name, data in (*train.items(), *label.items()) if name.endswith(".cls")]
+    assert len(truths) == 1797
+    assert set(truths) == set(CLASSES)
+    assert len(list(digits.label.glob("*.tar"))) == 6
+
+
+def test_the_reader_sees_images_with_truth_and_broken_ones_without(digits: Digits):
+    wanted = Input(uri=str(digits.label), keep=("cls",))
+    store = open_store(str(digits.label))
+    tables = [
+        table
+        for unit in cut(store, wanted, list_inputs(store, wanted), tasks=1)
+        for table in read_unit(store, unit, wanted=wanted)
+    ]
+    rows = [row for table in tables for row in table.to_pylist() if row["key"] is not None]
+    assert len(rows) == digits.label_images
+    assert {row["key"] for row in rows if row["cls"] is None} == digits.broken.keys()
+
+
+def test_sound_images_decode_and_broken_ones_fail_as_announced(digits: Digits):
+    failures = {}
+    for name, data in members(digits.label).items():
+        if name.endswith(".cls"):
+            continue
+        try:
+            pixels = decode(data, max_pixels=10**8)
+        except BadImage as bad:
+            failures[name.partition(".")[0]] = bad.failure
+        else:
+            assert pixels.shape == (EDGE, EDGE, 3)
+            assert np.ptp(pixels) > 100
+    assert failures == digits.broken
+
+
+def test_broken_images_are_spread_over_the_shards(digits: Digits):
+    holding = []
+    for path in digits.label.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            holding.append(sum(name.startswith("broken-") for name in tar.getnames()))
+    assert sum(holding) == len(digits.broken)
+    assert max(holding) <= 2
+
+
+def test_without_scikit_learn_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(UnfitError, match=r"pip install nightlabel\[demo\]"):
+        pack_digits(tmp_path)
