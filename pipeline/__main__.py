@@ -1,0 +1,5 @@
+"""`python -m pipeline` is `nightlabel`."""
+
+from pipeline.cli import main
+
+main()

@@ -1,0 +1,223 @@
+"""The command line: the only place that prints results, exits and catches."""
+
+from __future__ import annotations
+
+import time
+
+STARTED = time.perf_counter()  # before the imports below: "first prediction after" counts from the command
+
+import json  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+import traceback  # noqa: E402
+from pathlib import Path  # noqa: E402
+from types import FrameType  # noqa: E402
+from typing import TYPE_CHECKING, Annotated, Any  # noqa: E402
+
+import typer  # noqa: E402
+
+from pipeline.errors import EXIT_BUG, Interrupted, JobError, NightlabelError  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pipeline.plan import Plan
+    from pipeline.report import Receipt
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+prepare = typer.Typer(no_args_is_help=True, help="Make and import models.")
+app.add_typer(prepare, name="prepare")
+
+JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML; jobs/README.md lists its fields.")]
+Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs, YYYY-MM-DD.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.callback()
+def nightlabel() -> None:
+    """Bulk image labelling: every input ends as a row, labelled or failed with a reason, exactly once."""
+
+
+@app.command()
+def run(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
+    """Label what the job names, or go on where an earlier run stopped."""
+    from pipeline.jobfile import load_job
+    from pipeline.label import Driver
+    from pipeline.screen import Screen
+
+    loaded = load_job(job, date=date)
+    with Screen() as screen:
+        receipt = Driver(loaded, observe=screen.observe, started=STARTED).label()
+    _print_receipt(receipt, as_json=as_json, job=f"{job}{f' --date {date}' if date else ''}")
+    sys.exit(receipt.exit_code)
+
+
+def _print_receipt(receipt: Receipt, *, as_json: bool, job: str) -> None:
+    if as_json:
+        _print_json(receipt.as_dict())
+        return
+    for line in receipt.lines():
+        typer.echo(line)
+    if receipt.exit_code not in (0, 4):
+        typer.echo(f"next    mend what is named above, then again: nightlabel run {job}")
+        return
+    typer.echo(f"next    nightlabel validate {job}")
+    query = f"select label, count(*) from '{receipt.where}/data/*.parquet' group by label"
+    typer.echo(f'        duckdb -c "{query}"')
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+@app.command()
+def plan(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
+    """Show what a run would do. Starts nothing and writes nothing."""
+    from pipeline.jobfile import load_job
+    from pipeline.start import load_model, plan_job
+
+    loaded = load_job(job, date=date)
+    log, planned = plan_job(loaded, load_model(loaded, weights=False), write=False)
+    parts = [part for unit in planned.units for part in unit.parts]
+    facts = {
+        "where": log.root,
+        "run": planned.run_id,
+        "units": len(planned.units),
+        "units_done": len(planned.committed),
+        "inputs": len({part.uri for part in parts}),
+        "bytes": sum(part.size for part in parts),
+        "todo_bytes": sum(part.size for unit in planned.todo for part in unit.parts),
+        "cpus": loaded.resources.cpus,
+        "gpus": loaded.resources.gpus,
+    }
+    if as_json:
+        _print_json(facts | {"todo": [{"unit": unit.id, "inputs": [part.uri for part in unit.parts]} for unit in planned.todo]})
+        return
+    for line in _plan_lines(planned, facts):
+        typer.echo(line)
+    typer.echo(f"where   {log.root}")
+
+
+def _plan_lines(planned: Plan, facts: dict[str, Any]) -> Iterator[str]:
+    if planned.run_id is None:
+        yield "nothing to do: every input is labelled"
+        return
+    size = f"{facts['inputs']:,} inputs, {facts['bytes'] / 1e6:,.1f} MB"
+    yield f"{facts['units']:,} units of {size}; {facts['units_done']:,} units done"
+    yield f"run     {planned.run_id}, asks for {facts['cpus']:g} CPUs and {facts['gpus']:g} GPUs"
+    for unit in planned.todo[:10]:
+        first = unit.parts[0]
+        rows = f" rows {first.start:,}-{first.stop:,}" if first.stop is not None else ""
+        yield f"todo    {unit.id[:8]}  {first.uri}{rows}" + (f" and {len(unit.parts) - 1} more" if len(unit.parts) > 1 else "")
+    if len(planned.todo) > 10:
+        yield f"todo    and {len(planned.todo) - 10:,} more units; --json lists them all"
+
+
+@app.command()
+def validate(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
+    """Does the job's output hold together: every footer, every count, every manifest, no input labelled twice."""
+    from pipeline.commit import validate as check
+    from pipeline.jobfile import load_job
+    from pipeline.start import fingerprint, load_model, open_log
+
+    loaded = load_job(job, date=date)
+    artifact = load_model(loaded, weights=False)
+    log = open_log(loaded, artifact)
+    footers, problems = check(log, fingerprint=fingerprint(artifact, loaded))
+    rows, ok, failed = (sum(getattr(footer, name) for footer in footers) for name in ("rows_in", "ok", "failed"))
+    if as_json:
+        _print_json({"where": log.root, "units": len(footers), "rows_in": rows, "ok": ok, "failed": failed, "problems": problems})
+    else:
+        for problem in problems:
+            typer.echo(f"wrong   {problem}")
+        typer.echo(f"{'NOT VALID' if problems else 'valid'}: {rows:,} in = {ok:,} ok + {failed:,} failed, {len(footers):,} units")
+        typer.echo(f"where   {log.root}")
+    sys.exit(6 if problems else 0)
+
+
+@app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="The field reference, as in jobs/README.md.")] = False,
+) -> None:
+    """Print the JSON schema of a job file, for editors."""
+    from pipeline.reference import json_schema, reference
+
+    typer.echo(reference() if markdown else json_schema(), nl=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the demo's data, model and labels; must not hold another one's.")] = Path(
+        "demo-out"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Train a small model on handwritten digits and label the rest: no network, no account, no GPU, under 3 minutes."""
+    from pipeline.demo import run_demo
+    from pipeline.screen import Screen
+
+    def say(text: str) -> None:
+        typer.echo(text, err=as_json)
+
+    with Screen() as screen:
+        outcome = run_demo(out, say=say, observe=screen.observe)
+    _print_receipt(outcome.receipt, as_json=as_json, job=str(out / "job.yaml"))
+    for line in outcome.lines():
+        say(line)
+    sys.exit(outcome.exit_code)
+
+
+@prepare.command("import")
+def import_(
+    source: Annotated[
+        str, typer.Argument(help="Hugging Face folder, weights file (.pth, .safetensors), or torchvision weights name.")
+    ],
+    out: Annotated[str, typer.Argument(help="Folder of the new artifact; local or s3://.")],
+    labels: Annotated[Path | None, typer.Option(help="Text file with one label a line, or a JSON list.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Import a ResNet as an artifact: one folder with weights, preprocessing and labels, named by its digest."""
+    from pipeline.prepare.importer import import_model
+
+    artifact = import_model(source, out, labels=tuple(_labels(labels)) if labels else None)
+    if as_json:
+        _print_json({"uri": out, "digest": artifact.digest, "classes": len(artifact.labels)})
+        return
+    typer.echo(f"{out}: {len(artifact.labels)} classes, {artifact.preprocessing}")
+    typer.echo(f"digest  {artifact.digest}")
+
+
+def _labels(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise JobError(f"{path}: {error}", need="a label a line, or a JSON list of labels", do="Check the file") from error
+    if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
+        raise JobError(
+            f"{path}: holds something else than labels", need="a label a line, or a JSON list of labels", do="Check the file"
+        )
+    return values
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once; even that loses nothing
+    do = "What is committed stays; the same command goes on from there"
+    raise Interrupted(f"stopped by {signal.Signals(number).name}", signal_number=number, do=do)
+
+
+def main() -> None:
+    """Entry point of `nightlabel`: exit codes as in the README, one sentence for what a user can act on."""
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except NightlabelError as error:
+        if "--json" in sys.argv:
+            _print_json({"error": str(error), "error_class": type(error).__name__, "exit_code": error.exit_code})
+        typer.echo(f"nightlabel: {error}", err=True)
+        sys.exit(error.exit_code)
+    except Exception:  # noqa: BLE001  # the one place: what gets here is a bug of ours
+        traceback.print_exc()
+        typer.echo("nightlabel: this is a bug; please report it with the lines above. What is committed stays.", err=True)
+        sys.exit(EXIT_BUG)

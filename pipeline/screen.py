@@ -1,0 +1,97 @@
+"""What a run shows while it works, on stderr: one live line in images on a terminal, a plain line every 10 s elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+EVERY_S = 10.0
+
+
+class Screen:
+    """Observes a driver (`Driver(observe=screen.observe)`). Use as a context manager; `quiet` shows nothing but trouble."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._quiet = quiet
+        self._live = Live("", console=self._console, refresh_per_second=4, transient=True) if self._fancy else None
+        self._stop = threading.Event()
+        self._images = self._failed = self._units = self._done = self._total_bytes = 0
+        self._first = self._since = time.monotonic()
+        self._unit_images = 0
+
+    @property
+    def _fancy(self) -> bool:
+        return self._console.is_terminal and not self._quiet
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._live is not None:
+            self._live.stop()
+
+    def _tick(self) -> None:
+        while not self._stop.wait(EVERY_S):
+            self._say(self._line())
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(Text(text))
+
+    def observe(self, event: str, fields: dict[str, Any]) -> None:
+        """Takes the driver's events: planned, pass, rows, commit, trouble, verified."""
+        if event == "planned":
+            self._planned(fields)
+        elif event == "pass":
+            careful = ", each image decoded in a child process" if fields["careful"] else ""
+            if fields["number"] > 1 or careful:
+                self._say(f"pass {fields['number']}: {fields['units']} units did not arrive, once more{careful}")
+            else:
+                self._say("starting workers")
+        elif event == "rows":
+            if self._images == 0:
+                self._first = time.monotonic()
+            self._images, self._failed = self._images + fields["images"], self._failed + fields["failed"]
+        elif event == "commit":
+            self._done, self._unit_images = self._done + 1, self._unit_images + fields["rows"]
+        elif event == "trouble" and fields["error_class"] != "LOST":  # what was lost comes again in the next pass
+            self._console.print(Text(f"{fields['error_class']}: {fields['error']}", style="red"))
+        if self._live is not None and self._live.is_started:
+            self._live.update(Text(self._line()))
+
+    def _planned(self, fields: dict[str, Any]) -> None:
+        self._units, self._done = fields["units"], 0
+        if fields["run"] is None:
+            return
+        self._since = time.monotonic()
+        if self._live is not None:
+            self._live.start()
+        elif not self._quiet:
+            threading.Thread(target=self._tick, daemon=True).start()
+        if fields["done"]:
+            self._say(f"resuming: {fields['done']} of {fields['units']} units done")
+            self._units -= fields["done"]
+        self._say(f"run {fields['run']}: {self._units} units to do, {fields['todo_bytes'] / 1e6:,.0f} MB")
+
+    def _line(self) -> str:
+        """done/total, rate, what is left, failed. The total is an estimate from the units that are complete."""
+        seconds = time.monotonic() - self._first
+        if not self._images:
+            return f"0 images, {time.monotonic() - self._since:.0f} s"
+        rate = self._images / seconds if seconds > 1 else 0.0
+        total, eta = "", ""
+        if self._done:
+            expected = max(self._images, round(self._unit_images / self._done * self._units))
+            total = f"/{'~' if self._done < self._units else ''}{expected:,}"
+            if rate:
+                eta = f", {(expected - self._images) / rate:.0f} s left"
+        return (
+            f"{self._images:,}{total} images, {rate:,.0f} img/s{eta}, {self._failed:,} failed, {self._done}/{self._units} units"
+        )

@@ -1,0 +1,73 @@
+"""The documents are true: commands exist and are documented, the map names every module, the demo's job is the job in jobs/."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_layers import LADDER
+
+from pipeline import errors
+from pipeline.demo import job_text
+from pipeline.rows import PREDICTION, Failure
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_readme_is_short_and_complete():
+    assert len(README.splitlines()) <= 150
+    assert "make demo" in README
+    assert "make test" in README
+
+
+def test_the_map_names_every_module():
+    rows = "\n".join(line for line in README.splitlines() if line.startswith("| `pipeline/"))
+    missing = [name for name in LADDER if not name.startswith("prepare.") and f"{name}.py" not in rows]
+    assert missing == []
+    assert "`pipeline/prepare/`" in rows
+    named = set(re.findall(r"([a-z0-9_]+)\.py", rows))
+    assert named <= set(LADDER)
+
+
+def test_columns_failures_and_exit_codes_are_documented():
+    for field in PREDICTION:
+        assert f"`{field.name}`" in README
+    for failure in Failure:
+        assert failure in README
+    codes = {
+        error.exit_code
+        for error in vars(errors).values()
+        if isinstance(error, type) and issubclass(error, errors.NightlabelError)
+    }
+    table = "\n".join(re.findall(r"^\| [\d, ]+ \|", README, re.MULTILINE))
+    assert {str(code) for code in codes} <= set(re.findall(r"\d+", table))
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "validate", "demo", "schema", "prepare import"])
+def test_commands_have_help_and_are_documented(command):
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", *command.split(), "--help"], capture_output=True, text=True, check=True
+    )
+    assert len(done.stdout.splitlines()) > 5
+    documents = README + (ROOT / "jobs/README.md").read_text() + (ROOT / "Makefile").read_text()
+    assert f"nightlabel {command}" in documents
+
+
+def test_the_demo_runs_the_job_file_in_jobs():
+    """Regenerate: write `pipeline.demo.job_text(Path("demo-out"))` to jobs/demo.yaml."""
+    assert (ROOT / "jobs/demo.yaml").read_text() == job_text(Path("demo-out"))
+
+
+def test_wrong_words_are_one_sentence_and_exit_2(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("name: x\ninput: {uri: a}\nmodel: {uri: m}\noutput: {uri: o}\noutptu: {}\n")
+    done = subprocess.run([sys.executable, "-m", "pipeline", "run", str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"nightlabel: {path}:5: unknown field outptu. Did you mean output?\n"
+    done = subprocess.run([sys.executable, "-m", "pipeline", "rnu"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
