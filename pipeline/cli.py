@@ -12,7 +12,7 @@ import sys  # noqa: E402
 import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import FrameType  # noqa: E402
-from typing import TYPE_CHECKING, Annotated, Any  # noqa: E402
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn  # noqa: E402
 
 import typer  # noqa: E402
 
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pipeline.plan import Plan
+    from pipeline.prepare.outcome import Outcome
+    from pipeline.recipe import EvaluateJob, QuantizeJob
     from pipeline.report import Receipt
+    from pipeline.training import DistillJob, FinetuneJob
+
+    Preparation = FinetuneJob | DistillJob | QuantizeJob | EvaluateJob
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 prepare = typer.Typer(no_args_is_help=True, help="Make and import models.")
@@ -40,16 +45,33 @@ def nightlabel() -> None:
 
 @app.command()
 def run(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
-    """Label what the job names, or go on where an earlier run stopped."""
+    """Do what the job says: label, finetune, distill, quantize or evaluate; go on where an earlier run stopped."""
     from pipeline.jobfile import load_job
     from pipeline.label import Driver
     from pipeline.screen import Screen
+    from pipeline.spec import Job
 
     loaded = load_job(job, date=date)
+    if not isinstance(loaded, Job):
+        _run_preparation(loaded, as_json=as_json, command=f"nightlabel run {job}")
     with Screen() as screen:
         receipt = Driver(loaded, observe=screen.observe, started=STARTED).label()
     _print_receipt(receipt, as_json=as_json, job=f"{job}{f' --date {date}' if date else ''}")
     sys.exit(receipt.exit_code)
+
+
+def _run_preparation(job: Preparation, *, as_json: bool, command: str) -> NoReturn:
+    from importlib import import_module
+
+    def say(text: str) -> None:
+        typer.echo(text, err=True)
+
+    outcome: Outcome = import_module(f"pipeline.prepare.{job.kind}").run_job(job, say=say, command=command)
+    if as_json:
+        _print_json(dict(outcome.facts))
+    for line in () if as_json else outcome.lines:
+        typer.echo(line)
+    sys.exit(outcome.exit_code)
 
 
 def _print_receipt(receipt: Receipt, *, as_json: bool, job: str) -> None:
@@ -73,10 +95,10 @@ def _print_json(value: dict[str, Any]) -> None:
 @app.command()
 def plan(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     """Show what a run would do. Starts nothing and writes nothing."""
-    from pipeline.jobfile import load_job
+    from pipeline.jobfile import load_label_job
     from pipeline.start import load_model, plan_job
 
-    loaded = load_job(job, date=date)
+    loaded = load_label_job(job, date=date)
     log, planned = plan_job(loaded, load_model(loaded, weights=False), write=False)
     parts = [part for unit in planned.units for part in unit.parts]
     facts = {
@@ -117,10 +139,10 @@ def _plan_lines(planned: Plan, facts: dict[str, Any]) -> Iterator[str]:
 def validate(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     """Does the job's output hold together: every footer, every count, every manifest, no input labelled twice."""
     from pipeline.commit import validate as check
-    from pipeline.jobfile import load_job
+    from pipeline.jobfile import load_label_job
     from pipeline.start import fingerprint, load_model, open_log
 
-    loaded = load_job(job, date=date)
+    loaded = load_label_job(job, date=date)
     artifact = load_model(loaded, weights=False)
     log = open_log(loaded, artifact)
     footers, problems = check(log, fingerprint=fingerprint(artifact, loaded))

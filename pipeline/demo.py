@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.artifact import save_artifact
 from pipeline.errors import JobError
-from pipeline.jobfile import parse_job
+from pipeline.jobfile import load_label_job
 from pipeline.label import Driver, Observer
 from pipeline.prepare.augment import Augment
 from pipeline.prepare.digits import CLASSES, pack_digits
@@ -83,7 +83,7 @@ def run_demo(out: Path, *, say: Callable[[str], None], observe: Observer) -> Out
         say(f"packed  {digits.train_images} digits to train on, {digits.label_images} to label, {len(digits.broken)} broken")
     if not (model / "artifact.json").exists():
         _train(out, model, say)
-    receipt = Driver(parse_job(job_file.read_bytes(), name=str(job_file)), observe=observe, started=started).label()
+    receipt = Driver(load_label_job(job_file), observe=observe, started=started).label()
     return _compare(receipt)
 
 

@@ -6,14 +6,24 @@ import difflib
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import JobError
+from pipeline.recipe import EvaluateJob, QuantizeJob
 from pipeline.spec import Job, fill_date
+from pipeline.training import DistillJob, FinetuneJob
 
+AnyJob = Job | FinetuneJob | DistillJob | QuantizeJob | EvaluateJob
+KINDS: dict[str, type[AnyJob]] = {
+    "label": Job,
+    "finetune": FinetuneJob,
+    "distill": DistillJob,
+    "quantize": QuantizeJob,
+    "evaluate": EvaluateJob,
+}
 MAX_BYTES = 1_000_000
 
 
@@ -35,21 +45,50 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_job(path: Path, *, date: str | None = None) -> Job:
+def load_job(path: Path, *, date: str | None = None) -> AnyJob:
     """The job in a YAML file, `{date}` filled in. Raises JobError: unreadable, not YAML, or not a job."""
+    return parse_job(_read(path), name=str(path), date=date)
+
+
+def load_label_job(path: Path, *, date: str | None = None) -> Job:
+    """Same, of a job that labels. Raises JobError for another kind too."""
+    job = load_job(path, date=date)
+    if not isinstance(job, Job):
+        raise JobError(f"{path}: kind is {job.kind}", need="label", do="Give a labelling job; nightlabel run takes every kind")
+    return job
+
+
+def _read(path: Path) -> bytes:
     try:
-        raw = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise JobError(f"{path}: {error.strerror}", need="a job file in YAML", do="Give the path of a job file") from error
-    return parse_job(raw, name=str(path), date=date)
 
 
-def parse_job(raw: bytes, *, name: str = "job", date: str | None = None) -> Job:
+def parse_job(raw: bytes, *, name: str = "job", date: str | None = None) -> AnyJob:
     """Same, from bytes. `name` is what messages call the file."""
     if len(raw) > MAX_BYTES:
         raise JobError(
             f"{name}: {len(raw):,} bytes", need=f"at most {MAX_BYTES:,}", do="Name prefixes or globs instead of listing images"
         )
+    root, data = _yaml(raw, name)
+    kind = data.setdefault("kind", "label")
+    if kind not in KINDS:
+        close = difflib.get_close_matches(str(kind), KINDS, n=1)
+        do = f"Did you mean {close[0]}?" if close else "Change it"
+        raise JobError(f"{name}{_line(root, ['kind'])}: kind is {kind!r}", need=", ".join(KINDS), do=do)
+    model = KINDS[kind]
+    try:
+        job = model.model_validate(data)
+        return fill_date(job, date) if isinstance(job, Job) else job
+    except ValidationError as error:
+        raise JobError("\n".join(_sentences(error, name, root, model))) from None
+    except ValueError as error:
+        raise JobError(f"{name}: {error}") from None
+
+
+def _yaml(raw: bytes, name: str) -> tuple[yaml.Node, dict[str, Any]]:
+    """(the parsed tree, for line numbers; the mapping that it is)."""
     try:
         loader = _Loader(raw.decode())
         root = loader.get_single_node()
@@ -66,21 +105,16 @@ def parse_job(raw: bytes, *, name: str = "job", date: str | None = None) -> Job:
         raise JobError(
             f"{name}: {type(data).__name__}", need="a mapping with kind, name, input, model, output", do="See jobs/README.md"
         )
-    try:
-        return fill_date(Job.model_validate(data), date)
-    except ValidationError as error:
-        raise JobError("\n".join(_sentences(error, name, root))) from None
-    except ValueError as error:
-        raise JobError(f"{name}: {error}") from None
+    return cast(yaml.Node, root), data
 
 
-def _sentences(error: ValidationError, name: str, root: yaml.Node | None) -> list[str]:
+def _sentences(error: ValidationError, name: str, root: yaml.Node, model: type[BaseModel]) -> list[str]:
     sentences: dict[str, str] = {}  # by field: of a union's complaints the first is the one about the form that was meant
     for item in error.errors(include_url=False):
         loc = [part for part in item["loc"] if not (isinstance(part, str) and ("-" in part or "[" in part))]
         where, field = f"{name}{_line(root, loc)}: ", ".".join(str(part) for part in loc)
         if item["type"] == "extra_forbidden":
-            sentence = _unknown(field, loc)
+            sentence = _unknown(field, loc, model)
         elif item["type"] == "missing":
             sentence = f"{field} is missing, it is required. Add it; jobs/README.md says what it holds."
         elif not loc:  # a cross-check of ours, which already says it all
@@ -108,15 +142,14 @@ def _line(root: yaml.Node | None, loc: list[int | str]) -> str:
     return f":{line}" if line else ""
 
 
-def _unknown(field: str, loc: list[int | str]) -> str:
-    names = list(_fields_at(loc[:-1]))
+def _unknown(field: str, loc: list[int | str], model: type[BaseModel]) -> str:
+    names = list(_fields_at(loc[:-1], model))
     close = difflib.get_close_matches(str(loc[-1]), names, n=1)
     hint = f"Did you mean {close[0]}?" if close else f"Known here: {', '.join(names)}"
     return f"unknown field {field}. {hint}"
 
 
-def _fields_at(loc: list[int | str]) -> dict[str, Any]:
-    model: type[BaseModel] = Job
+def _fields_at(loc: list[int | str], model: type[BaseModel]) -> dict[str, Any]:
     for part in loc:
         field = model.model_fields.get(str(part))
         nested = nested_model(field.annotation) if field else None
@@ -134,6 +167,6 @@ def nested_model(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def dump_job(job: Job) -> bytes:
+def dump_job(job: AnyJob) -> bytes:
     """The job as YAML with every default written out: what a run keeps as spec.yaml."""
     return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode()

@@ -27,6 +27,7 @@ def _uri(value: str) -> str:
     return value
 
 
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?$")]
 Uri = Annotated[str, Field(min_length=1), BeforeValidator(lambda v: _uri(v) if isinstance(v, str) else v)]
 
 
@@ -123,7 +124,7 @@ class Job(Model):
 
     kind: Literal["label"] = "label"
     """What the job does."""
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?$")]
+    name: Name
     """Lower case letters, digits and dashes, at most 50."""
     input: Input
     """Where the images are."""

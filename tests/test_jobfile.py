@@ -53,7 +53,7 @@ def test_reference_is_generated():
     """Regenerate: nightlabel schema --markdown > jobs/README.md; nightlabel schema > jobs/schema.json"""
     assert (ROOT / "jobs" / "README.md").read_text() == reference()
     assert (ROOT / "jobs" / "schema.json").read_text() == json_schema()
-    assert json.loads(json_schema())["properties"]["input"]
+    assert {"Job", "FinetuneJob", "DistillJob", "QuantizeJob", "EvaluateJob"} <= set(json.loads(json_schema())["$defs"])
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,8 @@ def test_a_password_is_refused_and_not_repeated():
 
 def test_missing_and_foreign_fields():
     assert "model is missing" in refusal(b"", b"name: x\ninput: {uri: a}\noutput: {uri: o}")
-    assert "finetune" in refusal(b"", SIX_LINES.replace(b"kind: label", b"kind: finetune"))
+    assert "data is missing" in refusal(b"", SIX_LINES.replace(b"kind: label", b"kind: finetune"))
+    assert "Did you mean finetune?" in refusal(b"", SIX_LINES.replace(b"kind: label", b"kind: fintune"))
     assert "a mapping" in refusal(b"", b"- 1")
     assert "1,000,000" in refusal(b"#" * 1_000_001)
 

@@ -1,0 +1,59 @@
+"""Labelled shards: image rows as the main job reads them, and the class of each.
+
+Reader, decoder and resize are those of labelling, so a model never sees other pixels in training or measuring than at work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.cut import cut, list_inputs
+from pipeline.errors import InputError, JobError
+from pipeline.read import read_unit
+from pipeline.spec import Input
+from pipeline.storage import open_store
+
+NO_LABEL = -1
+
+
+def image_rows(wanted: Input, *, label: str | None = None, most: int | None = None) -> Iterator[pa.Table]:
+    """Tables of rows.IMAGE, plus the column `label` when one is named, of at most `most` images from the front.
+
+    Raises InputError with what an end row says about a unit that cannot be read.
+    """
+    wanted = wanted.model_copy(update={"keep": (label,) if label else ()})
+    store = open_store(wanted.uris[0], wanted.s3)
+    left = most
+    for unit in cut(store, wanted, list_inputs(store, wanted), tasks=1):
+        for table in read_unit(store, unit, wanted=wanted):
+            for end in table.filter(pc.is_null(table["key"])).to_pylist():
+                if end["error_class"] is not None:
+                    raise InputError(end["error"].rstrip("."))
+            images = table.filter(pc.is_valid(table["key"])).slice(0, left)
+            left = None if left is None else left - images.num_rows
+            if images.num_rows:
+                yield images
+            if left == 0:
+                return
+
+
+def label_texts(column: pa.ChunkedArray) -> list[str | None]:
+    """Labels as text without white space; None where there is none."""
+    texts = pc.utf8_trim_whitespace(column.cast(pa.string())).to_pylist()
+    return [text or None for text in texts]
+
+
+def class_index(texts: Sequence[str | None], classes: Sequence[str], *, where: str) -> np.ndarray:
+    """The number of each label in `classes`, int64 [N], NO_LABEL where there is none. A label is a class's name or, when no class
+    has that name, its number. Raises JobError for any other."""
+    known = {str(number): number for number in range(len(classes))} | {name: number for number, name in enumerate(classes)}
+    unknown = sorted({text for text in texts if text is not None and text not in known})
+    if unknown:
+        need = f"one of {len(classes)} classes, {', '.join(classes[:5])}" + ", …" * (len(classes) > 5)
+        do = "Correct the labels or name the class"
+        raise JobError(f"{where}: {', '.join(unknown[:5])}", need=need + ", or its number", do=do)
+    return np.array([NO_LABEL if text is None else known[text] for text in texts], dtype=np.int64)
