@@ -1,4 +1,4 @@
-"""What is asked of model preparation, frozen pydantic models like `spec.Job`: quantize and evaluate jobs, and what all kinds share.
+"""What is asked of model preparation, frozen pydantic models like `spec.Job`: quantize and evaluate jobs, and what all share.
 
 Each job turns an artifact and shards into an artifact or a report. Inputs are those of labelling: the same readers, the same
 preprocessing. Jobs that train are in `training`.
