@@ -19,7 +19,15 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputMissing, ModelError
-from pipeline.huggingface import Architecture, read_config, read_preprocessor, write_config, write_preprocessor
+from pipeline.huggingface import (
+    MODELING,
+    Architecture,
+    modeling_code,
+    read_config,
+    read_preprocessor,
+    write_config,
+    write_preprocessor,
+)
 from pipeline.preprocessing import Preprocessing
 from pipeline.spec import S3
 from pipeline.storage import Store, join, open_store
@@ -30,8 +38,8 @@ if TYPE_CHECKING:
     from pipeline.resnet import ResNet
 
 CONFIG, PREPROCESSOR, WEIGHTS, INT8 = "config.json", "preprocessor_config.json", "model.safetensors", "model.int8.onnx"
-#: What the digest covers, in the order of writing; the last is optional.
-FILES = (CONFIG, PREPROCESSOR, WEIGHTS, INT8)
+#: What the digest covers, in the order of writing; the last two are optional.
+FILES = (CONFIG, PREPROCESSOR, WEIGHTS, INT8, MODELING)
 RECORD = "artifact.json"
 
 
@@ -107,6 +115,7 @@ def make_artifact(
         CONFIG: write_config(architecture, labels),
         PREPROCESSOR: write_preprocessor(preprocessing, "the preprocessing"),
         WEIGHTS: save(tensors, metadata={"format": "pt"}),
+        **({MODELING: modeling_code()} if architecture.stem == "small" else {}),
     }
     return with_files(files, origin=origin)
 

@@ -11,15 +11,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from pipeline.errors import ModelError
 from pipeline.preprocessing import Preprocessing, Resample
 
+Stem = Literal["standard", "small"]
+_MODEL_TYPES: dict[str, Stem] = {"resnet": "standard", "resnet-small-stem": "small"}
+#: The module that teaches transformers the small stem; it stands in the folder of such a model, under this name.
+MODELING = "modeling_small_stem.py"
 _RESAMPLE: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _PROCESSORS = ("ConvNextImageProcessor", "ConvNextImageProcessorFast", "ConvNextImageProcessorPil", "ConvNextFeatureExtractor")
 #: From this edge on ConvNextImageProcessor warps the image to a square instead of cropping.
 WARPS_FROM = 384
+_SMALL_STEM = {
+    "auto_map": {
+        "AutoConfig": "modeling_small_stem.SmallStemConfig",
+        "AutoModelForImageClassification": "modeling_small_stem.SmallStemResNet",
+    }
+}
 _IMPORT = "Take the folder of a ResNetForImageClassification, or import its weights with a preprocessing of your own"
 
 
@@ -34,6 +45,8 @@ class Architecture:
     embedding_size: int = 64
     downsample_in_first_stage: bool = False
     downsample_in_bottleneck: bool = False
+    stem: Stem = "standard"
+    """standard: 7 × 7 of stride 2 and pooling; small: 3 × 3 of stride 1, for 32 or 64 pixels, which transformers lacks."""
 
     @property
     def features(self) -> int:
@@ -44,7 +57,7 @@ class Architecture:
 def read_config(data: bytes, where: str) -> tuple[Architecture, tuple[str, ...]]:
     """`config.json` as (architecture, labels in the order of their ids). Raises ModelError."""
     config = _json_object(data, where)
-    _field({"model_type": None, **config}, where, "model_type", ("resnet",))
+    model_type = _field({"model_type": None, **config}, where, "model_type", tuple(_MODEL_TYPES))
     for field, allowed in {"hidden_act": ("relu",), "num_channels": (3,)}.items():
         _field(config, where, field, allowed)
     labels = _labels(config, where)
@@ -62,16 +75,19 @@ def read_config(data: bytes, where: str) -> tuple[Architecture, tuple[str, ...]]
         embedding_size=config.get("embedding_size", 64),
         downsample_in_first_stage=bool(config.get("downsample_in_first_stage", False)),
         downsample_in_bottleneck=bool(config.get("downsample_in_bottleneck", False)),
+        stem=_MODEL_TYPES[model_type],
     )
     return architecture, labels
 
 
 def write_config(architecture: Architecture, labels: tuple[str, ...]) -> bytes:
     """The inverse of `read_config`."""
+    small = architecture.stem == "small"
     return _json_bytes(
         {
-            "architectures": ["ResNetForImageClassification"],
-            "model_type": "resnet",
+            "architectures": ["SmallStemResNet" if small else "ResNetForImageClassification"],
+            **(_SMALL_STEM if small else {}),
+            "model_type": next(name for name, stem in _MODEL_TYPES.items() if stem == architecture.stem),
             "layer_type": architecture.layer_type,
             "depths": list(architecture.depths),
             "hidden_sizes": list(architecture.hidden_sizes),
@@ -85,6 +101,11 @@ def write_config(architecture: Architecture, labels: tuple[str, ...]) -> bytes:
             "label2id": {label: i for i, label in enumerate(labels)},
         }
     )
+
+
+def modeling_code() -> bytes:
+    """The content of MODELING."""
+    return (Path(__file__).parent / MODELING).read_bytes()
 
 
 def read_preprocessor(data: bytes, where: str) -> Preprocessing:

@@ -63,8 +63,11 @@ class ResNet(nn.Module):
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
-        stem = ConvNorm(3, a.embedding_size, 7, stride=2)
-        embedder = _named(embedder=stem, pooler=nn.MaxPool2d(kernel_size=3, stride=2, padding=1))
+        if a.stem == "small":
+            embedder = _named(embedder=ConvNorm(3, a.embedding_size, 3), pooler=nn.Identity())
+        else:
+            stem, pooler = ConvNorm(3, a.embedding_size, 7, stride=2), nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+            embedder = _named(embedder=stem, pooler=pooler)
         stages, inputs = [], a.embedding_size
         for i, (depth, outputs) in enumerate(zip(a.depths, a.hidden_sizes, strict=True)):
             stride = 2 if i > 0 or a.downsample_in_first_stage else 1

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ TINY = Architecture("basic", (1, 1), (8, 16), classes=3, embedding_size=8)
 RESNET18 = Architecture("basic", (2, 2, 2, 2), (64, 128, 256, 512), classes=10)
 RESNET50 = Architecture("bottleneck", (3, 4, 6, 3), (256, 512, 1024, 2048), classes=10)
 V1 = Architecture("bottleneck", (1, 2), (16, 32), classes=2, downsample_in_bottleneck=True, downsample_in_first_stage=True)
+SMALL = replace(RESNET18, stem="small")
 
 
 def weights(architecture: Architecture) -> dict[str, torch.Tensor]:
@@ -68,13 +70,17 @@ def logits(model: nn.Module, size: int = 64) -> np.ndarray:
     return (out if isinstance(out, torch.Tensor) else out.logits).numpy()
 
 
-@pytest.mark.parametrize("architecture", [RESNET18, RESNET50, V1], ids=["resnet18", "resnet50", "v1"])
-def test_transformers_opens_ours(tmp_path: Path, architecture: Architecture) -> None:
+@pytest.mark.parametrize("architecture", [RESNET18, RESNET50, V1, SMALL], ids=["resnet18", "resnet50", "v1", "small stem"])
+def test_transformers_opens_ours(tmp_path: Path, architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+    # Where transformers copies the code that a folder brings.
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     preprocessing = Preprocessing(size=48, crop_pct=0.9, resample="bicubic", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     artifact = save_artifact(made(architecture, preprocessing), str(tmp_path))
-    theirs, info = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    theirs, info = AutoModelForImageClassification.from_pretrained(
+        tmp_path, output_loading_info=True, trust_remote_code=architecture.stem == "small"
+    )
     assert not any(info[trouble] for trouble in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert [theirs.config.id2label[i] for i in range(architecture.classes)] == list(artifact.labels)
     np.testing.assert_allclose(logits(build(artifact)), logits(theirs), atol=1e-4)

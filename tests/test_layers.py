@@ -13,7 +13,8 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 
 #: Top to bottom. A name stands for pipeline/<name>.py or, with a dot, for a module of a sub-package.
 ROWS = """
-errors quantity resources rows preprocessing spec recipe training jobfile reference storage s3 huggingface resnet artifact
+errors quantity resources rows preprocessing spec recipe training jobfile reference storage s3
+modeling_small_stem huggingface resnet artifact
 plan cut tar read decode careful preprocess engine predict commit report
 start cluster run label
 prepare.outcome prepare.data
@@ -30,6 +31,7 @@ KEEPERS = {
     "typer": {"cli"},
     "rich": {"screen", "cli"},
     "simplejpeg": {"decode"},
+    "transformers": {"modeling_small_stem"},
 }
 
 

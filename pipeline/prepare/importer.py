@@ -113,6 +113,7 @@ def infer_architecture(state: Mapping[str, Tensor], where: str) -> Architecture:
         hidden_sizes=tuple(len(end) if end is not None else 0 for end in ends),
         classes=len(state[_HEAD]),
         embedding_size=len(state[_STEM]),
+        stem="small" if state[_STEM].shape[-1] == 3 else "standard",
     )
 
 
