@@ -34,17 +34,22 @@ def cluster(job: Job) -> Iterator[None]:
 
 def connect(job: Job) -> None:
     """Connect to Ray, or start one, and set Ray Data up for passes."""
-    own: dict[str, Any] = {"address": "local", "object_store_memory": job.resources.object_store, "include_dashboard": False}
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    with _stderr_closed():  # the core greets with a line about its log level
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **({} if os.environ.get("RAY_ADDRESS") else own))
-    signal.signal(signal.SIGTERM, on_terminate)  # Ray's own handler exits at once, without a word how to go on
+    start_ray(object_store=job.resources.object_store)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = -1
     context.execution_options.preserve_order = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+def start_ray(*, object_store: int) -> None:
+    """Connect to the Ray that RAY_ADDRESS names, or start one with `object_store` bytes of shared memory."""
+    own: dict[str, Any] = {"address": "local", "object_store_memory": object_store, "include_dashboard": False}
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    with _stderr_closed():  # the core greets with a line about its log level
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **({} if os.environ.get("RAY_ADDRESS") else own))
+    signal.signal(signal.SIGTERM, on_terminate)  # Ray's own handler exits at once, without a word how to go on
 
 
 @contextmanager

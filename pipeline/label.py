@@ -6,7 +6,6 @@ The outer loop is all there is to correctness: todo = plan − committed; run a 
 from __future__ import annotations
 
 import importlib
-import os
 import secrets
 import time
 from collections import Counter, deque
@@ -27,22 +26,12 @@ from pipeline.plan import Log, Plan, Unit, split
 from pipeline.report import Receipt, UnitTrouble, exit_code
 from pipeline.rows import UnitError
 from pipeline.spec import Job
-from pipeline.start import CODE_VERSION, load_model, plan_job
+from pipeline.start import CODE_VERSION, load_model, plan_job, set_ray_environment
 
 TRIES = 3  # two passes as they come, the third in careful mode
 _COMMITTERS = 4  # conditional creates in flight; each waits for the store, not for a core
 _LOST = "LOST"
 SEAMS = ("read", "preprocess", "predict")
-
-# Ray reads some of these when it is imported. What the user has set stays.
-_RAY = {
-    "RAY_AUTH_MODE": "disabled",  # ray.init alone would turn token auth on and write to the home folder
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # a pass that was left must not bring Ray up again behind our back
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would build an environment per worker
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's core cries wolf on stderr for every pool whose actors may restart
-}
 
 Observer = Callable[[str, dict[str, Any]], None]
 
@@ -88,7 +77,7 @@ class Driver:
     def label(self) -> Receipt:
         """Label what is left to label. Raises NightlabelError for what stops the whole run; units left are in the receipt."""
         job = self.job
-        os.environ.update({name: value for name, value in _RAY.items() if name not in os.environ})
+        set_ray_environment()
         with ThreadPoolExecutor(1) as aside:
             importing = aside.submit(importlib.import_module, "pipeline.run")  # 2 s for Ray Data, beside the planning
             artifact = load_model(job, weights=True)

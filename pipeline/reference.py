@@ -30,11 +30,14 @@ does and which fields it has; without it a job labels.
 """
 _FILES = {
     "demo.yaml": "the job of `make demo`: handwritten digits, 2 CPUs",
+    "demo-model.yaml": "finetune: the model of `make demo`, from a random start, 2 CPUs",
     "photos-2cpu.yaml": "photographs in tar shards on a local disk, 2 CPUs, float32",
     "nightly-products.yaml": "a night's product photographs on S3, one L4, bfloat16, by schedule",
     "offline-scoring.yaml": "a large Parquet data set, all probabilities kept for scoring, 32 CPUs",
     "imagenet-1xh200.yaml": "tar shards on one H200 with 16 CPUs, float16",
     "archive-8xl4.yaml": "a photo archive on 8 machines with one L4 and 4 CPUs each, float16",
+    "finetune-products.yaml": "finetune: a shop's own classes, from an imported model, one L4, float16",
+    "distill-cifar10.yaml": "distill: ResNet-50 into ResNet-18 on 32-pixel images, 2 CPUs, bfloat16",
 }
 
 

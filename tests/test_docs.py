@@ -12,7 +12,7 @@ from conftest import ROOT
 from test_layers import LADDER
 
 from pipeline import errors
-from pipeline.demo import job_text
+from pipeline.demo import job_text, model_text
 from pipeline.rows import PREDICTION, Failure
 
 README = (ROOT / "README.md").read_text()
@@ -57,9 +57,10 @@ def test_commands_have_help_and_are_documented(command):
     assert f"nightlabel {command}" in documents
 
 
-def test_the_demo_runs_the_job_file_in_jobs():
-    """Regenerate: write `pipeline.demo.job_text(Path("demo-out"))` to jobs/demo.yaml."""
+def test_the_demo_runs_the_job_files_in_jobs():
+    """Regenerate: write `pipeline.demo.job_text(Path("demo-out"))` to jobs/demo.yaml, `model_text` to jobs/demo-model.yaml."""
     assert (ROOT / "jobs/demo.yaml").read_text() == job_text(Path("demo-out"))
+    assert (ROOT / "jobs/demo-model.yaml").read_text() == model_text(Path("demo-out"))
 
 
 def test_wrong_words_are_one_sentence_and_exit_2(tmp_path):

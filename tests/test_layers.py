@@ -18,14 +18,16 @@ modeling_small_stem huggingface resnet artifact
 plan cut tar read decode careful preprocess engine predict commit report
 start cluster run label
 prepare.outcome prepare.data
-prepare.importer prepare.augment prepare.train prepare.finetune prepare.digits
+prepare.importer prepare.augment prepare.images prepare.learner prepare.train
+prepare.workers prepare.finetune prepare.distill prepare.digits
 demo screen cli __main__
 """
 LADDER = ROWS.split()
 
 #: Who may import what comes from outside.
 KEEPERS = {
-    "ray": {"cluster", "run"},
+    "ray": {"cluster", "run", "prepare.workers"},
+    "lightning": {"prepare.learner", "prepare.train"},
     "fsspec": {"storage", "s3"},
     "s3fs": {"storage", "s3"},
     "typer": {"cli"},

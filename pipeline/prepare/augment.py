@@ -1,49 +1,43 @@
-"""Random changes of training images, so that a model learns what does not matter: where a thing stands, how large it is.
-
-One affine map per image does the crop, the shift and the flip at once, in one pass of bilinear sampling over the uint8 batch.
-The price: images shrunk below half would alias, so `scale` starts at 0.5, and nothing is turned or recoloured.
+"""Random changes of a training image, by torchvision, so that a model learns what does not matter: where a thing stands, how
+large it is, in what light. The crop is cut from the whole image and resized once, with the artifact's own filter.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
-
+import numpy as np
 import torch
-import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
 
-from pipeline.quantity import Model
-
-Scale = Annotated[float, Field(ge=0.5, le=4)]
-
-
-class Augment(Model):
-    """How far an image may be changed; every image draws its own amounts. (1, 1), 0 and off change nothing."""
-
-    scale: tuple[Scale, Scale] = (1.0, 1.0)
-    """Range of the enlargement; (1, 1.5) crops down to two thirds of the edge."""
-    shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Longest shift in each direction, as a share of the edge; what comes in repeats the border."""
-    flip: bool = False
-    """Mirror half of the images left to right; wrong for digits, letters and signs."""
-
-    @property
-    def idle(self) -> bool:
-        return self.scale == (1.0, 1.0) and self.shift == 0 and not self.flip
+from pipeline.preprocess import resize_and_crop
+from pipeline.preprocessing import Preprocessing
+from pipeline.training import Augment
 
 
-def augment(pixels: Tensor, wanted: Augment) -> Tensor:
-    """uint8 [N, 3, S, S] → the same, changed at random by torch's CPU generator; `pixels` itself when nothing is wanted."""
-    if wanted.idle:
-        return pixels
-    count = len(pixels)
-    low, high = wanted.scale
-    zoom = 1 / (low + (high - low) * torch.rand(count))  # the share of the edge that is looked at
-    shift = (2 * torch.rand(count, 2) - 1) * (2 * wanted.shift)  # the grid runs from -1 to 1
-    side = 1 - 2 * (torch.rand(count) < 0.5).float() if wanted.flip else torch.ones(count)
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = zoom * side, zoom, shift
-    grid = F.affine_grid(theta.to(pixels.device), list(pixels.shape), align_corners=False)
-    images = F.grid_sample(pixels.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return images.round_().to(torch.uint8)  # bilinear weights sum to 1: nothing leaves 0..255
+class Change:
+    """uint8 [H, W, 3] of any size → uint8 [3, S, S], by torch's random numbers of the moment.
+
+    With `crop` of (1, 1) the geometry is that of predicting; else a random crop of that share of the area and of an aspect ratio
+    from 3/4 to 4/3 (arXiv 1409.4842) is resized.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, wanted: Augment) -> None:
+        self._preprocessing = preprocessing
+        steps: list[torch.nn.Module] = []
+        self._crops = wanted.crop != (1.0, 1.0)
+        if self._crops:
+            filter_ = InterpolationMode(preprocessing.resample)
+            steps.append(v2.RandomResizedCrop(preprocessing.size, scale=wanted.crop, interpolation=filter_, antialias=True))
+        if wanted.flip:
+            steps.append(v2.RandomHorizontalFlip())
+        if wanted.jitter:
+            steps.append(v2.ColorJitter(brightness=wanted.jitter, contrast=wanted.jitter, saturation=wanted.jitter))
+        self._change = v2.Compose(steps) if steps else torch.nn.Identity()
+
+    def __call__(self, image: np.ndarray) -> Tensor:
+        if self._crops:
+            pixels = torch.from_numpy(image).permute(2, 0, 1)
+        else:
+            pixels = torch.from_numpy(resize_and_crop(image, self._preprocessing))
+        changed: Tensor = self._change(pixels)
+        return changed.contiguous()

@@ -1,198 +1,198 @@
 """Labelled shards → artifact: read the way the main job reads, train from a model or a random start, keep what it came from.
 
-Reader, decoder and resize are those of labelling, so a model never sees other pixels in training than at work. Images that cannot
-be decoded or carry no label are left out and counted in the artifact, an image with an unknown label is an error: the one is how
-collections are, the other a mistake. The price: one process reads, and all images are held in memory (see `train`).
+Images that cannot be decoded or carry no label are left out, counted and listed; an image with an unknown label is an error: the
+one is how collections are, the other a mistake. A finished job that is run again finds its artifact and does nothing; one that
+was killed finds its checkpoints, beside the artifact or in the working folder when that is on S3, and goes on.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import torch
 from torch import nn
 
-from pipeline.artifact import Artifact, Origin, build, make_artifact
-from pipeline.cut import cut, list_inputs
-from pipeline.errors import InputError, JobError, UnfitError
+from pipeline.artifact import RECORD, Artifact, Origin, build, load_artifact, make_artifact, save_artifact
+from pipeline.cut import list_inputs
+from pipeline.errors import InputMissing, JobError, ModelError
 from pipeline.huggingface import Architecture
-from pipeline.prepare.train import Epoch, Labelled, TrainSettings, train
-from pipeline.preprocess import Preprocess
-from pipeline.preprocessing import Preprocessing
-from pipeline.read import read_unit
+from pipeline.prepare.images import Found, Images, find_classes, labelled, read_images, seeded, split
+from pipeline.prepare.learner import CrossEntropy, Learner, balanced_weights
+from pipeline.prepare.outcome import Outcome, Say
+from pipeline.prepare.train import Place, Result, fit
+from pipeline.preprocessing import PREPROCESSING_VERSION, Preprocessing
+from pipeline.recipe import Start
 from pipeline.resnet import ResNet
-from pipeline.rows import pixels_view
 from pipeline.spec import Input
-from pipeline.storage import open_store
+from pipeline.storage import join, open_store
+from pipeline.training import Data, DistillJob, FinetuneJob, Random
 
-RESNET18 = Architecture("basic", (2, 2, 2, 2), (64, 128, 256, 512), classes=1)
-VALIDATION = 0.1  # of the images: at 898 digits one of them is 1.1 % of accuracy, enough to choose an epoch by
-MAX_PIXELS = 100 * 10**6
+_BASIC, _BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
+_DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # arXiv 1512.03385
+_LISTED = 50  # images left out that the artifact names; all are counted
 
 
 @dataclass(frozen=True)
-class TrainingSet:
-    """What was read: images with labels (an index into `classes`), and how many were left out, by reason."""
+class TrainingData:
+    """(training, validation) images and what there is to say of them."""
 
-    images: Labelled
+    images: tuple[Images, Images]
     classes: tuple[str, ...]
-    preprocessing: Preprocessing
-    left_out: dict[str, int]
-    uris: tuple[str, ...]
+    facts: dict[str, Any]
 
 
-def read_labelled(
-    wanted: Input,
-    *,
-    preprocessing: Preprocessing,
-    label: str = "cls",
-    classes: Sequence[str] | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> TrainingSet:
-    """Read and prepare every image of `wanted`; its label is the sidecar or column `label`, as text.
+def run_job(job: FinetuneJob, *, say: Say, command: str) -> Outcome:
+    """Train as the job says, here or on Ray Train, and save the artifact."""
+    if job.workers.count > 1:
+        from pipeline.prepare.workers import together
 
-    Without `classes` they are the labels found, numbers by size and all else by alphabet. Raises JobError for no labels, one
-    class only, or a label outside `classes`; InputError for an input that cannot be read.
-    """
-    wanted = wanted.model_copy(update={"keep": (label,)})
-    prepare = Preprocess(preprocessing, max_pixels=max_pixels, threads=torch.get_num_threads())
-    pixels: list[np.ndarray] = []
-    texts: list[str] = []
-    left_out: Counter[str] = Counter()
-    for table in map(prepare, _image_rows(wanted)):
-        names = pc.utf8_trim_whitespace(table[label].cast("string"))
-        named = pc.fill_null(pc.not_equal(names, ""), False)
-        sound = pc.is_valid(table["pixels"])
-        left_out.update(table["error_class"].drop_null().to_pylist())
-        left_out["NO_LABEL"] += pc.sum(pc.and_not(sound, named)).as_py() or 0
-        taken = pc.and_(sound, named)
-        pixels.append(pixels_view(table["pixels"].filter(taken), preprocessing.size))
-        texts += names.filter(taken).to_pylist()
-    found = _classes(texts, classes, where=f"{', '.join(wanted.uris)}, {label}")
-    index = {name: number for number, name in enumerate(found)}
-    images = Labelled(torch.from_numpy(np.concatenate(pixels)), torch.tensor([index[text] for text in texts]))
-    return TrainingSet(images, found, preprocessing, dict(+left_out), wanted.uris)
+        return together(job, say=say, command=command)
+    return train_job(job, place=Place.here(job.workers), say=say, command=command)
 
 
-def _image_rows(wanted: Input) -> Iterator[pa.Table]:
-    """The image rows of every unit. Raises InputError with what an end row says about its unit."""
-    store = open_store(wanted.uris[0], wanted.s3)
-    for unit in cut(store, wanted, list_inputs(store, wanted), tasks=1):
-        for table in read_unit(store, unit, wanted=wanted):
-            images = table.filter(pc.is_valid(table["key"]))
-            for end in table.filter(pc.is_null(table["key"])).to_pylist():
-                if end["error_class"] is not None:
-                    raise InputError(end["error"].rstrip("."))
-            if images.num_rows:
-                yield images
-
-
-def _classes(texts: list[str], given: Sequence[str] | None, *, where: str) -> tuple[str, ...]:
-    found = set(texts)
-    if not found:
-        raise JobError(f"{where}: no image has a label", need="a label for every image to train on", do="Check the label's name")
-    if given is not None and (unknown := found - set(given)):
-        shown = ", ".join(sorted(unknown)[:5])
-        need = f"one of {len(given)} classes, {', '.join(given[:5])}" + ", …" * (len(given) > 5)
-        raise JobError(f"{where}: {shown}", need=need, do="Correct the labels or name the class")
-    if len(found) < 2:
-        raise JobError(f"{where}: every label is {min(found)}", need="two classes or more", do="Add images of other classes")
-    if given is not None:
-        return tuple(given)
-    numeric = all(text.isascii() and text.isdigit() for text in found)
-    return tuple(sorted(found, key=lambda text: (int(text), text) if numeric else (0, text)))
-
-
-def finetune(
-    data: TrainingSet,
-    *,
-    start: Artifact | None = None,
-    settings: TrainSettings | None = None,
-    command: str = "",
-    device: str = "cpu",
-    progress: Callable[[Epoch], None] | None = None,
-) -> Artifact:
-    """Train on `data` and return the artifact, in memory; `save_artifact` writes it.
-
-    Starts from `start`, whose classifier is replaced unless it has the same classes in the same order, or else from a random
-    ResNet-18. Accuracy is that of a validation split the weights never saw, but the best epoch was chosen by it. Raises JobError
-    for fewer images than a batch or a preprocessing that is not that of `start`.
-    """
-    settings = settings or TrainSettings()
-    if start is not None and start.preprocessing != data.preprocessing:
-        got = f"the images were prepared by {data.preprocessing}"
-        raise JobError(got, need=f"{start.preprocessing}, that of the model", do="Read the images with the model's preprocessing")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UnfitError("training wants a GPU, and torch sees no CUDA device", do="Take the CPU, or repair the driver")
-    model = starting_model(start, data.classes, seed=settings.seed)
-    parts = split(data.images, VALIDATION, seed=settings.seed)
-    if device.startswith("cuda"):
-        model.to(device)
-    result = train(model, parts, preprocessing=data.preprocessing, settings=settings, progress=progress)
-    return make_artifact(
-        _architecture(start, len(data.classes)),
-        {name: tensor.cpu() for name, tensor in model.state_dict().items()},
+def train_job(job: FinetuneJob, *, place: Place, say: Say, command: str) -> Outcome:
+    """The part of one worker; the first one saves the artifact."""
+    start = None if job.model is None else load_start(job.model)
+    key = job_key(job, [] if start is None else [start.digest])
+    if (there := finished(job, key)) is not None:
+        return outcome(there, job, ("nothing to do: the artifact is there",))
+    data = read_data(job.data, seed=job.training.seed)
+    say(told(data))
+    preprocessing = seen(job, start)
+    network = starting_network(start, job.network, data.classes, seed=job.training.seed)
+    counts = np.bincount(data.images[0].labels, minlength=len(data.classes))
+    weights = balanced_weights(counts) if job.training.class_weights == "balanced" else None
+    objective = CrossEntropy(job.training.label_smoothing, weights)
+    learner = Learner(network, objective, preprocessing, job.training)
+    result = fit(learner, data.images, preprocessing=preprocessing, place=place, folder=checkpoints(job, key), say=say)
+    if place.rank:
+        return Outcome(())
+    made = make_artifact(
+        architecture_of(start, job.network, len(data.classes)),
+        result.weights,
         labels=data.classes,
-        preprocessing=data.preprocessing,
+        preprocessing=preprocessing,
         origin=Origin(
             parents=() if start is None else (start.digest,),
-            data=_facts(data, parts, settings),
-            metrics=_metrics(result.best),
+            data=data.facts | {"job": key, "training": job.training.model_dump(mode="json")},
+            metrics=metrics(result),
             command=command,
         ),
     )
+    return outcome(save_artifact(made, job.output.uri, job.output.s3), job, epoch_lines(result))
 
 
-def _metrics(best: Epoch) -> dict[str, Any]:
-    return {"accuracy": best.accuracy, "validation_loss": best.validation_loss, "epoch": best.number}
+def load_start(source: Start) -> Artifact:
+    """The artifact to begin from. Raises ModelError when its digest is not the one that is wanted."""
+    artifact = load_artifact(source.uri, source.s3)
+    if source.digest not in (None, artifact.digest):
+        raise ModelError(f"{source.uri}: digest {artifact.digest}", need=str(source.digest), do="Correct the digest or the URI")
+    return artifact
 
 
-def _facts(data: TrainingSet, parts: tuple[Labelled, Labelled], settings: TrainSettings) -> dict[str, Any]:
-    return {
-        "uris": list(data.uris),
+def job_key(job: FinetuneJob | DistillJob, parents: list[str]) -> str:
+    """12 hex digits that name a training: the job but for names, places and who trains, the inputs as they are, the parents."""
+    what = job.model_dump(mode="json", exclude={"name", "output", "workers", "model", "teacher", "student"})
+    inputs = [input_ for input_ in (job.data.train, job.data.validation) if input_ is not None]
+    listed = [item for input_ in inputs for item in _listing(input_)]
+    whole = [what, listed, parents, job.workers.count, PREPROCESSING_VERSION]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _listing(wanted: Input) -> list[list[Any]]:
+    return [[item.uri, item.size, item.etag] for item in list_inputs(open_store(wanted.uris[0], wanted.s3), wanted)]
+
+
+def finished(job: FinetuneJob | DistillJob, key: str) -> Artifact | None:
+    """The artifact that this very job has made. Raises JobError when another one stands in its place."""
+    store = open_store(job.output.uri, job.output.s3)
+    try:
+        record = json.loads(store.read(join(job.output.uri, RECORD)))
+    except InputMissing:
+        return None
+    if record.get("data", {}).get("job") != key:
+        got = f"output.uri {job.output.uri} holds another artifact, {str(record.get('digest'))[:19]}…"
+        raise JobError(got, need="an empty folder, or the artifact of this very job", do="Give another output.uri")
+    return load_artifact(job.output.uri, job.output.s3)
+
+
+def checkpoints(job: FinetuneJob | DistillJob, key: str) -> Path:
+    """Where the state of an unfinished training lies."""
+    uri = job.output.uri.removeprefix("file://").rstrip("/")
+    base = Path(f"{job.name}.training") if uri.startswith("s3://") else Path(f"{uri}.training")
+    folder = base / key
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def read_data(wanted: Data, *, seed: int, classes: tuple[str, ...] = (), unlabelled: bool = False) -> TrainingData:
+    """Read, find the classes (or take those given), split where there are no validation images."""
+    where = f"{', '.join(wanted.train.uris)}, {wanted.label}"
+    train = read_images(wanted.train, label=wanted.label, unlabelled=unlabelled)
+    held = None if wanted.validation is None else read_images(wanted.validation, label=wanted.label)
+    classes = find_classes(train.texts, classes or wanted.classes, where=where)
+    images = labelled(train, classes, where=where)
+    if held is not None:
+        parts = images, labelled(held, classes, where=f"{', '.join(held_uris(wanted))}, {wanted.label}")
+    else:
+        parts = split(images, wanted.validation_share, seed=seed)
+    facts = {
+        "uris": list(wanted.train.uris),
+        "validation_uris": list(held_uris(wanted)),
         "images": {"train": len(parts[0]), "validation": len(parts[1])},
-        "left_out": data.left_out,
-        "settings": settings.model_dump(mode="json"),
+        "left_out": train.counts,
+        "left_out_images": _listed(train),
     }
+    if held is not None:
+        facts |= {"left_out_of_validation": held.counts, "left_out_validation_images": _listed(held)}
+    return TrainingData(parts, classes, facts)
 
 
-def split(images: Labelled, share: float, *, seed: int) -> tuple[Labelled, Labelled]:
-    """(training, validation) images, disjoint, at random; of every class about `share`, rounded, goes to validation, and at least
-    one image in all."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    labels = images.labels[order]
-    rank = torch.zeros(len(order), dtype=torch.int64)  # of an image among those of its class
-    for value in range(int(labels.max()) + 1):
-        mine = labels == value
-        rank[mine] = torch.arange(int(mine.sum()))
-    counts = torch.bincount(labels)[labels]
-    held = rank < (counts * share).round()
-    held[0] |= not bool(held.any())
-    kept, out = order[~held], order[held]
-    return Labelled(images.pixels[kept], images.labels[kept]), Labelled(images.pixels[out], images.labels[out])
+def held_uris(wanted: Data) -> tuple[str, ...]:
+    return () if wanted.validation is None else wanted.validation.uris
 
 
-def starting_model(start: Artifact | None, classes: tuple[str, ...], *, seed: int) -> ResNet:
-    """The network to train: `start` with its own classifier or a fresh one, or a random ResNet-18. Leaves the global random
-    numbers as they were."""
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
+def _listed(found: Found) -> list[dict[str, str]]:
+    return [{"key": key, "error_class": failure, "error": error} for key, failure, error in found.left_out[:_LISTED]]
+
+
+def told(data: TrainingData) -> str:
+    """One line about what was read."""
+    images, left_out = data.facts["images"], data.facts["left_out"]
+    left = f", left out {', '.join(f'{name} {number:,}' for name, number in left_out.items())}" if left_out else ""
+    return f"{images['train']:,} images to train on, {images['validation']:,} to validate with, {len(data.classes)} classes{left}"
+
+
+def seen(job: FinetuneJob | DistillJob, start: Artifact | None) -> Preprocessing:
+    """The preprocessing of the new model. Raises JobError for values no image can be prepared with."""
+    try:
+        return job.preprocessing.over(Preprocessing() if start is None else start.preprocessing)
+    except ValueError as error:
+        raise JobError(f"preprocessing: {error}") from None
+
+
+def architecture_of(start: Artifact | None, wanted: Random, classes: int) -> Architecture:
+    """Of the network to train."""
+    if start is not None:
+        return replace(start.architecture, classes=classes)
+    basic = wanted.depth < 50
+    sizes, kind = (_BASIC, "basic") if basic else (_BOTTLENECK, "bottleneck")
+    return Architecture(kind, _DEPTHS[wanted.depth], sizes, classes, stem=wanted.stem)
+
+
+def starting_network(start: Artifact | None, wanted: Random, classes: tuple[str, ...], *, seed: int) -> ResNet:
+    """The network to train: `start` with its own classifier or a fresh one, or a random one."""
+    with seeded(seed):
         if start is None:
-            return _initialised(ResNet(_architecture(None, len(classes))))
-        model = build(start)
+            return _initialised(ResNet(architecture_of(None, wanted, len(classes))))
+        network = build(start)
         if start.labels != classes:
-            model.classifier[1] = nn.Linear(start.architecture.features, len(classes))
-        return model
-
-
-def _architecture(start: Artifact | None, classes: int) -> Architecture:
-    return replace(RESNET18 if start is None else start.architecture, classes=classes)
+            network.classifier[1] = nn.Linear(start.architecture.features, len(classes))
+        return network
 
 
 def _initialised(model: ResNet) -> ResNet:
@@ -201,3 +201,30 @@ def _initialised(model: ResNet) -> ResNet:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return model
+
+
+def metrics(result: Result) -> dict[str, float]:
+    """Of the best epoch, for the artifact."""
+    best = result.best
+    return {
+        "accuracy": best.accuracy,
+        "validation_loss": best.validation_loss,
+        "epoch": best.number,
+        "epochs": len(result.epochs),
+    }
+
+
+def epoch_lines(result: Result) -> tuple[str, ...]:
+    """How it went, for the receipt."""
+    best, why = result.best, "stopped early" if result.stopped_early else "all epochs done"
+    seconds = sum(epoch.seconds for epoch in result.epochs)
+    return (
+        f"done: {best.accuracy:.2%} right in epoch {best.number} of {len(result.epochs)}, {why}, {seconds:.0f} s of training",
+    )
+
+
+def outcome(artifact: Artifact, job: FinetuneJob | DistillJob, lines: tuple[str, ...]) -> Outcome:
+    """The receipt of a training job."""
+    facts = {"where": job.output.uri, "digest": artifact.digest, **asdict(artifact.origin)}
+    tail = (f"where   {job.output.uri}", f"digest  {artifact.digest}", f"next    nightlabel model show {job.output.uri}")
+    return Outcome((*lines, *tail), facts)

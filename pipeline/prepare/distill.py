@@ -1,0 +1,179 @@
+"""A student learns the answers of a teacher, on images with or without labels, and the report says what the teacher was worth.
+
+The teacher sees the very pixels that the student sees, random changes included, and answers anew every time: that is the point of
+distilling (arXiv 2106.05237), and its price, a forward pass of the teacher for each image of each epoch. The student is trained a
+second time without the teacher, unless the job says otherwise, so that teacher, plain student and distilled student stand side by
+side, measured on the same validation images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.artifact import Artifact, Origin, build, make_artifact, save_artifact
+from pipeline.errors import JobError
+from pipeline.prepare.data import NO_LABEL
+from pipeline.prepare.finetune import (
+    TrainingData,
+    architecture_of,
+    checkpoints,
+    epoch_lines,
+    finished,
+    job_key,
+    load_start,
+    metrics,
+    outcome,
+    read_data,
+    seen,
+    starting_network,
+    told,
+)
+from pipeline.prepare.images import MAX_PIXELS, Images
+from pipeline.prepare.learner import CrossEntropy, Learner, Normalise, Objective
+from pipeline.prepare.outcome import Outcome, Say
+from pipeline.prepare.train import Place, Result, fit
+from pipeline.preprocess import Prepare
+from pipeline.preprocessing import Preprocessing
+from pipeline.resnet import ResNet
+from pipeline.training import Distillation, DistillJob
+
+Fit = Callable[[str, Objective, TrainingData], Result]
+
+
+def run_job(job: DistillJob, *, say: Say, command: str) -> Outcome:
+    """Train as the job says, here or on Ray Train, and save the student."""
+    if job.workers.count > 1:
+        from pipeline.prepare.workers import together
+
+        return together(job, say=say, command=command)
+    return train_job(job, place=Place.here(job.workers), say=say, command=command)
+
+
+def train_job(job: DistillJob, *, place: Place, say: Say, command: str) -> Outcome:
+    """The part of one worker; the first one saves the student. Raises JobError when teacher and student do not go together."""
+    teacher, start = load_start(job.teacher), None if job.student is None else load_start(job.student)
+    parents = (teacher.digest,) if start is None else (teacher.digest, start.digest)
+    key = job_key(job, list(parents))
+    if (there := finished(job, key)) is not None:
+        return outcome(there, job, ("nothing to do: the student is there",))
+    preprocessing = seen(job, start)
+    _check(job, teacher, preprocessing)
+    data = read_data(job.data, seed=job.training.seed, classes=teacher.labels, unlabelled=True)
+    if not len(data.images[1]):
+        got = f"no image of {', '.join(job.data.train.uris)} has a label"
+        raise JobError(got, need="labelled images to choose the best epoch by", do="Name some as data.validation")
+    say(told(data))
+    architecture = architecture_of(start, job.network, len(teacher.labels))
+
+    def train(name: str, objective: Objective, images: TrainingData) -> Result:
+        say(f"training the student {name}")
+        network = starting_network(start, job.network, teacher.labels, seed=job.training.seed)
+        learner = Learner(network, objective, preprocessing, job.training)
+        folder = checkpoints(job, key) / name.replace(" ", "-")
+        return fit(learner, images.images, preprocessing=preprocessing, place=place, folder=folder, say=say)
+
+    plain = _baseline(job, data, train, say)
+    result = train("with the teacher", _Distil(job, teacher, preprocessing, architecture.features), data)
+    if place.rank:
+        return Outcome(())
+    numbers = _numbers(result, plain, accuracy(build(teacher), data.images[1], teacher.preprocessing))
+    settings = {"training": job.training.model_dump(mode="json"), "distillation": job.distillation.model_dump(mode="json")}
+    origin = Origin(parents, data.facts | {"job": key, **settings}, numbers, command)
+    made = make_artifact(architecture, result.weights, labels=teacher.labels, preprocessing=preprocessing, origin=origin)
+    saved = save_artifact(made, job.output.uri, job.output.s3)
+    return outcome(saved, job, (*epoch_lines(result), *_side_by_side(numbers)))
+
+
+def _numbers(result: Result, plain: Result | None, teacher: float) -> dict[str, float]:
+    numbers = metrics(result) | {"teacher_accuracy": teacher}
+    if plain is not None:
+        numbers |= {"baseline_accuracy": plain.best.accuracy, "gain_points": 100 * (result.best.accuracy - plain.best.accuracy)}
+    return numbers
+
+
+def _baseline(job: DistillJob, data: TrainingData, train: Fit, say: Say) -> Result | None:
+    """The student that sees the labels alone."""
+    images = data.images[0]
+    labelled = images.take((images.labels != NO_LABEL).nonzero()[0])
+    if not job.distillation.baseline or len(labelled) < job.training.batch_size:
+        say("no student without the teacher: the job wants none, or fewer images than a batch have labels")
+        return None
+    objective = CrossEntropy(job.training.label_smoothing)
+    return train("without the teacher", objective, replace(data, images=(labelled, data.images[1])))
+
+
+def _check(job: DistillJob, teacher: Artifact, preprocessing: Preprocessing) -> None:
+    if job.data.classes and job.data.classes != teacher.labels:
+        got = f"data.classes has {len(job.data.classes)} classes, {', '.join(job.data.classes[:3])}, …"
+        need = f"the {len(teacher.labels)} of the teacher in its order, {', '.join(teacher.labels[:3])}, …"
+        raise JobError(got, need=need, do="Leave data.classes out, or fine-tune the teacher on these classes first")
+    if teacher.preprocessing.size != preprocessing.size:
+        got = f"the student sees {preprocessing.size} pixels, the teacher {teacher.preprocessing.size}"
+        raise JobError(got, need="the same size", do="Set preprocessing.size to the teacher's, or fine-tune the teacher")
+
+
+class _Distil(nn.Module):
+    """alpha · T² · KL(teacher ‖ student) at temperature T, plus (1 - alpha) · cross entropy over the images that have a label,
+    plus the weighted squared distance of the normalised embeddings, the student's through a linear map where lengths differ."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, job: DistillJob, teacher: Artifact, preprocessing: Preprocessing, features: int) -> None:
+        super().__init__()
+        self.wanted: Distillation = job.distillation
+        self.smoothing = job.training.label_smoothing
+        self.teacher = (build(teacher).to(memory_format=torch.channels_last),)  # in a tuple: no part of the checkpoint
+        theirs = teacher.architecture.features
+        self.project: nn.Module = nn.Linear(features, theirs, bias=False) if features != theirs else nn.Identity()
+        ours, other = (Normalise(p) for p in (preprocessing, teacher.preprocessing))
+        self.register_buffer("scale", ours.std / other.std, persistent=False)
+        self.register_buffer("shift", (ours.mean - other.mean) / other.std, persistent=False)
+
+    def forward(self, network: ResNet, images: Tensor, targets: Tensor) -> Tensor:
+        features = network.features(images)
+        logits = network.classifier(features).float()
+        with torch.no_grad():
+            teacher = self.teacher[0].to(images.device)
+            their_features = teacher.features(images * self.scale + self.shift)
+            answers = teacher.classifier(their_features).float()
+        heat = self.wanted.temperature
+        soft = F.kl_div(
+            F.log_softmax(logits / heat, dim=1), F.log_softmax(answers / heat, dim=1), reduction="batchmean", log_target=True
+        )
+        loss = self.wanted.alpha * heat**2 * soft
+        labelled = targets.sum(dim=1) > 0
+        if self.wanted.alpha < 1 and bool(labelled.any()):
+            share = labelled.float().mean()
+            loss = loss + (1 - self.wanted.alpha) * share * F.cross_entropy(
+                logits[labelled], targets[labelled], label_smoothing=self.smoothing
+            )
+        if self.wanted.features:
+            ours = F.normalize(self.project(features).float(), dim=1)
+            distance = (ours - F.normalize(their_features.float(), dim=1)).square().sum(dim=1).mean()
+            loss = loss + self.wanted.features * distance
+        return loss
+
+
+def accuracy(network: ResNet, images: Images, preprocessing: Preprocessing) -> float:
+    """Share of the images whose best class is the label's, in float32."""
+    prepare, normalise, right = Prepare(preprocessing, MAX_PIXELS), Normalise(preprocessing), 0
+    with torch.inference_mode():
+        for at in range(0, len(images), 64):
+            batch = [torch.tensor(prepare(memoryview(image.as_buffer()))[0]) for image in images.encoded[at : at + 64]]
+            found = network(normalise(torch.stack(batch))).argmax(dim=1)
+            right += int((found == torch.from_numpy(images.labels[at : at + 64])).sum())
+    return right / len(images)
+
+
+def _side_by_side(numbers: dict[str, float]) -> tuple[str, ...]:
+    lines = [f"teacher {numbers['teacher_accuracy']:.2%} right, on the same validation images"]
+    if "baseline_accuracy" in numbers:
+        lines.append(f"student {numbers['baseline_accuracy']:.2%} without the teacher")
+    gain = f", {numbers['gain_points']:+.2f} points" if "gain_points" in numbers else ""
+    return (*lines, f"student {numbers['accuracy']:.2%} with the teacher{gain}")

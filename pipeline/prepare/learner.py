@@ -1,0 +1,158 @@
+"""One training as Lightning sees it: a network, what it is to minimise, the optimiser and the schedule.
+
+Targets are distributions, float [N, classes], all zero for an image without a label, so smoothing, mixup and distillation speak
+of the same thing. Norms and biases do not decay. Whatever is drawn at random depends on (seed, epoch, step) alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms import v2
+
+from pipeline.prepare.images import seeded
+from pipeline.preprocessing import Preprocessing
+from pipeline.resnet import ResNet
+from pipeline.training import Training
+
+_LAST_RATE = 0.01  # of the learning rate, at the end of the cosine
+
+
+#: (network, images float [N, 3, S, S] normalised, targets [N, classes]) → the loss to minimise, a scalar. Parameters of its own,
+#: where it is a module with some, are trained beside the network and thrown away.
+Objective = Callable[[ResNet, Tensor, Tensor], Tensor]
+
+
+class CrossEntropy(nn.Module):
+    """Against labels, smoothed. `weights` [classes] are of the classes; their mean over the images is taken out, so the rate need
+    not change with them."""
+
+    def __init__(self, smoothing: float, weights: Tensor | None = None) -> None:
+        super().__init__()
+        self.smoothing = smoothing
+        self.register_buffer("weights", weights, persistent=False)
+
+    def forward(self, network: ResNet, images: Tensor, targets: Tensor) -> Tensor:
+        logits = network(images).float()
+        return F.cross_entropy(logits, targets, weight=cast(Tensor | None, self.weights), label_smoothing=self.smoothing)
+
+
+def balanced_weights(counts: Iterable[int]) -> Tensor:
+    """Weights in inverse proportion to the images of each class, 1 on average over the images; float [classes]."""
+    numbers = torch.tensor(list(counts), dtype=torch.float32)
+    return torch.where(numbers > 0, numbers.sum() / (numbers.clamp(min=1) * (numbers > 0).sum()), 0.0)
+
+
+class Normalise(nn.Module):
+    """uint8 [N, 3, S, S] → (x / 255 - mean) / std, float32, channels last."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).reshape(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).reshape(1, 3, 1, 1) * 255, persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        images = pixels.to(torch.float32, memory_format=torch.channels_last)
+        return (images - self.mean) / self.std
+
+
+class Learner(pl.LightningModule):
+    """Batches are (pixels uint8 [N, 3, S, S], classes int64 [N])."""
+
+    def __init__(self, network: ResNet, objective: Objective, preprocessing: Preprocessing, training: Training) -> None:
+        super().__init__()
+        # Channels last is what predict runs; on a CPU it trains as fast as channels first.
+        self.network = network.requires_grad_(True).to(memory_format=torch.channels_last)
+        self.objective, self.training_, self.normalise = objective, training, Normalise(preprocessing)
+        self.classes: int = network.classifier[1].out_features  # type: ignore[assignment]
+        self.accuracy = MulticlassAccuracy(self.classes, average="micro")
+        self.validation_loss, self.loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
+        self.mixup = v2.MixUp(alpha=training.mixup, num_classes=self.classes) if training.mixup else None
+
+    def on_train_epoch_start(self) -> None:
+        """Freeze, thaw. A frozen part keeps the statistics of its norms too."""
+        wanted = self.training_
+        thawed = wanted.unfreeze_epoch is not None and self.current_epoch + 1 >= wanted.unfreeze_epoch
+        for part in parts(self.network)[: wanted.freeze]:
+            part.requires_grad_(thawed).train(thawed)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
+        pixels, labels = batch
+        images = self.normalise(pixels)
+        targets = F.one_hot(labels.clamp(min=0), self.classes).float() * (labels >= 0).unsqueeze(1)
+        if self.mixup is not None:
+            with seeded(self.training_.seed, self.current_epoch, number, self.global_rank):
+                images, targets = self.mixup(images, targets)
+        loss: Tensor = self.objective(self.network, images, targets)
+        self.loss.update(loss.detach())
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+        pixels, labels = batch
+        logits = self.network(self.normalise(pixels)).float()
+        self.accuracy.update(logits, labels)
+        self.validation_loss.update(F.cross_entropy(logits, labels), len(labels))
+
+    def on_validation_epoch_end(self) -> None:
+        """Measured on all validation images by every worker, so nothing has to be added up."""
+        self.log("accuracy", self.accuracy.compute())
+        self.log("validation_loss", self.validation_loss.compute())
+        self.log("training_loss", self.loss.compute())
+        for metric in (self.accuracy, self.validation_loss, self.loss):
+            metric.reset()
+
+    def configure_optimizers(self) -> Any:
+        wanted = self.training_
+        groups = decay_groups(self, wanted.weight_decay)
+        # Fused is the faster one, but under AMP Lightning cannot clip its gradients.
+        fused = not wanted.gradient_clip or precision_of(wanted, self.device.type) == "float32"
+        if wanted.optimizer == "adamw":
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=wanted.learning_rate, fused=fused)
+        else:
+            optimizer = torch.optim.SGD(groups, lr=wanted.learning_rate, momentum=0.9, nesterov=True, fused=fused)
+        total = int(self.trainer.estimated_stepping_batches)
+        rate = warmup_cosine(warmup=round(wanted.warmup_epochs * total / wanted.epochs), total=total)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def precision_of(training: Training, device: str) -> str:
+    """The arithmetic that is asked for, or the device's own."""
+    return training.precision or ("float16" if device == "cuda" else "float32")
+
+
+def parts(network: ResNet) -> list[nn.Module]:
+    """Stem, then the stages: what `training.freeze` counts."""
+    stem: Any = network.resnet[0]
+    stages: Any = network.resnet[1][0]  # type: ignore[index]
+    return [stem, *stages]
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Parameter groups for an optimiser: matrices and kernels decay, vectors (norms and biases) do not."""
+    parameters = list(module.parameters())
+    decayed, spared = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+
+
+def warmup_cosine(*, warmup: int, total: int) -> Callable[[int], float]:
+    """Step → share of the highest rate: a straight climb, then half a cosine down to _LAST_RATE."""
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        return _LAST_RATE + (1 - _LAST_RATE) * (1 + math.cos(math.pi * progress)) / 2
+
+    return rate

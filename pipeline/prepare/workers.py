@@ -1,0 +1,137 @@
+"""Several workers train one model on Ray Train: data parallel, a process a worker, on one machine or on many.
+
+Every worker runs the code that a lone one runs and reads all the data itself; the first one writes checkpoints and artifact. Its
+lines, and in the end its outcome, come to the driver through a queue. Inputs and output must be reachable from every worker;
+checkpoints lie on the first worker's machine unless the output's folder is shared.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pipeline.errors import JobError, NightlabelError, Temporary
+from pipeline.jobfile import dump_job, parse_job
+from pipeline.prepare.outcome import Outcome, Say
+from pipeline.prepare.train import Place
+from pipeline.start import set_ray_environment
+from pipeline.training import DistillJob, FinetuneJob, Workers
+
+_OBJECT_STORE = 128 * 2**20  # nothing but lines goes through it
+
+
+def together(job: FinetuneJob | DistillJob, *, say: Say, command: str) -> Outcome:
+    """Run the job on its workers. Raises JobError when the cluster cannot hold them, and what the workers raise."""
+    set_ray_environment()
+    import ray
+    from ray.train import RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+    from ray.util.queue import Queue
+
+    from pipeline.cluster import start_ray
+
+    start_ray(object_store=_OBJECT_STORE)
+    try:
+        cpus = job.workers.cpus_per_worker or 1
+        _check_fits(job.workers, cpus, ray.cluster_resources())  # type: ignore[no-untyped-call]
+        each = {"CPU": cpus, **({"GPU": 1} if job.workers.gpus_per_worker else {})}
+        lines = Queue(actor_options={"num_cpus": 0})
+        with TemporaryDirectory() as storage, ThreadPoolExecutor(1) as aside:
+            trainer = TorchTrainer(
+                _worker,
+                train_loop_config={"job": dump_job(job), "command": command, "lines": lines},
+                scaling_config=ScalingConfig(num_workers=job.workers.count, use_gpu="GPU" in each, resources_per_worker=each),
+                run_config=RunConfig(storage_path=storage),
+            )
+            told = aside.submit(_listen, lines, say)
+            died: BaseException | None = None
+            try:
+                trainer.fit()
+            except TrainingFailedError as error:
+                died = error
+            finally:
+                lines.put(None)
+            return _result(told.result(), died)
+    finally:
+        ray.shutdown()
+
+
+def _listen(lines: Any, say: Say) -> Outcome | NightlabelError | None:
+    """Says the lines as they come until there are no more; the outcome among them, or the error that a worker raised."""
+    result: Outcome | NightlabelError | None = None
+    while (item := lines.get()) is not None:
+        if isinstance(item, str):
+            say(item)
+        else:
+            result = item
+    return result
+
+
+def _result(told: Outcome | NightlabelError | None, died: BaseException | None) -> Outcome:
+    """The outcome. Raises what a worker raised, Temporary when one died, and any other error as the bug that it is."""
+    if isinstance(told, NightlabelError):
+        raise told from died
+    if died is None:
+        assert told is not None  # the first worker puts it there before it ends
+        return told
+    import ray
+
+    if any(isinstance(error, ray.exceptions.RayError) for error in getattr(died, "worker_failures", {}).values()):
+        raise Temporary("a worker of the training died", do="Run again; it goes on from its last epoch") from died
+    raise died
+
+
+def _check_fits(workers: Workers, cpus: int, have: dict[str, float]) -> None:
+    for what, each in (("CPU", cpus), ("GPU", workers.gpus_per_worker)):
+        if workers.count * each > have.get(what, 0):
+            got = f"workers: {workers.count} workers × {each} {what}s, the cluster has {have.get(what, 0):g}"
+            raise JobError(got, do="Lower workers.count, or bring more machines")
+
+
+def _worker(config: dict[str, Any]) -> None:
+    import ray.train
+    import torch
+    from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
+
+    job = parse_job(config["job"])
+    assert isinstance(job, FinetuneJob | DistillJob)  # the driver has sent it
+    torch.set_num_threads(job.workers.cpus_per_worker or 1)
+    context = ray.train.get_context()
+    strategy = RayDDPStrategy(find_unused_parameters=job.training.freeze > 0)  # type: ignore[no-untyped-call]
+    place = Place(
+        "gpu" if job.workers.gpus_per_worker else "cpu",
+        job.workers.loaders,
+        context.get_world_rank(),
+        context.get_world_size(),
+        (("strategy", strategy), ("plugins", [RayLightningEnvironment()])),  # type: ignore[no-untyped-call]
+        _share,
+    )
+    lines = config["lines"]
+    say: Callable[[str], None] = (lambda _: None) if place.rank else lines.put
+    train_job = importlib.import_module(f"pipeline.prepare.{job.kind}").train_job
+    try:
+        outcome = train_job(job, place=place, say=say, command=config["command"])
+    except NightlabelError as error:
+        lines.put(error)
+        raise
+    if place.rank == 0:
+        lines.put(outcome)
+
+
+def _share(path: Path) -> None:
+    """The file of the first worker, or its absence, on all of them."""
+    import torch.distributed
+
+    mine = torch.distributed.get_rank() == 0
+    content = [path.read_bytes() if mine and path.exists() else None]
+    torch.distributed.broadcast_object_list(content, src=0)
+    if mine:
+        return
+    if content[0] is None:
+        path.unlink(missing_ok=True)
+    elif not path.exists():
+        path.write_bytes(content[0])

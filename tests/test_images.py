@@ -1,0 +1,146 @@
+"""Images to train on: what is read and left out, who validates, and that a visit's changes follow from its numbers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from shards import tar_bytes
+from trainings import SMALL, picture, write_shards
+
+from pipeline.errors import InputError, JobError
+from pipeline.prepare.augment import Change
+from pipeline.prepare.data import NO_LABEL, class_index
+from pipeline.prepare.images import Images, Order, Visits, find_classes, labelled, read_images, seeded, split
+from pipeline.preprocessing import Preprocessing
+from pipeline.spec import Input
+from pipeline.training import Augment
+
+STILL = Augment(crop=(1, 1), flip=False)
+
+
+def some(folder: Path, count: int, *, classes: int = 2) -> Images:
+    found = read_images(Input(uri=write_shards(folder, count, classes=classes)), label="cls")
+    return labelled(found, tuple(str(number) for number in range(classes)), where="x")
+
+
+def test_what_is_left_out_is_counted_and_listed(tmp_path: Path):
+    members = {f"{n}.{suffix}": data for n in range(3) for suffix, data in (("png", picture(n)), ("cls", b" 1\n"))}
+    members |= {"3.png": picture(3)}
+    members |= {"page.jpg": b"<html>", "page.cls": b"1", "empty.png": b""}
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members))
+    found = read_images(Input(uri=str(tmp_path)), label="cls")
+    assert found.texts == ["1", "1", "1"]
+    assert found.counts == {"NOT_AN_IMAGE": 2, "NO_LABEL": 1}
+    assert [(key, failure) for key, failure, _ in found.left_out] == [
+        ("3", "NO_LABEL"),
+        ("page", "NOT_AN_IMAGE"),
+        ("empty", "NOT_AN_IMAGE"),
+    ]
+    assert [bytes(image.as_buffer()) for image in found.encoded] == [picture(n) for n in range(3)]
+    with_unlabelled = read_images(Input(uri=str(tmp_path)), label="cls", unlabelled=True)
+    assert with_unlabelled.texts == ["1", "1", "1", None]
+
+
+def test_nothing_to_train_on_and_broken_shards_are_one_sentence(tmp_path: Path):
+    uri = write_shards(tmp_path / "a", 4, label="none")
+    with pytest.raises(JobError, match=r"no sound image with a label \(4 left out\); required: images to train on"):
+        read_images(Input(uri=uri), label="cls")
+    shard = tmp_path / "a" / "0000.tar"
+    shard.write_bytes(shard.read_bytes()[:1100])
+    with pytest.raises(InputError, match=r"0000\.tar"):
+        read_images(Input(uri=uri), label="cls")
+
+
+def test_classes_are_found_by_size_or_alphabet_and_given_ones_keep_their_order():
+    assert find_classes(["10", "9", None, "10"], (), where="x") == ("9", "10")
+    assert find_classes(["cow", "ant"], (), where="x") == ("ant", "cow")
+    assert find_classes(["cow", "ant"], ("cow", "bee", "ant"), where="x") == ("cow", "bee", "ant")
+    with pytest.raises(JobError, match=r"x: every label is cat; required: two classes or more\. Add images of other classes"):
+        find_classes(["cat", "cat"], (), where="x")
+    with pytest.raises(JobError, match=r"x: dog; required: one of 2 classes, cat, cow, or its number\. Correct the labels"):
+        find_classes(["cat", "dog"], ("cat", "cow"), where="x")
+
+
+def test_a_label_is_a_name_or_a_number_and_the_name_wins():
+    assert class_index(["cow", "0", None], ("ant", "cow"), where="x").tolist() == [1, 0, NO_LABEL]
+    assert class_index(["1", "0"], ("1", "0"), where="x").tolist() == [0, 1]
+    with pytest.raises(JobError, match="x: 2"):
+        class_index(["2"], ("ant", "cow"), where="x")
+
+
+@given(st.integers(2, 200), st.integers(2, 5), st.floats(0.05, 0.5), st.integers(0, 9))
+def test_split_is_a_partition_with_a_share_of_every_class(count: int, classes: int, share: float, seed: int):
+    import pyarrow as pa
+
+    images = Images(pa.array([str(n).encode() for n in range(count)], pa.large_binary()), np.arange(count) % classes)
+    kept, held = split(images, share, seed=seed)
+    assert sorted([*kept.encoded.to_pylist(), *held.encoded.to_pylist()]) == sorted(images.encoded.to_pylist())
+    assert len(held) >= 1
+    for value in range(classes):
+        expected = round(int((images.labels == value).sum()) * share)
+        assert int((held.labels == value).sum()) in (expected, expected + 1)
+
+
+def test_unlabelled_images_never_validate(tmp_path: Path):
+    images = some(tmp_path, 20)
+    images.labels[::2] = NO_LABEL
+    kept, held = split(images, 0.2, seed=0)
+    assert (held.labels != NO_LABEL).all()
+    assert (kept.labels == NO_LABEL).sum() == 10
+
+
+def test_a_visit_follows_from_its_numbers_and_leaves_the_generator_alone(tmp_path: Path):
+    images = some(tmp_path, 4)
+    visits = Visits(images, Change(SMALL, Augment(crop=(0.3, 1), jitter=0.3)), seed=1)
+    state = torch.get_rng_state()
+    first, label = visits[0, 2]
+    assert (first.shape, first.dtype, label) == ((3, 16, 16), torch.uint8, 0)
+    torch.rand(7)
+    assert torch.equal(visits[0, 2][0], first)
+    assert not torch.equal(visits[1, 2][0], first)
+    torch.set_rng_state(state)
+    visits[3, 1]
+    assert torch.equal(torch.get_rng_state(), state)
+    with seeded(5):
+        torch.rand(1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_change_is_what_predicting_sees(tmp_path: Path):
+    from pipeline.preprocess import Prepare
+
+    wanted = Preprocessing(size=12, crop_pct=0.8, resample="bicubic")
+    pixels, _ = Visits(some(tmp_path, 1), Change(wanted, STILL), seed=0)[0, 0]
+    assert np.array_equal(pixels.numpy(), Prepare(wanted, 10**6)(picture(0))[0])
+
+
+def test_a_flip_mirrors_half_and_a_crop_moves(tmp_path: Path):
+    images = some(tmp_path, 64, classes=1)  # all bright on the left
+    still = Visits(images, Change(SMALL, STILL), seed=0)
+    mirrored = Visits(images, Change(SMALL, Augment(crop=(1, 1), flip=True)), seed=0)
+    turned = sum(torch.equal(mirrored[0, n][0], still[0, n][0].flip(2)) for n in range(64))
+    same = sum(torch.equal(mirrored[0, n][0], still[0, n][0]) for n in range(64))
+    assert turned + same == 64
+    assert 16 < turned < 48
+    cropped = Visits(images, Change(SMALL, Augment(crop=(0.4, 0.6), flip=False)), seed=0)
+    edges = {int((cropped[0, n][0][0].float().mean(0) > 100).sum()) for n in range(64)}
+    assert len(edges) > 4
+
+
+@given(st.integers(8, 100), st.integers(2, 8), st.integers(1, 3))
+def test_workers_share_an_epoch_without_overlap(count: int, batch: int, world: int):
+    orders = [Order(count, batch=batch, seed=3, rank=rank, world=world) for rank in range(world)]
+    for order in orders:
+        order.set_epoch(2)
+    visits = [list(order) for order in orders]
+    assert {len(mine) for mine in visits} == {len(orders[0])}
+    assert len(orders[0]) % batch == 0
+    together = [visit for mine in visits for visit in mine]
+    assert len(set(together)) == len(together)
+    assert {epoch for epoch, _ in together} <= {2}
+    assert count - len(together) < batch * world

@@ -1,0 +1,189 @@
+"""The training itself, on 16-pixel pictures: it learns, stops, keeps its best epoch, survives a kill, and says what is wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pydantic import ValidationError
+from trainings import SMALL, picture, tiny_network
+
+from pipeline.errors import JobError, ModelError, UnfitError
+from pipeline.prepare.images import Images
+from pipeline.prepare.learner import CrossEntropy, Learner, balanced_weights, decay_groups, warmup_cosine
+from pipeline.prepare.train import Place, Result, fit
+from pipeline.resnet import ResNet
+from pipeline.training import Augment, Training, Workers
+
+QUICK = Training(epochs=3, batch_size=8, learning_rate=3e-3, augment=Augment(crop=(1, 1), flip=False))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small are slower on two, ten times so when another process takes a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pictures(count: int, *, classes: int = 2, first: int = 0) -> Images:
+    encoded = pa.array([picture(number, classes=classes) for number in range(first, first + count)], pa.large_binary())
+    return Images(encoded, np.arange(first, first + count) % classes)
+
+
+def trained(folder: Path, training: Training = QUICK, *, network: ResNet | None = None, **more) -> tuple[Result, list[str]]:
+    data = more.pop("data", (pictures(64), pictures(16, first=64)))
+    network = network or tiny_network()
+    said: list[str] = []
+    learner = Learner(network, more.pop("objective", CrossEntropy(training.label_smoothing)), SMALL, training)
+    result = fit(
+        learner, data, preprocessing=SMALL, place=more.pop("place", Place()), folder=folder, say=more.pop("say", said.append)
+    )
+    return result, said
+
+
+def same(first: Result, second: Result) -> bool:
+    return all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
+
+
+def test_loss_falls_the_model_learns_and_the_epochs_are_told(tmp_path: Path):
+    result, said = trained(tmp_path)
+    assert [epoch.number for epoch in result.epochs] == [1, 2, 3]
+    assert result.epochs[-1].loss < result.epochs[0].loss
+    assert result.best.accuracy == 1.0
+    assert len(said) == 3
+    assert said[0].startswith("epoch 1 of 3: loss ")
+    assert result.weights.keys() == tiny_network().state_dict().keys()
+
+
+def test_same_seed_same_weights_and_another_seed_others(tmp_path: Path):
+    changed = QUICK.model_copy(update={"augment": Augment(crop=(0.5, 1), jitter=0.2), "mixup": 0.2, "epochs": 2})
+    first, again = (trained(tmp_path / name, changed)[0] for name in "ab")
+    other = trained(tmp_path / "c", changed.model_copy(update={"seed": 6}))[0]
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def test_a_kill_costs_an_epoch_and_changes_nothing(tmp_path: Path):
+    longer = QUICK.model_copy(update={"epochs": 5, "augment": Augment(crop=(0.5, 1)), "mixup": 0.2})
+    undisturbed, _ = trained(tmp_path / "a", longer)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(line: str) -> None:
+        if line.startswith("epoch 3"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        trained(tmp_path / "b", longer, say=kill)
+    resumed, said = trained(tmp_path / "b", longer)
+    assert said[0] == "resuming: 2 of at most 5 epochs done"
+    assert (resumed.resumed, len(resumed.epochs)) == (2, 5)
+    assert [epoch.loss for epoch in resumed.epochs] == [epoch.loss for epoch in undisturbed.epochs]
+    assert resumed.best.number == undisturbed.best.number
+    assert same(resumed, undisturbed)
+    again, said = trained(tmp_path / "b", longer)
+    assert said == ["resuming: 5 of at most 5 epochs done"]
+    assert same(again, undisturbed)
+
+
+def test_stops_early_and_keeps_the_best_epoch(tmp_path: Path):
+    wrong = pictures(16, first=64)
+    wrong = Images(wrong.encoded, 1 - wrong.labels)  # the better the model learns, the worse it does
+    result, _ = trained(tmp_path, QUICK.model_copy(update={"epochs": 12, "patience": 2}), data=(pictures(64), wrong))
+    assert result.stopped_early
+    assert result.best.number == len(result.epochs) - 2
+    assert result.best.accuracy == max(epoch.accuracy for epoch in result.epochs)
+    network = tiny_network()
+    network.load_state_dict(result.weights)
+    from pipeline.prepare.distill import accuracy
+
+    assert accuracy(network.eval(), wrong, SMALL) == pytest.approx(result.best.accuracy)
+
+
+@pytest.mark.parametrize("changes", [{"precision": "bfloat16"}, {"optimizer": "sgd", "learning_rate": 0.05}, {"mixup": 0.2}])
+def test_other_ways_of_training_learn_too(tmp_path: Path, changes: dict[str, object]):
+    assert trained(tmp_path, Training.model_validate(QUICK.model_dump() | {"epochs": 5, **changes}))[0].best.accuracy > 0.9
+
+
+def test_another_objective_is_used(tmp_path: Path):
+    def only_first(network: ResNet, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(network(images), torch.zeros(len(images), dtype=torch.int64))
+
+    result, _ = trained(tmp_path, objective=only_first)
+    assert result.epochs[-1].loss < result.epochs[0].loss
+    assert result.epochs[-1].accuracy == 0.5
+
+
+def test_frozen_parts_stay_until_they_are_thawed(tmp_path: Path):
+    before = tiny_network().state_dict()
+
+    def moved(folder: Path) -> set[str]:
+        """Parts whose weights or statistics the last epoch left changed."""
+        state = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+        names = {name for name in before if not torch.equal(before[name], state[f"network.{name}"])}
+        return {"".join(re.findall(r"embedder|stages\.\d|classifier", name)[:1]) for name in names}
+
+    trained(tmp_path / "a", QUICK.model_copy(update={"freeze": 2}))
+    assert moved(tmp_path / "a") == {"stages.1", "classifier"}
+    trained(tmp_path / "b", QUICK.model_copy(update={"freeze": 2, "unfreeze_epoch": 2}))
+    assert moved(tmp_path / "b") == {"embedder", "stages.0", "stages.1", "classifier"}
+
+
+def test_norms_and_biases_do_not_decay():
+    model = tiny_network()
+    decayed, spared = decay_groups(model, 0.1)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all(names[id(p)].endswith(("convolution.weight", "classifier.1.weight")) for p in decayed["params"])
+    assert all("normalization" in names[id(p)] or names[id(p)].endswith("bias") for p in spared["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def test_the_rate_climbs_then_falls():
+    rate = warmup_cosine(warmup=4, total=20)
+    rates = [rate(step) for step in range(20)]
+    assert rates[:4] == sorted(rates[:4])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[4] == 1.0
+    assert 0 < rates[-1] < 0.05
+
+
+def test_balanced_weights_count_one_on_average():
+    weights = balanced_weights([90, 10, 0])
+    assert weights.tolist() == pytest.approx([100 / 180, 100 / 20, 0])
+    assert float((weights * torch.tensor([90.0, 10.0, 0.0])).sum() / 100) == pytest.approx(1)
+
+
+def test_a_diverging_training_says_what_to_do(tmp_path: Path):
+    settings = QUICK.model_copy(update={"learning_rate": 1e30, "epochs": 5, "gradient_clip": 0.0})
+    with pytest.raises(ModelError, match=r"loss became nan; required: a finite number\. Lower training.learning_rate"):
+        trained(tmp_path, settings)
+
+
+def test_fewer_images_than_a_batch(tmp_path: Path):
+    with pytest.raises(JobError, match=r"7 images to train on .* a batch of 8 and one\. Give more images or lower"):
+        trained(tmp_path, data=(pictures(7), pictures(2)))
+
+
+def test_settings_refuse_what_cannot_be():
+    for wrong in ({"epochs": 0}, {"batch_size": 1}, {"label_smoothing": 1.0}, {"epoch": 3}, {"augment": {"crop": [0.1, 2]}}):
+        with pytest.raises(ValidationError):
+            Training.model_validate(wrong)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said():
+    with pytest.raises(UnfitError, match="torch sees no CUDA device"):
+        Place.here(Workers(gpus_per_worker=1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_on_a_gpu_in_float16(tmp_path: Path):
+    assert trained(tmp_path, place=Place("gpu"))[0].best.accuracy > 0.9
