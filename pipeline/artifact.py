@@ -3,8 +3,8 @@
 The digest is the sha256 of the canonical JSON of {file name: sha256} over FILES, so it changes with one byte of weights,
 preprocessing or labels and with nothing else. `artifact.json` stands outside of it: it repeats the sums, so that a plan gets the
 digest without the weights, and says where the model came from. It is written last, so a folder that has it is whole. A folder
-that transformers saved has none and opens all the same. The price: weights are held in memory as bytes, 47 MB for ResNet-18,
-and pickled weights are refused here, they have to be imported once.
+that transformers saved has none and opens all the same. README.md, the model card, stands outside of the digest too. The price:
+weights are held in memory as bytes, 47 MB for ResNet-18, and pickled weights are refused here, they have to be imported once.
 
 Nothing here imports torch before `make_artifact` and `build` are called.
 """
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 CONFIG, PREPROCESSOR, WEIGHTS, INT8 = "config.json", "preprocessor_config.json", "model.safetensors", "model.int8.onnx"
 #: What the digest covers, in the order of writing; the last two are optional.
 FILES = (CONFIG, PREPROCESSOR, WEIGHTS, INT8, MODELING)
-RECORD = "artifact.json"
+RECORD, CARD = "artifact.json", "README.md"
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,10 @@ def with_files(files: Mapping[str, bytes], *, origin: Origin | None = None) -> A
     return _open(dict(files), {name: _sha256(data) for name, data in files.items()}, "the model", origin or Origin())
 
 
-def save_artifact(artifact: Artifact, uri: str, s3: S3 | None = None) -> Artifact:
+def save_artifact(artifact: Artifact, uri: str, s3: S3 | None = None, *, card: bytes | None = None) -> Artifact:
     """Write the folder, artifact.json last, never over a file that says something else. Saving the same model twice is no error.
 
+    `card` becomes its README.md (see prepare.card), unless there is one: it is for people to edit, and no digest covers it.
     Raises ModelError when `uri` holds another model.
     """
     store = open_store(uri, s3)
@@ -142,6 +143,8 @@ def save_artifact(artifact: Artifact, uri: str, s3: S3 | None = None) -> Artifac
             raise ModelError(
                 f"{uri}: holds another {name}", need="none or the same, for nothing is overwritten", do="Take an empty folder"
             )
+    if card is not None:
+        store.create(join(uri, CARD), card)
     store.create(join(uri, RECORD), (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
     return load_artifact(uri, s3)
 

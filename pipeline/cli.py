@@ -6,7 +6,6 @@ import time
 
 STARTED = time.perf_counter()  # before the imports below: "first prediction after" counts from the command
 
-import json  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
@@ -16,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn  # noqa: E402
 
 import typer  # noqa: E402
 
-from pipeline.errors import EXIT_BUG, Interrupted, JobError, NightlabelError  # noqa: E402
+from pipeline import cli_model  # noqa: E402
+from pipeline.cli_model import AsJson, print_json  # noqa: E402
+from pipeline.errors import EXIT_BUG, Interrupted, NightlabelError  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,12 +31,11 @@ if TYPE_CHECKING:
     Preparation = FinetuneJob | DistillJob | QuantizeJob | EvaluateJob
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-prepare = typer.Typer(no_args_is_help=True, help="Make and import models.")
-app.add_typer(prepare, name="prepare")
+app.add_typer(cli_model.prepare, name="prepare")
+app.add_typer(cli_model.model, name="model")
 
 JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML; jobs/README.md lists its fields.")]
 Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs, YYYY-MM-DD.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 @app.callback()
@@ -47,13 +47,14 @@ def nightlabel() -> None:
 def run(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     """Do what the job says: label, finetune, distill, quantize or evaluate; go on where an earlier run stopped."""
     from pipeline.jobfile import load_job
-    from pipeline.label import Driver
-    from pipeline.screen import Screen
     from pipeline.spec import Job
 
     loaded = load_job(job, date=date)
     if not isinstance(loaded, Job):
         _run_preparation(loaded, as_json=as_json, command=f"nightlabel run {job}")
+    from pipeline.label import Driver  # brings Ray, which only labelling needs
+    from pipeline.screen import Screen
+
     with Screen() as screen:
         receipt = Driver(loaded, observe=screen.observe, started=STARTED).label()
     _print_receipt(receipt, as_json=as_json, job=f"{job}{f' --date {date}' if date else ''}")
@@ -68,7 +69,7 @@ def _run_preparation(job: Preparation, *, as_json: bool, command: str) -> NoRetu
 
     outcome: Outcome = import_module(f"pipeline.prepare.{job.kind}").run_job(job, say=say, command=command)
     if as_json:
-        _print_json(dict(outcome.facts))
+        print_json(dict(outcome.facts))
     for line in () if as_json else outcome.lines:
         typer.echo(line)
     sys.exit(outcome.exit_code)
@@ -76,7 +77,7 @@ def _run_preparation(job: Preparation, *, as_json: bool, command: str) -> NoRetu
 
 def _print_receipt(receipt: Receipt, *, as_json: bool, job: str) -> None:
     if as_json:
-        _print_json(receipt.as_dict())
+        print_json(receipt.as_dict())
         return
     for line in receipt.lines():
         typer.echo(line)
@@ -86,10 +87,6 @@ def _print_receipt(receipt: Receipt, *, as_json: bool, job: str) -> None:
     typer.echo(f"next    nightlabel validate {job}")
     query = f"select label, count(*) from '{receipt.where}/data/*.parquet' group by label"
     typer.echo(f'        duckdb -c "{query}"')
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 @app.command()
@@ -113,7 +110,7 @@ def plan(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
         "gpus": loaded.resources.gpus,
     }
     if as_json:
-        _print_json(facts | {"todo": [{"unit": unit.id, "inputs": [part.uri for part in unit.parts]} for unit in planned.todo]})
+        print_json(facts | {"todo": [{"unit": unit.id, "inputs": [part.uri for part in unit.parts]} for unit in planned.todo]})
         return
     for line in _plan_lines(planned, facts):
         typer.echo(line)
@@ -148,7 +145,7 @@ def validate(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     footers, problems = check(log, fingerprint=fingerprint(artifact, loaded))
     rows, ok, failed = (sum(getattr(footer, name) for footer in footers) for name in ("rows_in", "ok", "failed"))
     if as_json:
-        _print_json({"where": log.root, "units": len(footers), "rows_in": rows, "ok": ok, "failed": failed, "problems": problems})
+        print_json({"where": log.root, "units": len(footers), "rows_in": rows, "ok": ok, "failed": failed, "problems": problems})
     else:
         for problem in problems:
             typer.echo(f"wrong   {problem}")
@@ -189,39 +186,6 @@ def demo(
     sys.exit(outcome.exit_code)
 
 
-@prepare.command("import")
-def import_(
-    source: Annotated[
-        str, typer.Argument(help="Hugging Face folder, weights file (.pth, .safetensors), or torchvision weights name.")
-    ],
-    out: Annotated[str, typer.Argument(help="Folder of the new artifact; local or s3://.")],
-    labels: Annotated[Path | None, typer.Option(help="Text file with one label a line, or a JSON list.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Import a ResNet as an artifact: one folder with weights, preprocessing and labels, named by its digest."""
-    from pipeline.prepare.importer import import_model
-
-    artifact = import_model(source, out, labels=tuple(_labels(labels)) if labels else None)
-    if as_json:
-        _print_json({"uri": out, "digest": artifact.digest, "classes": len(artifact.labels)})
-        return
-    typer.echo(f"{out}: {len(artifact.labels)} classes, {artifact.preprocessing}")
-    typer.echo(f"digest  {artifact.digest}")
-
-
-def _labels(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else text.splitlines()
-    except (OSError, ValueError) as error:
-        raise JobError(f"{path}: {error}", need="a label a line, or a JSON list of labels", do="Check the file") from error
-    if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
-        raise JobError(
-            f"{path}: holds something else than labels", need="a label a line, or a JSON list of labels", do="Check the file"
-        )
-    return values
-
-
 def _interrupt(number: int, _: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once; even that loses nothing
     do = "What is committed stays; the same command goes on from there"
@@ -236,7 +200,7 @@ def main() -> None:
         app()
     except NightlabelError as error:
         if "--json" in sys.argv:
-            _print_json({"error": str(error), "error_class": type(error).__name__, "exit_code": error.exit_code})
+            print_json({"error": str(error), "error_class": type(error).__name__, "exit_code": error.exit_code})
         typer.echo(f"nightlabel: {error}", err=True)
         sys.exit(error.exit_code)
     except Exception:  # noqa: BLE001  # the one place: what gets here is a bug of ours

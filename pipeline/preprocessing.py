@@ -52,3 +52,12 @@ class Preprocessing:
     def resize_edge(self) -> int:
         """Shortest edge before the crop, pixels, rounded down as Hugging Face and timm do: 224/0.875 gives 256."""
         return int(self.size / self.crop_pct)
+
+
+Preset = Literal["torchvision", "huggingface", "timm"]
+#: How the three train and measure ResNets on ImageNet. A file of weights cannot say which of them it came from.
+PRESETS: dict[Preset, Preprocessing] = {
+    "torchvision": Preprocessing(),
+    "huggingface": Preprocessing(resample="bicubic"),
+    "timm": Preprocessing(crop_pct=0.95, resample="bicubic"),
+}

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,7 +31,8 @@ from pipeline.artifact import (
 from pipeline.errors import ModelError
 from pipeline.huggingface import Architecture
 from pipeline.prepare.importer import crop_share, import_model
-from pipeline.preprocessing import Preprocessing
+from pipeline.preprocess import resize_and_crop
+from pipeline.preprocessing import PRESETS, Preprocessing
 from pipeline.resnet import ResNet, fold
 
 TINY = Architecture("basic", (1, 1), (8, 16), classes=3, embedding_size=8)
@@ -92,8 +94,6 @@ def test_transformers_opens_ours(tmp_path: Path, architecture: Architecture, mon
 
 def reference(image: np.ndarray, p: Preprocessing) -> np.ndarray:
     """`Preprocessing` by Pillow, by the book."""
-    from PIL import Image
-
     height, width = image.shape[:2]
     scale = p.resize_edge / min(height, width)
     resized = Image.fromarray(image).resize(
@@ -152,6 +152,46 @@ def test_state_dicts_of_torchvision_are_imported(tmp_path: Path, name: str, endi
     np.testing.assert_allclose(logits(build(artifact)), logits(theirs), atol=1e-4)
     # Random weights give logits of up to 200, whose last float32 bit is 1.5e-5: folding is held against their size.
     np.testing.assert_allclose(logits(fold(build(artifact))), logits(theirs), atol=1e-5 * np.abs(logits(theirs)).max())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_state_dicts_of_timm_are_imported_with_timms_crop(tmp_path: Path, name: str) -> None:
+    import timm
+    from timm.data import create_transform, resolve_data_config
+
+    theirs = timm.create_model(name, pretrained=False, num_classes=7)
+    shake(theirs)
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    artifact = import_model(str(tmp_path / "w.pth"), str(tmp_path / "model"), preprocessing=PRESETS["timm"])
+    np.testing.assert_allclose(logits(build(artifact)), logits(theirs), atol=1e-4)
+    says = resolve_data_config({}, model=theirs)
+    ours = artifact.preprocessing
+    assert (says["input_size"], says["crop_pct"], says["interpolation"]) == ((3, ours.size, ours.size), 0.95, "bicubic")
+    assert (ours.crop_pct, ours.resample, ours.mean, ours.std) == (0.95, "bicubic", says["mean"], says["std"])
+    image = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    mean, std = (np.array(values).reshape(3, 1, 1) for values in (ours.mean, ours.std))
+    theirs_sees = create_transform(**says)(Image.fromarray(image)).numpy() * std + mean
+    np.testing.assert_allclose(theirs_sees, resize_and_crop(image, ours) / 255, atol=2.1 / 255)
+
+
+def test_the_three_presets_differ_and_torchvision_is_the_default(tmp_path: Path) -> None:
+    from torchvision.models import ResNet18_Weights
+
+    crop = ResNet18_Weights.IMAGENET1K_V1.transforms()
+    torchvision = PRESETS["torchvision"]
+    assert (crop.resize_size, crop.crop_size) == ([torchvision.resize_edge], [torchvision.size])
+    assert (crop.interpolation.value, tuple(crop.mean), tuple(crop.std)) == ("bilinear", torchvision.mean, torchvision.std)
+    hugging = PRESETS["huggingface"]  # microsoft/resnet-18: 224, crop_pct 0.875, resample 3, ImageNet's mean and std
+    assert (hugging.resize_edge, hugging.resample, hugging.mean, hugging.std) == (
+        256,
+        "bicubic",
+        torchvision.mean,
+        torchvision.std,
+    )
+    torch.save(weights(TINY), tmp_path / "w.pth")
+    artifact = import_model(str(tmp_path / "w.pth"), str(tmp_path / "model"))
+    assert artifact.preprocessing == torchvision
+    assert len({*PRESETS.values()}) == 3
 
 
 def test_a_thousand_classes_are_imagenet(tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 #: Top to bottom. A name stands for pipeline/<name>.py or, with a dot, for a module of a sub-package.
 ROWS = """
 errors quantity resources rows preprocessing spec recipe training jobfile reference storage s3
-modeling_small_stem huggingface resnet artifact
+modeling_small_stem huggingface resnet artifact describe
 plan cut tar read decode careful preprocess engine predict commit report
 start cluster run label
-prepare.outcome prepare.data
+prepare.outcome prepare.data prepare.metrics prepare.card
 prepare.importer prepare.augment prepare.images prepare.learner prepare.train
 prepare.workers prepare.finetune prepare.distill prepare.digits
-demo screen cli __main__
+demo screen cli_model cli __main__
 """
 LADDER = ROWS.split()
 
@@ -30,7 +30,7 @@ KEEPERS = {
     "lightning": {"prepare.learner", "prepare.train"},
     "fsspec": {"storage", "s3"},
     "s3fs": {"storage", "s3"},
-    "typer": {"cli"},
+    "typer": {"cli", "cli_model"},
     "rich": {"screen", "cli"},
     "simplejpeg": {"decode"},
     "transformers": {"modeling_small_stem"},
@@ -93,7 +93,7 @@ def test_budgets(name):
             assert len(arguments) <= 6, f"{where}: {len(arguments)} parameters"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["schema"], ["plan", "absent.yaml"]])
+@pytest.mark.parametrize("words", [["--help"], ["schema"], ["plan", "absent.yaml"], ["model", "show", "absent"]])
 def test_the_command_line_starts_without_ray_and_torch(words):
     code = (
         "import sys\nsys.argv = ['nightlabel', *sys.argv[1:]]\nfrom pipeline.cli import main\n"

@@ -24,6 +24,7 @@ from torch import Tensor
 from pipeline.artifact import CONFIG, PREPROCESSOR, WEIGHTS, Artifact, Origin, make_artifact, save_artifact
 from pipeline.errors import InputMissing, ModelError, Temporary
 from pipeline.huggingface import Architecture, read_config, read_preprocessor
+from pipeline.prepare.card import folder_name, model_card
 from pipeline.preprocessing import Preprocessing
 from pipeline.spec import S3
 from pipeline.storage import join, open_store
@@ -58,13 +59,14 @@ def import_model(
     labels: tuple[str, ...] | None = None,
     preprocessing: Preprocessing | None = None,
     s3: S3 | None = None,
+    command: str = "",
 ) -> Artifact:
     """Write `source` as an artifact to `out_uri`: torchvision's name of weights (`ResNet18_Weights.IMAGENET1K_V1`), a file with a
     state dict (.safetensors, .pth, .pt, .bin, .ckpt), or a Hugging Face folder.
 
     `labels` and `preprocessing` replace what the source says. A state dict says nothing: 1,000 classes get ImageNet's labels,
-    others class_0 and so on; the crop is torchvision's, 256 → 224 bilinear. Raises ModelError, and Temporary when a download
-    fails.
+    others class_0 and so on; the crop is torchvision's, 256 → 224 bilinear (preprocessing.PRESETS has two more).
+    Raises ModelError, and Temporary when a download fails.
     """
     if _NAME.fullmatch(source):
         found = _torchvision(source)
@@ -79,9 +81,9 @@ def import_model(
         state,
         labels=labels or found.labels or default_labels(seen.classes),
         preprocessing=preprocessing or found.preprocessing or Preprocessing(),
-        origin=Origin(parents=(source,)),
+        origin=Origin(parents=(source,), command=command),
     )
-    return save_artifact(artifact, out_uri, s3)
+    return save_artifact(artifact, out_uri, s3, card=model_card(artifact, name=folder_name(out_uri)))
 
 
 def to_huggingface(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:

@@ -148,4 +148,5 @@ def most_confused(confusion: np.ndarray, most: int) -> list[int]:
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """nan where `whole` is 0."""
-    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+    ratio: np.ndarray = np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+    return ratio

@@ -1,0 +1,117 @@
+"""`nightlabel model show`: its counts are torch's, its table is the paper's, it says where a model came from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_artifact import RESNET18, RESNET50, TINY, V1, made
+from torch import nn
+
+from pipeline.artifact import Origin, save_artifact
+from pipeline.describe import architecture_name, layers
+from pipeline.huggingface import Architecture
+from pipeline.resnet import ResNet
+
+IMAGENET18 = replace(RESNET18, classes=1000)
+RESNET34 = Architecture("basic", (3, 4, 6, 3), (64, 128, 256, 512), classes=5)
+SMALL = replace(RESNET18, stem="small")
+CASES = [(RESNET18, 224), (IMAGENET18, 224), (RESNET34, 97), (RESNET50, 224), (V1, 61), (TINY, 32), (SMALL, 32)]
+
+
+def counted(architecture: Architecture, size: int) -> int:
+    """MACs as the network runs: a hook on every convolution and on the classifier."""
+    macs = 0
+
+    def count(module: nn.Module, _: object, out: torch.Tensor) -> None:
+        nonlocal macs
+        each = module.in_features if isinstance(module, nn.Linear) else module.weight[0].numel()
+        macs += each * out.numel()
+
+    with torch.device("meta"):
+        model = ResNet(architecture).eval()
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.register_forward_hook(count)
+        model(torch.empty(1, 3, size, size))
+    return macs
+
+
+@pytest.mark.parametrize(("architecture", "size"), CASES)
+def test_counts_are_those_of_torch(architecture: Architecture, size: int):
+    table = layers(architecture, size)
+    with torch.device("meta"):
+        model = ResNet(architecture)
+    assert sum(layer.parameters for layer in table) == sum(parameter.numel() for parameter in model.parameters())
+    assert sum(layer.macs for layer in table) == counted(architecture, size)
+    stages = [list(part.parameters()) for part in model.resnet.encoder.stages]
+    assert [row.parameters for row in table if row.name.startswith("stage")] == [sum(p.numel() for p in s) for s in stages]
+
+
+def test_resnet_18_is_what_the_paper_says():
+    table = layers(IMAGENET18, 224)
+    assert f"{sum(layer.parameters for layer in table) / 1e6:.2f} M" == "11.69 M"
+    assert f"{sum(layer.macs for layer in table) / 1e9:.2f}" == "1.81"
+    assert [(row.name, row.what, row.channels, row.edge) for row in table] == [
+        ("conv1", "7 × 7, stride 2", 64, 112),
+        ("maxpool", "3 × 3, stride 2", 64, 56),
+        ("stage 1", "2 basic blocks", 64, 56),
+        ("stage 2", "2 basic blocks, stride 2", 128, 28),
+        ("stage 3", "2 basic blocks, stride 2", 256, 14),
+        ("stage 4", "2 basic blocks, stride 2", 512, 7),
+        ("average pool", "7 × 7", 512, 1),
+        ("fc", "512 to 1,000", 1000, 1),
+    ]
+    assert [row.name for row in layers(SMALL, 32)][:2] == ["conv1", "stage 1"]
+
+
+def test_names():
+    names = [architecture_name(a) for a in (RESNET18, RESNET34, RESNET50, TINY, SMALL)]
+    assert names == ["ResNet-18", "ResNet-34", "ResNet-50", "ResNet of 6 layers", "ResNet-18, small-image stem"]
+    assert architecture_name(V1) == "ResNet of 11 layers, stride in the 1 × 1 (v1)"
+
+
+def show(*words: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "pipeline", "model", "show", *words], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_the_command_shows_it_all(tmp_path: Path):
+    origin = Origin(
+        parents=("sha256:1",), data={"uris": ["a/"], "images": {"train": 1200}}, metrics={"top1": 0.7}, command="nightlabel x"
+    )
+    artifact = save_artifact(made(IMAGENET18, origin=origin), str(tmp_path))
+    said = show(str(tmp_path))
+    for words in (
+        f"{tmp_path}: ResNet-18, 1,000 classes",
+        artifact.digest,
+        "11.69 M parameters",
+        "46.8 MB",
+        "sees    32 × 32 pixels: shortest edge to 36, bilinear",
+        "from    sha256:1",
+        "data    uris a/; images train 1,200",
+        "metrics top1 0.7",
+        "command nightlabel x",
+        "conv1         7 × 7, stride 2",
+        "512 to 1,000",
+    ):
+        assert words in said
+    facts = json.loads(show(str(tmp_path), "--json"))
+    assert facts["parameters"] == 11_689_512
+    assert facts["files"]["model.safetensors"] == len(artifact.files["model.safetensors"])
+    assert facts["preprocessing"]["size"] == 32
+    assert facts["metrics"] == {"top1": 0.7}
+    assert len(facts["layers"]) == 8
+
+
+def test_a_folder_without_a_model_is_one_sentence(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "model", "show", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"nightlabel: {tmp_path}: has no config.json; required: ")
