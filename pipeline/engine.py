@@ -77,6 +77,7 @@ class TorchEngine:
                     start += len(batch)
                 if start < len(rows):
                     batch = self._upload(pixels, rows[start : start + self.batch_size])
+        with torch.inference_mode():  # autocast to bfloat16 refuses to join float16, which probabilities are
             ids, scores, finite, *rest = (torch.cat(part).cpu().numpy() for part in zip(*results, strict=True))
         embeddings = rest.pop(0) if self.wanted.embeddings else None
         return Scores(ids, scores, finite, embeddings, rest.pop(0) if self.wanted.probabilities else None)

@@ -104,6 +104,12 @@ def test_equals_a_plain_loop_over_torchvision() -> None:
     assert set(out["status"].to_pylist()) == {"ok"}
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_probabilities_of_several_batches_are_joined(precision: str) -> None:
+    out = predict(tiny(), precision, batch_size=3, probabilities=True)(table(images(8)))
+    np.testing.assert_allclose(np.stack(out["probabilities"].to_numpy()).sum(axis=1, dtype=np.float32), 1, atol=2e-3)
+
+
 def test_rows_without_an_image_pass_through() -> None:
     given = table(images(8), failed=(1, 4), ends=(5, 7))
     out = predict(tiny(), embeddings=True, probabilities=True)(given)
