@@ -38,6 +38,7 @@ _FILES = {
     "archive-8xl4.yaml": "a photo archive on 8 machines with one L4 and 4 CPUs each, float16",
     "finetune-products.yaml": "finetune: a shop's own classes, from an imported model, one L4, float16",
     "distill-cifar10.yaml": "distill: ResNet-50 into ResNet-18 on 32-pixel images, 2 CPUs, bfloat16",
+    "evaluate-photos.yaml": "evaluate: a model measured on labelled photographs beside another one, 2 CPUs, bfloat16",
 }
 
 

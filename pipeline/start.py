@@ -13,8 +13,9 @@ from pipeline.cut import cut, list_inputs
 from pipeline.errors import InputMissing, ModelError
 from pipeline.plan import Log, Part, Plan, make_plan
 from pipeline.preprocessing import PREPROCESSING_VERSION
+from pipeline.recipe import Start
 from pipeline.rows import OUTPUT_SCHEMA_VERSION
-from pipeline.spec import Job
+from pipeline.spec import Job, ModelSource
 from pipeline.storage import Object, Store, join, open_store
 
 # Ray reads some of these when it is imported. What the user has set stays.
@@ -48,10 +49,15 @@ def fingerprint(artifact: Artifact, job: Job) -> str:
 
 def load_model(job: Job, *, weights: bool) -> Artifact:
     """The job's artifact. Raises ModelError when its digest is not the one the job wants."""
-    artifact = load_artifact(job.model.uri, job.model.s3, weights=weights)
-    if job.model.digest not in (None, artifact.digest):
-        do = "Set model.digest to it if the change is meant"
-        raise ModelError(f"{job.model.uri}: digest {artifact.digest}", need=str(job.model.digest), do=do)
+    return load_source(job.model, weights=weights)
+
+
+def load_source(source: ModelSource | Start, *, weights: bool = True, field: str = "model") -> Artifact:
+    """The artifact that the field of a job names. Raises ModelError when its digest is not the one wanted there."""
+    artifact = load_artifact(source.uri, source.s3, weights=weights)
+    if source.digest not in (None, artifact.digest):
+        do = f"Set {field}.digest to it if the change is meant"
+        raise ModelError(f"{source.uri}: digest {artifact.digest}", need=str(source.digest), do=do)
     return artifact
 
 

@@ -18,6 +18,7 @@ modeling_small_stem huggingface resnet artifact describe
 plan cut tar read decode careful preprocess engine predict commit report
 start cluster run label
 prepare.outcome prepare.data prepare.metrics prepare.card
+prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate
 prepare.importer prepare.augment prepare.images prepare.learner prepare.train
 prepare.workers prepare.finetune prepare.distill prepare.digits
 demo screen cli_model cli __main__

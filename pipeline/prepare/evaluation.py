@@ -1,0 +1,169 @@
+"""What an evaluation found: one record as JSON, as lines for a screen, and as the folder that holds it.
+
+`subject` says what was measured, by digests and etags, and a folder is of one subject: the same job finds its result there and
+measures nothing, any other is refused. So figures never stand beside a model or images that they are not of. The page is written
+before the JSON, which closes the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import InputMissing, StoreError
+from pipeline.prepare.metrics import Metrics
+from pipeline.recipe import Folder
+from pipeline.storage import Store, join, open_store
+
+VERSION = 1
+RECORD, PAGE = "evaluation.json", "evaluation.html"
+LISTED = 10  # classes on the screen
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Images:
+    """`read = measured + unlabelled + failed`; `failed` counts by failure class."""
+
+    read: int
+    measured: int
+    unlabelled: int
+    failed: Mapping[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        if self.read != self.measured + self.unlabelled + sum(self.failed.values()):
+            raise AssertionError(f"the counts do not add up: {self}")
+        return {"read": self.read, "measured": self.measured, "unlabelled": self.unlabelled, "failed": dict(self.failed)}
+
+
+def metrics_dict(metrics: Metrics, labels: tuple[str, ...]) -> dict[str, Any]:
+    """As JSON holds it; a ratio of nothing is null."""
+    columns = zip(labels, metrics.images.tolist(), metrics.precision.tolist(), metrics.recall.tolist(), strict=True)
+    return {
+        **headline(metrics),
+        "classes": [
+            {"label": label, "images": images, "precision": number(precision), "recall": number(recall)}
+            for label, images, precision, recall in columns
+        ],
+        "confusion": metrics.confusion.tolist(),
+        "reliability": [
+            {
+                "from": round(part.low, 4),
+                "to": round(part.high, 4),
+                "images": part.images,
+                "confidence": number(part.confidence),
+                "accuracy": number(part.accuracy),
+            }
+            for part in metrics.reliability
+        ],
+    }
+
+
+def headline(metrics: Metrics) -> dict[str, float | None]:
+    return {name: number(getattr(metrics, name)) for name in ("top1", "top5", "ece", "nll")}
+
+
+def number(value: float) -> float | None:
+    """Six digits after the point, enough for a million images; None for nan."""
+    return None if math.isnan(value) else round(value, 6)
+
+
+def summary(record: Record, where: str) -> dict[str, Any]:
+    """What `nightlabel run --json` prints: everything but the long tables, and where these are."""
+    return {"where": where, **{name: value for name, value in record.items() if name not in ("confusion", "reliability")}}
+
+
+def lines(record: Record, where: str) -> Iterator[str]:
+    """The table for a screen."""
+    images, speed, other = record["images"], record["throughput"], record["compare"]
+    classes = record["classes"]
+    yield f"top-1   {record['top1']:.2%}"
+    yield f"top-5   {record['top5']:.2%}" + (f", for there are only {len(classes)} classes" if len(classes) <= 5 else "")
+    yield f"ECE     {record['ece']:.2%}, how far the scores are from the share that is right"
+    yield f"images  {images['measured']:,} measured of {images['read']:,}{_left_out(images)}"
+    yield f"img/s   {_rate(speed['decode'])} decode, {_rate(speed['predict'])} predict; {speed['how']}"
+    if other is not None:
+        yield f"agrees  {other['agreement']:.2%} with {other['digest'][:19]}…, {other['precision']}"
+        alone = f"right alone on {other['only_it_right']:,} images, this model on {other['only_model_right']:,}"
+        yield f"        its top-1 {other['top1']:.2%}; {alone}"
+    yield ""
+    yield from _worst(classes)
+    yield ""
+    yield f"where   {where}"
+    yield f"page    {join(where, PAGE)}"
+
+
+def _worst(classes: list[dict[str, Any]]) -> Iterator[str]:
+    shown = sorted((one for one in classes if one["images"]), key=lambda one: one["recall"])[:LISTED]
+    more = len(classes) - len(shown)
+    width = max(len("class"), *(len(one["label"][:30]) for one in shown))
+    yield f"{'class':<{width}}  {'recall':>8}  {'precision':>9}  {'images':>7}"
+    for one in shown:
+        yield f"{one['label'][:30]:<{width}}  {percent(one['recall']):>8}  {percent(one['precision']):>9}  {one['images']:>7,}"
+    if more:
+        yield f"and {more:,} more classes; the lowest recall is on top"
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _left_out(images: Mapping[str, Any]) -> str:
+    reasons = {"without a label": images["unlabelled"], **images["failed"]}
+    told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+    return f"; left out: {told}" if told else ", none left out"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
+
+
+def standing(folder: Folder, subject: Record) -> Record | None:
+    """The evaluation of `subject` that the folder holds, or None when it is free. Raises StoreError when it holds another."""
+    store = open_store(folder.uri, folder.s3)
+    data = _read(store, join(folder.uri, RECORD))
+    if data is None:
+        if _read(store, join(folder.uri, PAGE)) is not None:
+            need = "both or neither, for nothing is overwritten"
+            raise StoreError(f"{folder.uri}: holds {PAGE} without {RECORD}", need=need, do="Take an empty folder")
+        return None
+    try:
+        record = json.loads(data)
+        found = record["subject"]
+        different = [name for name in subject if found[name] != subject[name]]
+    except (ValueError, TypeError, KeyError):
+        got = f"{join(folder.uri, RECORD)}: is not an evaluation of ours"
+        raise StoreError(got, need="an empty folder", do="Name another output.uri") from None
+    if different:
+        got = f"{folder.uri}: holds an evaluation with other {' and '.join(different)}"
+        need = "an empty folder, for nothing is overwritten"
+        raise StoreError(got, need=need, do="Name another output.uri")
+    return dict(record)
+
+
+def write(folder: Folder, record: Record, page: bytes) -> Record:
+    """Create both objects, and return the record that stands there then: ours, or that of a twin that was faster. Raises
+    StoreError when something else came between."""
+    store = open_store(folder.uri, folder.s3)
+    if store.create(join(folder.uri, PAGE), page) and store.create(join(folder.uri, RECORD), as_json(record)):
+        return record
+    found = standing(folder, record["subject"])
+    assert found is not None  # something made a create fail, and a page alone is refused
+    return found
+
+
+def as_json(record: Record) -> bytes:
+    """A line for every field, so that a matrix of 1,000 × 1,000 is one line and not a million."""
+    texts = {name: json.dumps(value, ensure_ascii=False, separators=(",", ":")) for name, value in record.items()}
+    fields = (f"{json.dumps(name)}: {text}" for name, text in texts.items())
+    return ("{\n" + ",\n".join(fields) + "\n}\n").encode()
+
+
+def _read(store: Store, uri: str) -> bytes | None:
+    try:
+        return store.read(uri)
+    except InputMissing:
+        return None

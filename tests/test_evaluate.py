@@ -1,0 +1,282 @@
+"""Evaluate jobs: figures that are known beforehand, a folder that is never overwritten, a page that a browser renders."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from models import small_artifact
+from PIL import Image
+from shards import picture, tar_bytes, write_parquet
+
+from pipeline.artifact import build, load_artifact, make_artifact, save_artifact
+from pipeline.errors import JobError, ModelError, NightlabelError, StoreError, UnfitError
+from pipeline.jobfile import parse_job
+from pipeline.prepare.answer import Mistake
+from pipeline.prepare.evaluate import run_job
+from pipeline.prepare.evaluation_page import MATRIX, SHOWN, TABLE, THUMBNAIL, render
+from pipeline.prepare.metrics import Answers, measure
+from pipeline.prepare.outcome import Outcome
+from pipeline.preprocess import resize_and_crop
+from pipeline.recipe import EvaluateJob
+from pipeline.storage import open_store
+
+LABELS = ["class 0", "1", "2", "class 3", "4", "5", "0", "7"]  # of the eight pictures; number 6 is class 6, so one is wrong
+RIGHT = 7
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Knows the same pictures by heart with other weights."""
+    return small_artifact(tmp_path_factory.mktemp("other"), seed=1)
+
+
+def shard(folder: Path, labels: list[str | None], *, broken: Mapping[str, bytes] | None = None) -> str:
+    """A tar of the pictures that `model` knows, with these labels, and broken ones with the label 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    members: dict[str, bytes] = {}
+    for number, label in enumerate(labels):
+        members[f"p{number}.jpg"] = picture(number % 8)
+        members |= {f"p{number}.cls": label.encode()} if label is not None else {}
+    for name, data in (broken or {}).items():
+        members |= {f"{name}.jpg": data, f"{name}.cls": b"0"}
+    (folder / "0.tar").write_bytes(tar_bytes(members))
+    return str(folder)
+
+
+def job(model: str, shards: str, out: object, **more: object) -> EvaluateJob:
+    content = {
+        "kind": "evaluate",
+        "name": "exam",
+        "model": {"uri": model},
+        "data": {"input": {"uri": shards}},
+        "output": {"uri": str(out)},
+    }
+    parsed = parse_job(yaml.safe_dump(content | more).encode())
+    assert isinstance(parsed, EvaluateJob)
+    return parsed
+
+
+def evaluate(wanted: EvaluateJob) -> Outcome:
+    return run_job(wanted, say=lambda _: None, command="nightlabel run exam.yaml")
+
+
+def refused(kind: type[NightlabelError], wanted: EvaluateJob) -> str:
+    with pytest.raises(kind) as caught:
+        evaluate(wanted)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_figures_that_are_known_beforehand(tmp_path: Path, model: str, other: str):
+    broken = {"cut": picture(1)[:400], "text": b"hello"}
+    data = shard(tmp_path / "in", [*LABELS, None, " "], broken=broken)
+    outcome = evaluate(job(model, data, tmp_path / "out", compare={"uri": other}))
+    record = json.loads((tmp_path / "out/evaluation.json").read_text())
+    failed = {"NOT_AN_IMAGE": 1, "TRUNCATED": 1}
+    assert record["images"] == {"read": 12, "measured": 8, "unlabelled": 2, "failed": failed}
+    assert record["top1"] == RIGHT / 8
+    assert (record["compare"]["agreement"], record["compare"]["top1"]) == (1, RIGHT / 8)
+    assert (record["compare"]["only_it_right"], record["compare"]["only_model_right"]) == (0, 0)
+    expected = np.eye(8, dtype=int)
+    expected[6, 6], expected[0, 6] = 0, 1
+    assert record["confusion"] == expected.tolist()
+    classes = {one["label"]: one for one in record["classes"]}
+    assert classes["class 0"] == {"label": "class 0", "images": 2, "precision": 1, "recall": 0.5}
+    assert classes["class 6"] == {"label": "class 6", "images": 0, "precision": 0, "recall": None}
+    (mistake,) = record["mistakes"]
+    assert (mistake["key"], mistake["truth"], mistake["answer"]) == ("p6", "class 0", "class 6")
+    assert 0 < mistake["truth_score"] < mistake["score"] <= 1
+    assert sum(part["images"] for part in record["reliability"]) == 8
+    assert outcome.exit_code == 0
+    assert outcome.facts["subject"]["model"]["digest"] == load_artifact(model).digest
+    assert "confusion" not in outcome.facts
+    text = "\n".join(outcome.lines)
+    for words in (
+        "top-1   87.50%",
+        "images  8 measured of 12; left out: 2 without a label, 1 NOT_AN_IMAGE, 1 TRUNCATED",
+        "agrees  100.00% with sha256:",
+        "class 0     50.0%     100.0%        2",
+    ):
+        assert words in text
+    assert re.search(r"img/s   [\d,.]+ decode, [\d,.]+ predict; each alone, in one process", text)
+
+
+def test_answers_are_those_of_a_plain_loop(tmp_path: Path, model: str):
+    """Twenty strange images, of two batches, in another order than the classes."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    members: dict[str, bytes] = {}
+    for number in range(20):
+        members |= {f"k{number}.png": picture(100 + number, size=(32, 32), kind="PNG"), f"k{number}.cls": b"%d" % (number % 8)}
+    (folder / "0.tar").write_bytes(tar_bytes(members))
+    evaluate(job(model, str(folder), tmp_path / "out", batch_size=6))
+    record = json.loads((tmp_path / "out/evaluation.json").read_text())
+    artifact = load_artifact(model)
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (artifact.preprocessing.mean, artifact.preprocessing.std))
+    pixels = [np.array(Image.open(io.BytesIO(members[f"k{number}.png"]))) for number in range(20)]
+    crops = [torch.tensor(resize_and_crop(image, artifact.preprocessing).copy()) for image in pixels]
+    with torch.inference_mode():
+        probabilities = build(artifact)(torch.stack([(crop / 255 - mean) / std for crop in crops])).softmax(dim=1).numpy()
+    truth = np.arange(20) % 8
+    wanted = measure(Answers.of(probabilities, truth), 8)
+    assert record["top1"] == pytest.approx(wanted.top1)
+    assert record["top5"] == pytest.approx(wanted.top5)
+    assert record["ece"] == pytest.approx(wanted.ece, abs=1e-4)
+    assert record["nll"] == pytest.approx(wanted.nll, rel=1e-2)
+    assert record["confusion"] == wanted.confusion.tolist()
+    scores = [one["score"] for one in record["mistakes"]]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_a_number_of_images_from_a_parquet_file_and_another_precision(tmp_path: Path, model: str, other: str):
+    write_parquet(tmp_path / "in/a.parquet", [picture(number) for number in range(8)])
+    data = {"input": {"uri": str(tmp_path / "in"), "format": "parquet"}, "label": "label", "images": 5}
+    wanted = job(model, "unused", tmp_path / "out", compare={"uri": other, "precision": "bfloat16"}, data=data)
+    facts = evaluate(wanted).facts
+    assert (facts["images"]["measured"], facts["top1"], facts["compare"]["precision"]) == (5, 1, "bfloat16")
+
+
+def test_the_same_job_measures_once_and_another_finds_the_folder_taken(tmp_path: Path, model: str, other: str):
+    data = shard(tmp_path / "in", LABELS)
+    first = evaluate(job(model, data, tmp_path / "out"))
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert set(before) == {"evaluation.json", "evaluation.html"}
+    again = evaluate(job(model, data, tmp_path / "out"))
+    assert again.facts == first.facts
+    assert again.lines == ("nothing to do: exam is evaluated already", *first.lines[1:])
+    sentence = refused(StoreError, job(other, data, tmp_path / "out"))
+    assert sentence.startswith(f"{tmp_path}/out: holds an evaluation with other model; required: an empty folder")
+    assert "with other compare" in refused(StoreError, job(model, data, tmp_path / "out", compare={"uri": other}))
+    shard(tmp_path / "in", LABELS[:7])
+    assert "with other data" in refused(StoreError, job(model, data, tmp_path / "out"))
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    (tmp_path / "out/evaluation.json").unlink()
+    assert "holds evaluation.html without evaluation.json" in refused(StoreError, job(model, data, tmp_path / "out"))
+    (tmp_path / "out/evaluation.json").write_text("[]")
+    assert "is not an evaluation of ours" in refused(StoreError, job(model, data, tmp_path / "out"))
+
+
+def test_bad_input_is_one_sentence(tmp_path: Path, model: str):
+    unlabelled = job(model, shard(tmp_path / "none", [None, None]), tmp_path / "out")
+    assert refused(JobError, unlabelled) == (
+        f"{tmp_path}/none, cls: none of 2 images has a label; required: labels to measure with. "
+        "Set data.label to the sidecar or column that holds the class."
+    )
+    strange = job(model, shard(tmp_path / "strange", ["0", "zebra"]), tmp_path / "out")
+    assert refused(JobError, strange).startswith(f"{tmp_path}/strange, cls: zebra; required: one of 8 classes, class 0, ")
+    broken = job(model, shard(tmp_path / "broken", [], broken={"a": b"x"}), tmp_path / "out")
+    assert "no labelled image can be measured (1 NOT_AN_IMAGE)" in refused(JobError, broken)
+    digest = "sha256:" + "0" * 64
+    elsewhere = job(model, str(tmp_path / "none"), tmp_path / "out", compare={"uri": model, "digest": digest})
+    assert "Set compare.digest to it" in refused(ModelError, elsewhere)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_other_classes_cannot_be_compared_with(tmp_path: Path, model: str):
+    known = load_artifact(model)
+    data = shard(tmp_path / "in", LABELS)
+    state = build(known).state_dict()
+    renamed = make_artifact(known.architecture, state, labels=("cat", *known.labels[1:]), preprocessing=known.preprocessing)
+    save_artifact(renamed, str(tmp_path / "renamed"))
+    sentence = refused(ModelError, job(model, data, tmp_path / "out", compare={"uri": str(tmp_path / "renamed")}))
+    assert sentence == (
+        f"{tmp_path}/renamed: has 'cat' as class 0; required: 'class 0', as in the model. "
+        "Compare with a model of the same classes."
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_absent_is_one_sentence(tmp_path: Path, model: str):
+    assert "torch sees no CUDA device" in refused(UnfitError, job(model, "in/", tmp_path / "out", gpus=1))
+
+
+def test_to_s3_through_the_command_line(tmp_path: Path, model: str, s3):
+    out = f"s3://{s3.bucket()}/exam"
+    content = job(model, shard(tmp_path / "in", LABELS), out).model_dump(mode="json", exclude_unset=True)
+    content["output"]["s3"] = s3.options.model_dump()
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(content))
+    words = [sys.executable, "-m", "pipeline", "run", str(tmp_path / "job.yaml"), "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    facts = json.loads(done.stdout)
+    assert (facts["where"], facts["top1"]) == (out, RIGHT / 8)
+    record = json.loads(open_store(out, s3.options).read(f"{out}/evaluation.json"))
+    assert record["command"] == f"nightlabel run {tmp_path}/job.yaml"
+    assert b"<!doctype html>" in open_store(out, s3.options).read(f"{out}/evaluation.html")
+
+
+def made_up(classes: int, mistakes: int) -> bytes:
+    """The page of a random evaluation."""
+    from pipeline.prepare.evaluation import metrics_dict
+
+    rng = np.random.default_rng(0)
+    labels = tuple(f"<b>class & {number}</b>" for number in range(classes))
+    found = measure(Answers.of(rng.dirichlet(np.ones(classes) / 5, 2000), rng.integers(0, classes, 2000)), classes)
+    facts = {"key": "k", "source": "s", "truth": labels[0], "answer": labels[1], "score": 0.9, "truth_score": 0.1}
+    images = {"read": 2003, "measured": 2000, "unlabelled": 1, "failed": {"CORRUPT": 2}}
+    record = {
+        "name": "exam",
+        "command": "nightlabel run exam.yaml",
+        "images": images,
+        "subject": {
+            "model": {"digest": "sha256:0", "precision": "float32"},
+            "data": {"uris": ["in/"], "label": "cls", "images": None},
+        },
+        **metrics_dict(found, labels),
+        "throughput": {"decode": 800.0, "predict": 40.5, "how": "alone"},
+        "compare": None,
+        "mistakes": [facts] * mistakes,
+    }
+    pixels = rng.integers(0, 256, (3, 224, 224), dtype=np.uint8)
+    return render(record, [Mistake("k", "s", 0, 1, 0.9, 0.1, pixels)] * mistakes)
+
+
+@pytest.mark.parametrize("classes", [2, 30, 150])
+def test_the_page_stands_alone(classes: int):
+    page = made_up(classes, SHOWN).decode()
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page), "nothing is loaded from elsewhere"
+    assert "<b>class" not in page, "names are escaped"
+    images = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    assert len(images) == SHOWN == page.count("<img ")
+    assert max(Image.open(io.BytesIO(base64.b64decode(image))).size for image in images) == (THUMBNAIL, THUMBNAIL)
+    assert (f"the {MATRIX} most confused of {classes} classes" in page) == (classes > MATRIX)
+    assert (f"the {TABLE} with the lowest recall of {classes} that have images" in page) == (classes > TABLE)
+    assert "1 without a label, 2 CORRUPT" in page
+    assert len(page) < 400_000
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_renders_the_page(tmp_path: Path):
+    (tmp_path / "page.html").write_bytes(made_up(12, 5))
+    quiet = [
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ]
+    words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={tmp_path}/profile"]
+    done = subprocess.run(
+        [*words, "--dump-dom", f"file://{tmp_path}/page.html"], capture_output=True, text=True, check=True, timeout=60
+    )
+    dom = done.stdout
+    matrix = re.search(r'<svg class="matrix".*?</svg>', dom, re.DOTALL)
+    reliability = re.search(r'<svg class="reliability".*?</svg>', dom, re.DOTALL)
+    assert matrix is not None
+    assert reliability is not None
+    assert matrix[0].count("<text") >= 24
+    assert "taken for" in matrix[0]
+    assert "mean score" in reliability[0]
+    assert dom.count("<figure") == 5
+    assert "nan" not in matrix[0] + reliability[0]
