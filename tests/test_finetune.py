@@ -66,6 +66,15 @@ def test_an_artifact_with_its_origin(tmp_path: Path, start: str):
     assert accuracy(build(made), held, SMALL) > 0.9
     assert made.origin.metrics["accuracy"] > 0.9
     assert "right in epoch" in done.lines[0]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "nightlabel run test.yaml" in card
+    assert "| accuracy |" in card
+    from transformers import AutoModelForImageClassification
+
+    theirs = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+    images = torch.rand(2, 3, 16, 16)
+    with torch.inference_mode():
+        assert torch.allclose(theirs(images).logits, build(made)(images), atol=1e-4)
 
 
 def test_a_finished_job_does_nothing_and_another_one_is_refused(tmp_path: Path, start: str):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.artifact import Artifact, Origin, build, make_artifact, save_artifact
+from pipeline.artifact import Artifact, Origin, build, make_artifact
 from pipeline.errors import JobError
 from pipeline.prepare.data import NO_LABEL
 from pipeline.prepare.finetune import (
@@ -25,10 +25,10 @@ from pipeline.prepare.finetune import (
     epoch_lines,
     finished,
     job_key,
-    load_start,
     metrics,
     outcome,
     read_data,
+    save,
     seen,
     starting_network,
     told,
@@ -40,6 +40,7 @@ from pipeline.prepare.train import Place, Result, fit
 from pipeline.preprocess import Prepare
 from pipeline.preprocessing import Preprocessing
 from pipeline.resnet import ResNet
+from pipeline.start import load_source
 from pipeline.training import Distillation, DistillJob
 
 Fit = Callable[[str, Objective, TrainingData], Result]
@@ -56,7 +57,8 @@ def run_job(job: DistillJob, *, say: Say, command: str) -> Outcome:
 
 def train_job(job: DistillJob, *, place: Place, say: Say, command: str) -> Outcome:
     """The part of one worker; the first one saves the student. Raises JobError when teacher and student do not go together."""
-    teacher, start = load_start(job.teacher), None if job.student is None else load_start(job.student)
+    teacher = load_source(job.teacher, field="teacher")
+    start = None if job.student is None else load_source(job.student, field="student")
     parents = (teacher.digest,) if start is None else (teacher.digest, start.digest)
     key = job_key(job, list(parents))
     if (there := finished(job, key)) is not None:
@@ -85,8 +87,7 @@ def train_job(job: DistillJob, *, place: Place, say: Say, command: str) -> Outco
     settings = {"training": job.training.model_dump(mode="json"), "distillation": job.distillation.model_dump(mode="json")}
     origin = Origin(parents, data.facts | {"job": key, **settings}, numbers, command)
     made = make_artifact(architecture, result.weights, labels=teacher.labels, preprocessing=preprocessing, origin=origin)
-    saved = save_artifact(made, job.output.uri, job.output.s3)
-    return outcome(saved, job, (*epoch_lines(result), *_side_by_side(numbers)))
+    return outcome(save(made, job), job, (*epoch_lines(result), *_side_by_side(numbers)))
 
 
 def _numbers(result: Result, plain: Result | None, teacher: float) -> dict[str, float]:

@@ -18,16 +18,17 @@ from torch import nn
 
 from pipeline.artifact import RECORD, Artifact, Origin, build, load_artifact, make_artifact, save_artifact
 from pipeline.cut import list_inputs
-from pipeline.errors import InputMissing, JobError, ModelError
+from pipeline.errors import InputMissing, JobError
 from pipeline.huggingface import Architecture
+from pipeline.prepare.card import folder_name, model_card
 from pipeline.prepare.images import Found, Images, find_classes, labelled, read_images, seeded, split
 from pipeline.prepare.learner import CrossEntropy, Learner, balanced_weights
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.prepare.train import Place, Result, fit
 from pipeline.preprocessing import PREPROCESSING_VERSION, Preprocessing
-from pipeline.recipe import Start
 from pipeline.resnet import ResNet
 from pipeline.spec import Input
+from pipeline.start import load_source
 from pipeline.storage import join, open_store
 from pipeline.training import Data, DistillJob, FinetuneJob, Random
 
@@ -56,7 +57,7 @@ def run_job(job: FinetuneJob, *, say: Say, command: str) -> Outcome:
 
 def train_job(job: FinetuneJob, *, place: Place, say: Say, command: str) -> Outcome:
     """The part of one worker; the first one saves the artifact."""
-    start = None if job.model is None else load_start(job.model)
+    start = None if job.model is None else load_source(job.model)
     key = job_key(job, [] if start is None else [start.digest])
     if (there := finished(job, key)) is not None:
         return outcome(there, job, ("nothing to do: the artifact is there",))
@@ -83,15 +84,13 @@ def train_job(job: FinetuneJob, *, place: Place, say: Say, command: str) -> Outc
             command=command,
         ),
     )
-    return outcome(save_artifact(made, job.output.uri, job.output.s3), job, epoch_lines(result))
+    return outcome(save(made, job), job, epoch_lines(result))
 
 
-def load_start(source: Start) -> Artifact:
-    """The artifact to begin from. Raises ModelError when its digest is not the one that is wanted."""
-    artifact = load_artifact(source.uri, source.s3)
-    if source.digest not in (None, artifact.digest):
-        raise ModelError(f"{source.uri}: digest {artifact.digest}", need=str(source.digest), do="Correct the digest or the URI")
-    return artifact
+def save(made: Artifact, job: FinetuneJob | DistillJob) -> Artifact:
+    """Write the artifact with its card; as it stands there now."""
+    uri = job.output.uri
+    return save_artifact(made, uri, job.output.s3, card=model_card(made, name=folder_name(uri)))
 
 
 def job_key(job: FinetuneJob | DistillJob, parents: list[str]) -> str:
