@@ -67,6 +67,8 @@ class Artifact:
     preprocessing: Preprocessing
     files: Mapping[str, bytes] = field(repr=False, compare=False)
     origin: Origin = field(default_factory=Origin, compare=False)
+    quantized: bool = False
+    """There is a model.int8.onnx, whether it was read or not."""
 
 
 def load_artifact(uri: str, s3: S3 | None = None, *, weights: bool = True) -> Artifact:
@@ -171,7 +173,7 @@ def _open(files: dict[str, bytes], sums: Mapping[str, str], uri: str, origin: Or
         if classes != len(labels):
             got = f"{uri}: the weights have {classes} classes, {CONFIG} names {len(labels)} labels"
             raise ModelError(got, need="a label for every class", do="Complete id2label, or import with labels")
-    return Artifact(digest_of(sums), architecture, labels, preprocessing, files, origin)
+    return Artifact(digest_of(sums), architecture, labels, preprocessing, files, origin, INT8 in sums)
 
 
 def _classes(data: bytes, where: str) -> int:

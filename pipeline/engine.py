@@ -1,4 +1,4 @@
-"""The model on a device: uint8 crops in, ranked classes out, as numpy arrays.
+"""The model in torch on a device: uint8 crops in, ranked classes out, as numpy arrays.
 
 Batches are copied into pinned memory and to the GPU on a stream of their own while the batch before computes, and the results
 come back once a call, so the device waits for the host only at both ends of a block. Batch normalisation is folded into the
@@ -10,7 +10,6 @@ the same way.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,28 +18,9 @@ from torch import Tensor
 from pipeline.errors import ModelError
 from pipeline.preprocessing import Preprocessing
 from pipeline.resnet import ResNet
+from pipeline.scores import Scores, Wanted
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What to return of every image."""
-
-    top_k: int = 1
-    embeddings: bool = False
-    probabilities: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Results of N images, best class first. Where `finite` is false the other values mean nothing."""
-
-    ids: np.ndarray  # int32 [N, k]
-    scores: np.ndarray  # float32 [N, k], softmax over all classes
-    finite: np.ndarray  # bool [N]
-    embeddings: np.ndarray | None  # float32 [N, features]
-    probabilities: np.ndarray | None  # float16 [N, classes]
 
 
 class TorchEngine:

@@ -2,7 +2,7 @@
 
 The model runs over a whole block at a time, in batches of its own, and the columns are put together once, in Arrow, so a row
 costs the host a few microseconds. Rows without pixels (failed before) and rows without a key (the end of a unit) pass through.
-The arithmetic is in `engine`.
+The arithmetic is in `engine` (torch) and `onnx_engine` (int8); only the one that runs is imported.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from pipeline import rows
-from pipeline.artifact import Artifact, build
-from pipeline.engine import Scores, TorchEngine, Wanted
-from pipeline.resnet import fold
+from pipeline.artifact import INT8, Artifact, build
+from pipeline.errors import ModelError
+from pipeline.scores import Engine, Scores, Wanted
 from pipeline.spec import Output
 
 _TAKEN = frozenset({*rows.IMAGE.names, *rows.PREDICTION.names, "pixels"})
@@ -31,20 +30,12 @@ class Predict:
     def __init__(
         self, artifact: Artifact, *, precision: str, device: str, batch_size: int, output: Output, threads: int | None = None
     ) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
         self.size, self.output = artifact.preprocessing.size, output
         self.features, self.classes = artifact.architecture.features, artifact.architecture.classes
         self.top_k = min(output.top_k, self.classes)
         self.labels = pa.array(artifact.labels, pa.string())
-        self.engine = TorchEngine(
-            fold(build(artifact)),
-            artifact.preprocessing,
-            wanted=Wanted(self.top_k, output.embeddings, output.probabilities),
-            precision=precision,
-            device=device,
-            batch_size=batch_size,
-        )
+        wanted = Wanted(self.top_k, output.embeddings, output.probabilities)
+        self.engine = _engine(artifact, wanted, precision=precision, device=device, batch_size=batch_size, threads=threads)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`unit`, the columns of rows.PREDICTION (status null in rows that end a unit), `embedding` and `probabilities` when the
@@ -103,6 +94,26 @@ class Predict:
             columns["probabilities"] = _vectors(scores.probabilities, at, scored)
             wanted.append("probabilities")
         return wanted
+
+
+def _engine(artifact: Artifact, wanted: Wanted, *, precision: str, device: str, batch_size: int, threads: int | None) -> Engine:
+    """onnxruntime for int8, torch for all else; the other one is not imported."""
+    if precision == "int8":
+        from pipeline.onnx_engine import OnnxEngine, check_int8
+
+        if device != "cpu":
+            raise ModelError(f"model: precision is int8 on {device}", need="the CPU", do="Take float16 on a GPU")
+        check_int8(artifact, "model")
+        return OnnxEngine(artifact.files[INT8], wanted=wanted, batch_size=batch_size, threads=threads, where=INT8)
+    import torch
+
+    from pipeline.engine import TorchEngine
+    from pipeline.resnet import fold
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model, seen = fold(build(artifact)), artifact.preprocessing
+    return TorchEngine(model, seen, wanted=wanted, precision=precision, device=device, batch_size=batch_size)
 
 
 def _failures(batch: pa.Table, broken: pa.Array) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:

@@ -11,6 +11,7 @@ from functools import partial
 from pipeline.artifact import Artifact, load_artifact
 from pipeline.cut import cut, list_inputs
 from pipeline.errors import InputMissing, ModelError
+from pipeline.onnx_engine import check_int8
 from pipeline.plan import Log, Part, Plan, make_plan
 from pipeline.preprocessing import PREPROCESSING_VERSION
 from pipeline.recipe import Start
@@ -48,16 +49,19 @@ def fingerprint(artifact: Artifact, job: Job) -> str:
 
 
 def load_model(job: Job, *, weights: bool) -> Artifact:
-    """The job's artifact. Raises ModelError when its digest is not the one the job wants."""
+    """The job's artifact. Raises ModelError when its digest or its precisions are not what the job wants."""
     return load_source(job.model, weights=weights)
 
 
 def load_source(source: ModelSource | Start, *, weights: bool = True, field: str = "model") -> Artifact:
-    """The artifact that the field of a job names. Raises ModelError when its digest is not the one wanted there."""
+    """The artifact that the field of a job names. Raises ModelError when its digest is not the one wanted there,
+    or it lacks what the precision wanted there needs."""
     artifact = load_artifact(source.uri, source.s3, weights=weights)
     if source.digest not in (None, artifact.digest):
         do = f"Set {field}.digest to it if the change is meant"
         raise ModelError(f"{source.uri}: digest {artifact.digest}", need=str(source.digest), do=do)
+    if isinstance(source, ModelSource) and source.precision == "int8":
+        check_int8(artifact, source.uri)
     return artifact
 
 

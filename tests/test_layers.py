@@ -15,12 +15,13 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 ROWS = """
 errors quantity resources rows preprocessing spec recipe training jobfile reference storage s3
 modeling_small_stem huggingface resnet artifact describe
-plan cut tar read decode careful preprocess engine predict commit report
+plan cut tar read decode careful preprocess scores engine onnx_engine predict commit report
 start cluster run label
 prepare.outcome prepare.data prepare.metrics prepare.card
 prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate
 prepare.importer prepare.augment prepare.images prepare.learner prepare.train
 prepare.workers prepare.finetune prepare.distill prepare.digits
+prepare.onnx_export
 demo screen cli_model cli __main__
 """
 LADDER = ROWS.split()
@@ -34,6 +35,7 @@ KEEPERS = {
     "typer": {"cli", "cli_model"},
     "rich": {"screen", "cli"},
     "simplejpeg": {"decode"},
+    "onnxruntime": {"onnx_engine"},
     "transformers": {"modeling_small_stem"},
 }
 

@@ -10,13 +10,14 @@ from torch import nn
 
 from pipeline import rows
 from pipeline.artifact import Artifact, make_artifact
-from pipeline.engine import TorchEngine, Wanted
+from pipeline.engine import TorchEngine
 from pipeline.errors import ModelError
 from pipeline.huggingface import Architecture
 from pipeline.predict import Predict
 from pipeline.prepare.importer import to_huggingface
 from pipeline.preprocessing import Preprocessing
 from pipeline.resnet import ResNet
+from pipeline.scores import Wanted
 from pipeline.spec import Output
 
 SIZE = 32
@@ -205,13 +206,14 @@ def test_bfloat16_agrees_with_float32() -> None:
 @pytest.mark.parametrize(
     ("precision", "device", "sentence"),
     [
-        ("int8", "cpu", "precision is int8; required: float32, float16, bfloat16"),
+        ("int8", "cpu", r"has no model.int8.onnx; required: one, for precision int8. Make it with a quantize job"),
+        ("int8", "cuda", "int8 on cuda; required: the CPU"),
         ("float16", "cpu", "float16 on a CPU; required: a GPU"),
         ("float32", "cuda", "no CUDA device"),
     ],
 )
 def test_what_cannot_run_is_refused(precision: str, device: str, sentence: str) -> None:
-    if device == "cuda" and torch.cuda.is_available():
+    if precision == "float32" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ModelError, match=sentence):
         Predict(tiny(), precision=precision, device=device, batch_size=4, output=Output(uri="unused"))
