@@ -64,7 +64,7 @@ class Gate(Model):
 
 
 class QuantizeJob(Preparation):
-    """Static INT8 for ONNX Runtime: the artifact with `model.int8.onnx` beside its weights."""
+    """Static INT8 for ONNX Runtime: the artifact with `model.int8.onnx` beside its weights, for this kind of CPU."""
 
     kind: Literal["quantize"]
     """What the job does."""
@@ -75,7 +75,7 @@ class QuantizeJob(Preparation):
     calibration_images: Count = 256
     """How many of them, from the front."""
     data: Measured
-    """Labelled images that the gate measures with; not those of the calibration."""
+    """Labelled images of several classes that the gate measures with; not those of the calibration."""
     gate: Gate = Gate()
     """What must be reached."""
     threads: Count | None = None

@@ -39,6 +39,7 @@ _FILES = {
     "finetune-products.yaml": "finetune: a shop's own classes, from an imported model, one L4, float16",
     "distill-cifar10.yaml": "distill: ResNet-50 into ResNet-18 on 32-pixel images, 2 CPUs, bfloat16",
     "evaluate-photos.yaml": "evaluate: a model measured on labelled photographs beside another one, 2 CPUs, bfloat16",
+    "quantize-photos.yaml": "quantize: an int8 model for labelling photographs on CPUs, or a refusal with its numbers",
 }
 
 

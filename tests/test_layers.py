@@ -21,7 +21,7 @@ prepare.outcome prepare.data prepare.metrics prepare.card
 prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate
 prepare.importer prepare.augment prepare.images prepare.learner prepare.train
 prepare.workers prepare.finetune prepare.distill prepare.digits
-prepare.onnx_export
+prepare.onnx_export prepare.calibrate prepare.gate prepare.quantize
 demo screen cli_model cli __main__
 """
 LADDER = ROWS.split()
@@ -35,7 +35,8 @@ KEEPERS = {
     "typer": {"cli", "cli_model"},
     "rich": {"screen", "cli"},
     "simplejpeg": {"decode"},
-    "onnxruntime": {"onnx_engine"},
+    "onnxruntime": {"onnx_engine", "prepare.calibrate"},
+    "onnx": {"prepare.calibrate"},
     "transformers": {"modeling_small_stem"},
 }
 

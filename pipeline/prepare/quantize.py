@@ -1,0 +1,215 @@
+"""A quantize job: artifact → the same artifact with `model.int8.onnx` beside its weights, or a refusal.
+
+Calibrated once, tried in every scheme of `calibrate`, measured by `gate`; the best that passes is published under a digest of
+its own, all else of the folder as it was, so transformers opens it and it still labels at float32. Images that cannot be decoded
+or carry no label are left out and counted; a label that is no class is an error, for it is a mistake.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from pipeline.artifact import INT8, RECORD, Artifact, Origin, load_artifact, save_artifact, with_files
+from pipeline.errors import InputMissing, JobError, ModelError, UnfitError
+from pipeline.prepare.calibrate import calibrate, cpu_saturates, quantize, schemes
+from pipeline.prepare.card import folder_name, model_card
+from pipeline.prepare.data import NO_LABEL, class_index, image_rows, label_texts
+from pipeline.prepare.gate import BATCH, FLOAT32, Batch, Measurement, best_of, measure
+from pipeline.prepare.onnx_export import to_onnx
+from pipeline.prepare.outcome import Outcome, Say
+from pipeline.preprocess import Preprocess
+from pipeline.recipe import QuantizeJob
+from pipeline.rows import pixels_view
+from pipeline.spec import Input, Limits
+from pipeline.start import load_source
+from pipeline.storage import join, open_store
+
+_EXTRA = ("onnx", "onnxruntime", "onnxscript")
+_LIMIT = "Accuracy and speed at int8 are those of one kind of CPU: without VNNI, 8-bit weights overflow in silence."
+
+
+def run_job(job: QuantizeJob, *, say: Say, command: str) -> Outcome:
+    """Quantize, measure, publish. Raises ModelError when no candidate passes the gate (nothing is written then) or the artifact
+    is quantized already, JobError for images or labels that do not serve, UnfitError without the extra."""
+    _check_installed()
+    source = _source(job)
+    _check_free(job, source)
+    threads, saturates = job.threads or torch.get_num_threads(), cpu_saturates()
+    images = _Images(job, source, threads)
+    float32 = to_onnx(source)
+    say(f"calibrating on up to {job.calibration_images} images")
+    ranges = calibrate(float32, images.calibration())
+    candidates = {str(scheme): quantize(float32, ranges, scheme) for scheme in schemes(saturates=saturates)}
+    say(f"measuring float32 and {', '.join(candidates)} with {threads} threads")
+    measured = measure({FLOAT32: float32, **candidates}, images.labelled(), threads=threads)
+    if not measured:
+        where = f"{', '.join(job.data.input.uris)}, {job.data.label}"
+        raise JobError(f"{where}: no sound image has a label", need="some, to measure with", do="Check the label's name")
+    best = best_of(measured, job.gate)
+    if best is None:
+        for line in _table(measured, None):
+            say(line)
+        raise _refusal(job, measured)
+    facts = images.facts() | {"scheme": best.name, "threads": threads, "vnni": not saturates, **_how()}
+    origin = Origin(parents=(source.digest,), data=facts, metrics=_metrics(measured[0], best), command=command)
+    artifact = with_files({**source.files, INT8: candidates[best.name]}, origin=origin)
+    card = model_card(artifact, name=folder_name(job.output.uri), limits=[_LIMIT])
+    artifact = save_artifact(artifact, job.output.uri, job.output.s3, card=card)
+    for line in images.warning():
+        say(line)
+    return _outcome(job, artifact, measured, best)
+
+
+def _check_installed() -> None:
+    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        do = "Install them: pip install nightlabel[int8]"
+        raise UnfitError(f"quantizing needs {', '.join(_EXTRA)}, and there is no {', '.join(missing)}", do=do)
+
+
+def _source(job: QuantizeJob) -> Artifact:
+    artifact = load_source(job.model)
+    if artifact.quantized:
+        raise ModelError(f"{job.model.uri}: has {INT8} already", need="an artifact without", do="Quantize what it was made from")
+    return artifact
+
+
+def _check_free(job: QuantizeJob, source: Artifact) -> None:
+    """Minutes before `save_artifact` would find it: the output must be new, or what an earlier run of this job made."""
+    try:
+        open_store(job.output.uri, job.output.s3).head(join(job.output.uri, RECORD))
+    except InputMissing:
+        return
+    standing = load_artifact(job.output.uri, job.output.s3, weights=False)
+    if not standing.quantized or standing.origin.parents != (source.digest,):
+        got = f"{job.output.uri}: holds {standing.digest}, made of something else"
+        raise ModelError(got, need=f"nothing, or {source.digest} quantized", do="Take an empty folder")
+
+
+@dataclass
+class _Images:
+    """What the job's shards give, prepared as labelling does it, BATCH at a time; and what was left out, by reason."""
+
+    job: QuantizeJob
+    source: Artifact
+    threads: int
+    calibrated: set[tuple[str, str]] = field(default_factory=set)
+    """(source, key) of the images."""
+    measured: int = 0
+    overlap: int = 0
+    """Measured images that were calibrated with, which flatters a little."""
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def calibration(self) -> Iterator[np.ndarray]:
+        """Raises JobError when not one image is sound."""
+        for table in self._sound(self.job.calibration, most=self.job.calibration_images):
+            self.calibrated |= _names(table)
+            yield self._pixels(table)
+        if not self.calibrated:
+            got = f"{', '.join(self.job.calibration.uris)}: no sound image to calibrate with"
+            raise JobError(got, need="some, a few hundred that look like those to label", do="Check the URI and the format")
+
+    def labelled(self) -> Iterator[Batch]:
+        """Raises JobError for a label that is no class."""
+        wanted = self.job.data
+        where = f"{', '.join(wanted.input.uris)}, {wanted.label}"
+        for table in self._sound(wanted.input, label=wanted.label, most=wanted.images):
+            labels = class_index(label_texts(table[wanted.label]), self.source.labels, where=where)
+            told = labels != NO_LABEL
+            self.left_out["NO_LABEL"] += int((~told).sum())
+            self.measured += int(told.sum())
+            self.overlap += len(self.calibrated & _names(table.filter(pa.array(told))))
+            if told.any():
+                yield self._pixels(table)[told], labels[told]
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "calibration": {"uris": list(self.job.calibration.uris), "images": len(self.calibrated)},
+            "measured": {"uris": list(self.job.data.input.uris), "images": self.measured, "calibrated": self.overlap},
+            "left_out": dict(+self.left_out),
+        }
+
+    def warning(self) -> Iterator[str]:
+        if self.overlap:
+            yield f"{self.overlap} of {self.measured} measured images were calibrated with, others would judge better"
+
+    def _sound(self, wanted: Input, *, label: str | None = None, most: int | None) -> Iterator[pa.Table]:
+        prepare = Preprocess(self.source.preprocessing, max_pixels=Limits().max_pixels, threads=self.threads)
+        for table in map(prepare, image_rows(wanted, label=label, most=most)):
+            self.left_out.update(table["error_class"].drop_null().to_pylist())
+            sound = table.filter(pc.is_valid(table["pixels"]))
+            yield from (sound.slice(at, BATCH) for at in range(0, sound.num_rows, BATCH))
+
+    def _pixels(self, table: pa.Table) -> np.ndarray:
+        return pixels_view(table["pixels"], self.source.preprocessing.size)
+
+
+def _names(table: pa.Table) -> set[tuple[str, str]]:
+    return set(zip(table["source"].to_pylist(), table["key"].to_pylist(), strict=True))
+
+
+def _how() -> dict[str, str]:
+    return {"method": "static QDQ, extremes", "onnxruntime": importlib.metadata.version("onnxruntime")}
+
+
+def _metrics(original: Measurement, best: Measurement) -> Mapping[str, float]:
+    return {
+        "accuracy_float32": original.accuracy,
+        "accuracy_int8": best.accuracy,
+        "agreement": best.agreement,
+        "speedup": best.speedup,
+        "images_per_second_float32": original.images_per_second,
+        "images_per_second_int8": best.images_per_second,
+        "bytes_float32": original.bytes,
+        "bytes_int8": best.bytes,
+    }
+
+
+def _refusal(job: QuantizeJob, measured: Sequence[Measurement]) -> ModelError:
+    original, *candidates = measured
+    told = ", ".join(f"{one.name} {_lost(one, original)} and is {one.speedup:.2f} x as fast" for one in candidates)
+    return ModelError(
+        f"{job.model.uri}: no int8 candidate passes, nothing is published; of {original.images} images float32 is right on "
+        f"{original.accuracy:.1%}, {told}",
+        need=f"a loss of at most {100 * job.gate.max_accuracy_loss:.2f} points and {job.gate.min_speedup:g} x the speed",
+        do="Calibrate with images that look like those to label, label at bfloat16, or change the gate",
+    )
+
+
+def _lost(one: Measurement, original: Measurement) -> str:
+    lost = 100 * (original.accuracy - one.accuracy)
+    return f"{'gains' if lost < 0 else 'loses'} {abs(lost):.2f} points"
+
+
+def _table(measured: Sequence[Measurement], best: Measurement | None) -> tuple[str, ...]:
+    lines = [f"{'':19}{'MB':>8}{'smaller':>9}{'top-1':>9}{'as float32':>12}{'img/s':>9}{'speed':>8}"]
+    for one in measured:
+        smaller = "" if one is measured[0] else f"{1 - one.bytes / measured[0].bytes:.1%}"
+        same = "" if one is measured[0] else f"{one.agreement:.1%}"
+        numbers = f"{one.bytes / 1e6:>8.2f}{smaller:>9}{one.accuracy:>9.2%}{same:>12}{one.images_per_second:>9.1f}"
+        lines.append(f"{one.name:19}{numbers}{one.speedup:>6.2f} x" + ("  best" if one is best else ""))
+    return tuple(lines)
+
+
+def _outcome(job: QuantizeJob, artifact: Artifact, measured: Sequence[Measurement], best: Measurement) -> Outcome:
+    limits = f"at most {100 * job.gate.max_accuracy_loss:.2f} and at least {job.gate.min_speedup:g} x"
+    lines = (
+        *_table(measured, best),
+        f"passed  {best.name}: {_lost(best, measured[0])}, {best.speedup:.2f} x as fast, on {best.images} images ({limits})",
+        f"where   {job.output.uri}",
+        f"digest  {artifact.digest}",
+        f"next    in a labelling job: model: {{uri: {job.output.uri}, precision: int8}}, then nightlabel run JOB",
+    )
+    rows = [asdict(one) | {"accuracy": one.accuracy, "agreement": one.agreement, "best": one is best} for one in measured]
+    facts = {"where": job.output.uri, "digest": artifact.digest, "parent": artifact.origin.parents[0]}
+    return Outcome(lines, {**facts, "float32": rows[0], "candidates": rows[1:], "metrics": _metrics(measured[0], best)})
