@@ -1,0 +1,142 @@
+"""What does int8 cost and bring? ONNX Runtime's float32 beside the quantized candidates, on photographs, by the gate itself.
+
+    .venv/bin/python tests/benchmarks/int8.py [--photos FOLDER] [--runs 3] [--threads 1 2]
+
+A ResNet-18 on 224 pixels with random weights has learned the photographs by heart, so every one has a label that is right. The
+first quarter of the tars calibrates, the rest measures; every batch is labelled by all models in turn. Then the same job once
+more, calibrated with black images, which the gate must refuse. Prints a table and writes tests/benchmarks/results/int8.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from limit import DEFAULT_PHOTOS, read_tar  # noqa: E402
+
+NUMBERS = ("accuracy", "agreement", "images_per_second", "speedup")
+
+
+def label_by_number(photos: Path, folder: Path) -> list[bytes]:
+    """The tars again, every photograph labelled by its own number; the photographs."""
+    from shards import tar_bytes
+
+    images: list[bytes] = []
+    folder.mkdir()
+    for tar in sorted(photos.glob("*.tar")):
+        members: dict[str, bytes] = {}
+        for name, data in read_tar(tar):
+            if name.endswith(".jpg"):
+                members |= {name: data, f"{name.removesuffix('.jpg')}.cls": b"%d" % len(images)}
+                images.append(data)
+        (folder / tar.name).write_bytes(tar_bytes(members))
+    return images
+
+
+def black_tar(path: Path) -> str:
+    from PIL import Image
+    from shards import tar_bytes
+
+    sink = io.BytesIO()
+    Image.new("RGB", (256, 256)).save(sink, "JPEG")
+    path.write_bytes(tar_bytes({f"{number}.jpg": sink.getvalue() for number in range(32)}))
+    return str(path)
+
+
+def quantized(model: str, tars: list[str], out: Path, *, calibration: list[str] | str, threads: int) -> dict[str, Any]:
+    """Facts of a quantize job with the default gate."""
+    from pipeline.prepare.quantize import run_job
+    from pipeline.recipe import QuantizeJob
+
+    content = {
+        "kind": "quantize",
+        "name": "int8",
+        "model": {"uri": model},
+        "calibration": {"uri": calibration},
+        "data": {"input": {"uri": tars}},
+        "output": {"uri": str(out)},
+        "threads": threads,
+    }
+    return dict(run_job(QuantizeJob.model_validate(content), say=lambda line: None, command="benchmark").facts)
+
+
+def medians(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Over the runs, of float32 and then of each candidate."""
+    rows = []
+    for same in zip(*([run["float32"], *run["candidates"]] for run in runs), strict=True):
+        row = {key: statistics.median(one[key] for one in same) for key in NUMBERS}
+        rows.append({"name": same[0]["name"], "bytes": same[0]["bytes"], "best": same[0]["best"], **row})
+    return rows
+
+
+def show(rows: list[dict[str, Any]], threads: int) -> None:
+    for row in rows:
+        smaller = 1 - row["bytes"] / rows[0]["bytes"]
+        print(
+            f"{threads} threads  {row['name']:12} {row['bytes'] / 1e6:6.2f} MB, {smaller:5.1%} smaller, "
+            f"top-1 {row['accuracy']:7.2%}, as float32 {row['agreement']:7.2%}, {row['images_per_second']:6.1f} img/s, "
+            f"{row['speedup']:.2f} x" + ("  best" if row["best"] else ""),
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, default=DEFAULT_PHOTOS)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, len(os.sched_getaffinity(0))])
+    args = parser.parse_args()
+    if not args.photos.is_dir():
+        sys.exit(f"{args.photos} is absent: give a folder of WebDataset tars with --photos")
+    from models import make_artifact
+
+    from pipeline.errors import ModelError
+    from pipeline.preprocessing import Preprocessing
+
+    results: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        images = label_by_number(args.photos, folder / "tars")
+        model = make_artifact(folder, images, preprocessing=Preprocessing())
+        tars = [str(path) for path in sorted((folder / "tars").iterdir())]
+        calibration, data = tars[: len(tars) // 4], tars[len(tars) // 4 :]
+        for threads in args.threads:
+            outs = [folder / f"out-{threads}-{number}" for number in range(args.runs)]
+            runs = [quantized(model, data, out, calibration=calibration, threads=threads) for out in outs]
+            results[str(threads)] = medians(runs)
+            show(results[str(threads)], threads)
+        try:
+            quantized(model, data, folder / "refused", calibration=black_tar(folder / "black.tar"), threads=args.threads[-1])
+        except ModelError as error:
+            print(f"black images to calibrate with: refused. {str(error).partition('; ')[2]}")
+            assert not (folder / "refused").exists()
+        else:
+            sys.exit("black images to calibrate with: NOT refused")
+    flags = sorted(set(re.findall(r"avx512_vnni|avx_vnni|avx512f|avx2", Path("/proc/cpuinfo").read_text())))
+    result = {
+        "date": date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {' '.join(flags)}",
+        "command": " ".join(["tests/benchmarks/int8.py", *sys.argv[1:]]),
+        "images": len(images),
+        "median_by_threads": results,
+    }
+    path = HERE / "results" / "int8.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
