@@ -1,8 +1,9 @@
 """From a float32 graph to int8 ones: the ranges of the activations on real images, and the schemes that are worth a try.
 
 Static QDQ: uint8 activations, int8 weights, int32 sums, for convolutions, their additions, the pooling and the classifier. What
-comes out, features and logits, is float32, for with 256 levels classes would tie. Ranges are the extremes seen: percentiles,
-entropy and means were further from float32 on photographs, and all within noise on CIFAR-10 (LOG.md, 2026-11-25).
+comes out, features and logits, is float32, for with 256 levels classes would tie. Ranges are the extremes seen: nearest to
+float32 on photographs with random weights, a little further than percentiles on the one trained network that was tried (LOG.md,
+2026-11-25), without keeping all activations in memory as those do.
 
 CPUs without VNNI add pairs of products in 16 bits, which overflow silently, so weights of 7 bits are tried there too; an int8
 model belongs to the kind of CPU that it was measured on.
