@@ -2,7 +2,7 @@
 
 The graph takes `pixels` uint8 [N, 3, S, S] and normalises inside, so nothing but crops goes in; it gives `logits` and `features`.
 Importing onnxruntime takes 0.2 s where torch takes 5. A predict actor seldom has its cores to itself, so threads never spin while
-they wait: two threads beside another session's lost a fifth of their speed to the spinning (LOG.md, 2026-11-25).
+they wait: two threads beside those of another model lost a fifth of their speed to the spinning (LOG.md, 2026-11-25).
 """
 
 from __future__ import annotations
