@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.preprocessing import Preprocessing, Resample
 from pipeline.quantity import Count, Fraction, Model, Share
@@ -132,6 +132,19 @@ class _Trains(Preparation):
     """How to train."""
     workers: Workers = Workers()
     """Who trains."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.training.precision == "float16" and not self.workers.gpus_per_worker:
+            raise ValueError("training: precision is float16, which needs a GPU. Set workers.gpus_per_worker, or take bfloat16")
+        low, high = self.training.augment.crop
+        if not 0 < low <= high:
+            raise ValueError(f"training.augment.crop is {low} to {high}; required: over 0, the smaller first. Turn them round")
+        if len(set(self.data.classes)) < len(self.data.classes):
+            raise ValueError("data.classes names a class twice; required: every class once. Leave one out")
+        if "images" in (self.data.train.format, self.data.validation.format if self.data.validation else ""):
+            raise ValueError("data: loose images carry no labels; required: webdataset or parquet. Pack them with their labels")
+        return self
 
 
 class FinetuneJob(_Trains):

@@ -12,7 +12,7 @@ from trainings import SIDES, SMALL, tiny_artifact, tiny_network, write_shards
 
 from pipeline.artifact import load_artifact, save_artifact
 from pipeline.errors import JobError
-from pipeline.prepare.distill import _Distil, run_job
+from pipeline.prepare.distill import Distil, run_job
 from pipeline.preprocessing import Preprocessing
 from pipeline.training import DistillJob
 
@@ -71,7 +71,6 @@ def test_a_student_learns_from_unlabelled_images(tmp_path: Path, teacher: str, s
     numbers = load_artifact(str(tmp_path / "out")).origin.metrics
     assert numbers["accuracy"] > 0.9
     assert "baseline_accuracy" not in numbers
-    assert any(line.startswith("no student without the teacher") for line in said)
     with pytest.raises(JobError, match=r"has a label; required: labelled images to choose the best epoch by"):
         run_job(distill_job(train, tmp_path / "other", teacher, student={"uri": student}), say=said.append, command="x")
 
@@ -98,7 +97,7 @@ def test_the_loss_is_that_of_the_paper_and_the_teacher_sees_its_own_normalisatio
     theirs = Preprocessing(size=16, crop_pct=1.0, mean=(0.1, 0.2, 0.3), std=(0.3, 0.4, 0.5))
     teacher = tiny_artifact(SIDES[:2], preprocessing=theirs)
     wanted = distill_job("x", tmp_path, "t", distillation={"temperature": 3.0, "alpha": 0.7})
-    objective = _Distil(wanted, teacher, SMALL, 16)
+    objective = Distil(wanted, teacher, SMALL, 16)
     assert objective.state_dict() == {}, "the teacher is no part of a checkpoint"
     network, pixels = tiny_network(seed=1).eval(), torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
     targets = F.one_hot(torch.tensor([0, 1, 0, 1, 0, 1]), 2).float()

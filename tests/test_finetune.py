@@ -184,5 +184,5 @@ def test_two_workers_train_one_model(tmp_path: Path, start: str, on_ray: str):
     broken = job(train, tmp_path / "other", model={"uri": start}, workers=workers, data={"classes": ["one"]})
     with pytest.raises(JobError, match="required: one of 1 classes"):
         make(broken)
-    with pytest.raises(JobError, match=r"3 workers × 1 CPUs, the cluster has 2\. Lower workers\.count"):
+    with pytest.raises(JobError, match=r"3 workers of 1 CPU each, the cluster has room for 2 on 1 nodes\. Lower"):
         make(job(train, tmp_path / "other", model={"uri": start}, workers={"count": 3}))

@@ -19,7 +19,7 @@ plan cut tar read decode careful preprocess scores engine onnx_engine predict co
 start cluster run label
 prepare.outcome prepare.data prepare.metrics prepare.card
 prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate
-prepare.importer prepare.augment prepare.images prepare.learner prepare.train
+prepare.importer prepare.augment prepare.images prepare.learner prepare.checkpoint prepare.train
 prepare.workers prepare.finetune prepare.distill prepare.digits
 prepare.onnx_export prepare.calibrate prepare.gate prepare.quantize
 demo screen cli_model cli __main__
@@ -29,7 +29,7 @@ LADDER = ROWS.split()
 #: Who may import what comes from outside.
 KEEPERS = {
     "ray": {"cluster", "run", "prepare.workers"},
-    "lightning": {"prepare.learner", "prepare.train"},
+    "lightning": {"prepare.checkpoint", "prepare.learner", "prepare.train"},
     "fsspec": {"storage", "s3"},
     "s3fs": {"storage", "s3"},
     "typer": {"cli", "cli_model"},

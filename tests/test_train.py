@@ -93,6 +93,28 @@ def test_a_kill_costs_an_epoch_and_changes_nothing(tmp_path: Path):
     assert same(again, undisturbed)
 
 
+def test_a_loaded_network_trains_its_norms_and_a_stopped_training_stays_stopped(tmp_path: Path):
+    wrong = pictures(16, first=64)
+    wrong = Images(wrong.encoded, 1 - wrong.labels)
+    training = QUICK.model_copy(update={"epochs": 12, "patience": 2})
+    network = tiny_network().eval()  # as an artifact's is
+    before = network.state_dict()["resnet.embedder.embedder.normalization.running_mean"].clone()
+    first, _ = trained(tmp_path, training, network=network, data=(pictures(64), wrong))
+    assert not torch.equal(first.weights["resnet.embedder.embedder.normalization.running_mean"], before)
+    again, said = trained(tmp_path, training, data=(pictures(64), wrong))
+    assert len(again.epochs) == len(first.epochs) < 12
+    assert said == [f"resuming: {len(first.epochs)} of at most 12 epochs done"]
+    assert same(first, again)
+
+
+def test_a_rare_class_is_not_the_best_answer_to_common_images():
+    weights, logits = balanced_weights([100, 1]), torch.zeros(1, 2, requires_grad=True)
+    objective = CrossEntropy(0.1, weights)
+    objective.of(logits, torch.tensor([[1.0, 0.0]])).backward()
+    assert logits.grad[0, 0] < 0 < logits.grad[0, 1], "a step of descent raises the common class"
+    assert objective.of(logits, torch.zeros(1, 2)).item() == 0, "an image without a label"
+
+
 def test_stops_early_and_keeps_the_best_epoch(tmp_path: Path):
     wrong = pictures(16, first=64)
     wrong = Images(wrong.encoded, 1 - wrong.labels)  # the better the model learns, the worse it does

@@ -12,18 +12,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.cut import cut, list_inputs
-from pipeline.errors import InputError, JobError
+from pipeline.errors import InputError, JobError, NightlabelError, PermissionDenied, Temporary, UnfitError
 from pipeline.read import read_unit
 from pipeline.spec import Input
 from pipeline.storage import open_store
 
 NO_LABEL = -1
+_ERRORS = {kind.error_class: kind for kind in (Temporary, PermissionDenied, UnfitError)}
 
 
 def image_rows(wanted: Input, *, label: str | None = None, most: int | None = None) -> Iterator[pa.Table]:
     """Tables of rows.IMAGE, plus the column `label` when one is named, of at most `most` images from the front.
 
-    Raises InputError with what an end row says about a unit that cannot be read.
+    Raises what an end row says about a unit that cannot be read: InputError, or what may be the store's fault.
     """
     wanted = wanted.model_copy(update={"keep": (label,) if label else ()})
     store = open_store(wanted.uris[0], wanted.s3)
@@ -32,7 +33,8 @@ def image_rows(wanted: Input, *, label: str | None = None, most: int | None = No
         for table in read_unit(store, unit, wanted=wanted):
             for end in table.filter(pc.is_null(table["key"])).to_pylist():
                 if end["error_class"] is not None:
-                    raise InputError(end["error"].rstrip("."))
+                    kind: type[NightlabelError] = _ERRORS.get(end["error_class"], InputError)
+                    raise kind(end["error"].rstrip("."))
             images = table.filter(pc.is_valid(table["key"])).slice(0, left)
             left = None if left is None else left - images.num_rows
             if images.num_rows:
@@ -49,11 +51,13 @@ def label_texts(column: pa.ChunkedArray) -> list[str | None]:
 
 def class_index(texts: Sequence[str | None], classes: Sequence[str], *, where: str) -> np.ndarray:
     """The number of each label in `classes`, int64 [N], NO_LABEL where there is none. A label is a class's name or, when no class
-    has that name, its number. Raises JobError for any other."""
-    known = {str(number): number for number in range(len(classes))} | {name: number for number, name in enumerate(classes)}
+    is named by a number, its number. Raises JobError for any other."""
+    names = {name: number for number, name in enumerate(classes)}
+    numbers = {} if any(name.isdigit() for name in classes) else {str(number): number for number in range(len(classes))}
+    known = numbers | names
     unknown = sorted({text for text in texts if text is not None and text not in known})
     if unknown:
         need = f"one of {len(classes)} classes, {', '.join(classes[:5])}" + ", …" * (len(classes) > 5)
         do = "Correct the labels or name the class"
-        raise JobError(f"{where}: {', '.join(unknown[:5])}", need=need + ", or its number", do=do)
+        raise JobError(f"{where}: {', '.join(unknown[:5])}", need=need + ", or its number" * bool(numbers), do=do)
     return np.array([NO_LABEL if text is None else known[text] for text in texts], dtype=np.int64)

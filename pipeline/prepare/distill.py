@@ -22,6 +22,7 @@ from pipeline.prepare.finetune import (
     TrainingData,
     architecture_of,
     checkpoints,
+    class_weights,
     epoch_lines,
     finished,
     job_key,
@@ -79,8 +80,9 @@ def train_job(job: DistillJob, *, place: Place, say: Say, command: str) -> Outco
         folder = checkpoints(job, key) / name.replace(" ", "-")
         return fit(learner, images.images, preprocessing=preprocessing, place=place, folder=folder, say=say)
 
-    plain = _baseline(job, data, train, say)
-    result = train("with the teacher", _Distil(job, teacher, preprocessing, architecture.features), data)
+    weights = class_weights(job, data)
+    plain = _baseline(job, data, train, CrossEntropy(job.training.label_smoothing, weights), fewest=place.world)
+    result = train("with the teacher", Distil(job, teacher, preprocessing, architecture.features, weights), data)
     if place.rank:
         return Outcome(())
     numbers = _numbers(result, plain, accuracy(build(teacher), data.images[1], teacher.preprocessing))
@@ -97,15 +99,13 @@ def _numbers(result: Result, plain: Result | None, teacher: float) -> dict[str, 
     return numbers
 
 
-def _baseline(job: DistillJob, data: TrainingData, train: Fit, say: Say) -> Result | None:
-    """The student that sees the labels alone."""
-    images = data.images[0]
-    labelled = images.take((images.labels != NO_LABEL).nonzero()[0])
-    if not job.distillation.baseline or len(labelled) < job.training.batch_size:
-        say("no student without the teacher: the job wants none, or fewer images than a batch have labels")
+def _baseline(job: DistillJob, data: TrainingData, train: Fit, objective: Objective, *, fewest: int) -> Result | None:
+    """The student that sees the labels alone; none when the job wants none, or fewer than `fewest` batches have labels."""
+    where = (data.images[0].labels != NO_LABEL).nonzero()[0]
+    if not job.distillation.baseline or len(where) < fewest * job.training.batch_size:
         return None
-    objective = CrossEntropy(job.training.label_smoothing)
-    return train("without the teacher", objective, replace(data, images=(labelled, data.images[1])))
+    images = data.images[0] if len(where) == len(data.images[0]) else data.images[0].take(where)
+    return train("without the teacher", objective, replace(data, images=(images, data.images[1])))
 
 
 def _check(job: DistillJob, teacher: Artifact, preprocessing: Preprocessing) -> None:
@@ -118,20 +118,24 @@ def _check(job: DistillJob, teacher: Artifact, preprocessing: Preprocessing) -> 
         raise JobError(got, need="the same size", do="Set preprocessing.size to the teacher's, or fine-tune the teacher")
 
 
-class _Distil(nn.Module):
+class Distil(nn.Module):
     """alpha · T² · KL(teacher ‖ student) at temperature T, plus (1 - alpha) · cross entropy over the images that have a label,
     plus the weighted squared distance of the normalised embeddings, the student's through a linear map where lengths differ."""
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, job: DistillJob, teacher: Artifact, preprocessing: Preprocessing, features: int) -> None:
+    def __init__(
+        self, job: DistillJob, teacher: Artifact, preprocessing: Preprocessing, features: int, weights: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.wanted: Distillation = job.distillation
-        self.smoothing = job.training.label_smoothing
+        self.hard = CrossEntropy(job.training.label_smoothing, weights)
         self.teacher = (build(teacher).to(memory_format=torch.channels_last),)  # in a tuple: no part of the checkpoint
         theirs = teacher.architecture.features
-        self.project: nn.Module = nn.Linear(features, theirs, bias=False) if features != theirs else nn.Identity()
+        self.project: nn.Module = nn.Identity()
+        if self.wanted.features and features != theirs:  # only then: several workers cannot have a parameter that nothing uses
+            self.project = nn.Linear(features, theirs, bias=False)
         ours, other = (Normalise(p) for p in (preprocessing, teacher.preprocessing))
         self.register_buffer("scale", ours.std / other.std, persistent=False)
         self.register_buffer("shift", (ours.mean - other.mean) / other.std, persistent=False)
@@ -148,12 +152,8 @@ class _Distil(nn.Module):
             F.log_softmax(logits / heat, dim=1), F.log_softmax(answers / heat, dim=1), reduction="batchmean", log_target=True
         )
         loss = self.wanted.alpha * heat**2 * soft
-        labelled = targets.sum(dim=1) > 0
-        if self.wanted.alpha < 1 and bool(labelled.any()):
-            share = labelled.float().mean()
-            loss = loss + (1 - self.wanted.alpha) * share * F.cross_entropy(
-                logits[labelled], targets[labelled], label_smoothing=self.smoothing
-            )
+        if self.wanted.alpha < 1:
+            loss = loss + (1 - self.wanted.alpha) * self.hard.of(logits, targets)
         if self.wanted.features:
             ours = F.normalize(self.project(features).float(), dim=1)
             distance = (ours - F.normalize(their_features.float(), dim=1)).square().sum(dim=1).mean()

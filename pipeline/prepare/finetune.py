@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.artifact import RECORD, Artifact, Origin, build, load_artifact, make_artifact, save_artifact
 from pipeline.cut import list_inputs
 from pipeline.errors import InputMissing, JobError
-from pipeline.huggingface import Architecture
+from pipeline.huggingface import Architecture, write_preprocessor
 from pipeline.prepare.card import folder_name, model_card
+from pipeline.prepare.data import NO_LABEL
 from pipeline.prepare.images import Found, Images, find_classes, labelled, read_images, seeded, split
 from pipeline.prepare.learner import CrossEntropy, Learner, balanced_weights
 from pipeline.prepare.outcome import Outcome, Say
@@ -65,9 +66,7 @@ def train_job(job: FinetuneJob, *, place: Place, say: Say, command: str) -> Outc
     say(told(data))
     preprocessing = seen(job, start)
     network = starting_network(start, job.network, data.classes, seed=job.training.seed)
-    counts = np.bincount(data.images[0].labels, minlength=len(data.classes))
-    weights = balanced_weights(counts) if job.training.class_weights == "balanced" else None
-    objective = CrossEntropy(job.training.label_smoothing, weights)
+    objective = CrossEntropy(job.training.label_smoothing, class_weights(job, data))
     learner = Learner(network, objective, preprocessing, job.training)
     result = fit(learner, data.images, preprocessing=preprocessing, place=place, folder=checkpoints(job, key), say=say)
     if place.rank:
@@ -85,6 +84,14 @@ def train_job(job: FinetuneJob, *, place: Place, say: Say, command: str) -> Outc
         ),
     )
     return outcome(save(made, job), job, epoch_lines(result))
+
+
+def class_weights(job: FinetuneJob | DistillJob, data: TrainingData) -> Tensor | None:
+    """Of the classes in the training images, when the job wants them balanced."""
+    if job.training.class_weights == "none":
+        return None
+    labels = data.images[0].labels
+    return balanced_weights(np.bincount(labels[labels != NO_LABEL], minlength=len(data.classes)))
 
 
 def save(made: Artifact, job: FinetuneJob | DistillJob) -> Artifact:
@@ -169,9 +176,11 @@ def told(data: TrainingData) -> str:
 def seen(job: FinetuneJob | DistillJob, start: Artifact | None) -> Preprocessing:
     """The preprocessing of the new model. Raises JobError for values no image can be prepared with."""
     try:
-        return job.preprocessing.over(Preprocessing() if start is None else start.preprocessing)
+        wanted = job.preprocessing.over(Preprocessing() if start is None else start.preprocessing)
     except ValueError as error:
         raise JobError(f"preprocessing: {error}") from None
+    write_preprocessor(wanted, "preprocessing")  # now, not after the training
+    return wanted
 
 
 def architecture_of(start: Artifact | None, wanted: Random, classes: int) -> Architecture:

@@ -32,8 +32,8 @@ Objective = Callable[[ResNet, Tensor, Tensor], Tensor]
 
 
 class CrossEntropy(nn.Module):
-    """Against labels, smoothed. `weights` [classes] are of the classes; their mean over the images is taken out, so the rate need
-    not change with them."""
+    """Against labels, smoothed. An image counts as much as its class: `weights` [classes], 1 on average over the images, so the
+    rate need not change with them. Weighting the smoothed target instead would make a rare class the best answer to all."""
 
     def __init__(self, smoothing: float, weights: Tensor | None = None) -> None:
         super().__init__()
@@ -41,8 +41,13 @@ class CrossEntropy(nn.Module):
         self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, network: ResNet, images: Tensor, targets: Tensor) -> Tensor:
-        logits = network(images).float()
-        return F.cross_entropy(logits, targets, weight=cast(Tensor | None, self.weights), label_smoothing=self.smoothing)
+        return self.of(network(images).float(), targets)
+
+    def of(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean over the images, those without a label counting nothing."""
+        each = F.cross_entropy(logits, targets, label_smoothing=self.smoothing, reduction="none")
+        weights = targets.sum(dim=1) if self.weights is None else targets @ cast(Tensor, self.weights)
+        return (each * weights).mean()
 
 
 def balanced_weights(counts: Iterable[int]) -> Tensor:
@@ -73,7 +78,8 @@ class Learner(pl.LightningModule):
     def __init__(self, network: ResNet, objective: Objective, preprocessing: Preprocessing, training: Training) -> None:
         super().__init__()
         # Channels last is what predict runs; on a CPU it trains as fast as channels first.
-        self.network = network.requires_grad_(True).to(memory_format=torch.channels_last)
+        # A loaded network is in eval mode, and Lightning leaves it so.
+        self.network = network.train().requires_grad_(True).to(memory_format=torch.channels_last)
         self.objective, self.training_, self.normalise = objective, training, Normalise(preprocessing)
         self.classes: int = network.classifier[1].out_features  # type: ignore[assignment]
         self.accuracy = MulticlassAccuracy(self.classes, average="micro")

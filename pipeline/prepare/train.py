@@ -1,9 +1,10 @@
 """Trains with Lightning: mixed precision, early stopping, the best epoch kept; a kill costs no more than the epoch it fell in.
 
-After every epoch the whole state lies in `last.ckpt`, written atomically, and that of the best epoch in `best.ckpt`. A second
+After every epoch the whole state lies in `last.ckpt`, replaced in one step, and that of the best epoch in `best.ckpt`. A second
 start finds them and goes on. Since an epoch's random numbers follow from its own number (see `images`), a training that was
 killed ends with the weights of one that was not: to the bit on a CPU with the same number of threads, within float tolerance
-elsewhere. Every worker validates on all validation images: a few seconds more, and no sum over workers to get wrong.
+elsewhere. Several workers go by the first one's checkpoint. Each validates on all validation images: a few seconds more, and no
+worker waits for another that has fewer.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pipeline.errors import JobError, ModelError, UnfitError
 from pipeline.prepare.augment import Change
+from pipeline.prepare.checkpoint import BEST, LAST, OneStep, read, replace
 from pipeline.prepare.images import MAX_PIXELS, Images, Order, Visits
 from pipeline.prepare.learner import Learner, precision_of
 from pipeline.prepare.outcome import Say
@@ -66,9 +68,10 @@ class Place:
     loaders: int = 0
     rank: int = 0
     world: int = 1
-    extra: tuple[tuple[str, Any], ...] = ()
-    share: Callable[[Path], None] = lambda _: None
-    """Brings a file of the first worker to this one."""
+    strategy: Any = "auto"
+    plugins: tuple[Any, ...] = ()
+    broadcast: Callable[[Any], Any] = lambda value: value
+    """What the first worker gives, on all of them."""
 
     @staticmethod
     def here(workers: Workers) -> Place:
@@ -124,62 +127,98 @@ def fit(
     if len(data[0]) < wanted or not len(data[1]):
         got = f"{len(data[0]):,} images to train on and {len(data[1]):,} to validate with"
         raise JobError(got, need=f"a batch of {wanted} and one", do="Give more images or lower training.batch_size")
-    last, resumed = folder / "last.ckpt", 0
-    place.share(last)
-    if last.exists():
-        resumed = len(_read(last)["callbacks"]["_Diary"]["epochs"])
+    diary, patience = _Diary(say, training.epochs), _Patience(training)
+    state = _standing(folder, place)
+    if state is not None:
+        diary.load_state_dict(state["callbacks"][diary.state_key])
+        patience.load_state_dict(state["callbacks"][patience.state_key])
+    resumed = len(diary.epochs)
+    if resumed:
         say(f"resuming: {resumed} of at most {training.epochs} epochs done")
-    loaders = _loaders(data, preprocessing, training, place)
-    diary = _Diary(say, training.epochs)
-    trainer = _trainer(training, place, folder, [diary])
-    with _quiet():
-        trainer.fit(learner, *loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    if resumed < training.epochs and not patience.spent:
+        loaders = _loaders(data, preprocessing, training, place, resumed=resumed)
+        trainer = _trainer(training, place, folder, [diary, patience])
+        with _quiet():
+            trainer.fit(learner, *loaders, ckpt_path=str(folder / LAST) if resumed else None, weights_only=True)
     best = max(diary.epochs, key=lambda epoch: (epoch.accuracy, -epoch.number))
-    state = _read(folder / "best.ckpt")["state_dict"] if place.rank == 0 else {}
-    weights = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
+    kept = read(folder / BEST)["state_dict"] if place.rank == 0 else {}
+    weights = {name.removeprefix("network."): value for name, value in kept.items() if name.startswith("network.")}
     return Result(tuple(diary.epochs), best, weights, len(diary.epochs) < training.epochs, resumed)
 
 
+def _standing(folder: Path, place: Place) -> dict[str, Any] | None:
+    """The state that an earlier start has left: the first worker's, on all of them."""
+    last = folder / LAST
+    if place.world > 1:
+        content = place.broadcast(last.read_bytes() if place.rank == 0 and last.exists() else None)
+        if content is None:
+            return None
+        if not last.exists() or last.read_bytes() != content:
+            replace(last, content)
+    return read(last) if last.exists() else None
+
+
 def _loaders(
-    data: tuple[Images, Images], preprocessing: Preprocessing, training: Training, place: Place
+    data: tuple[Images, Images], preprocessing: Preprocessing, training: Training, place: Place, *, resumed: int
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
     visits = Visits(data[0], Change(preprocessing, training.augment), seed=training.seed)
     order = Order(len(data[0]), batch=training.batch_size, seed=training.seed, rank=place.rank, world=place.world)
+    order.set_epoch(resumed)  # Lightning says it too late for loaders in processes of their own, which draw ahead
     pinned = place.accelerator == "gpu"
     train = DataLoader(
         visits,
         batch_size=training.batch_size,
         sampler=order,
         num_workers=place.loaders,
-        persistent_workers=place.loaders > 0,
+        multiprocessing_context="fork" if place.loaders else None,  # shares the images, any other way copies them
         pin_memory=pinned,
     )
-    prepare = Prepare(preprocessing, MAX_PIXELS)
-    pixels = torch.stack([torch.from_numpy(prepare(memoryview(image.as_buffer()))[0]).contiguous() for image in data[1].encoded])
+    prepare, size = Prepare(preprocessing, MAX_PIXELS), preprocessing.size
+    pixels = torch.empty((len(data[1]), 3, size, size), dtype=torch.uint8)
+    for row, image in enumerate(data[1].encoded):
+        pixels.numpy()[row] = prepare(memoryview(image.as_buffer()))[0]
     held = TensorDataset(pixels, torch.from_numpy(data[1].labels))
     return train, DataLoader(held, batch_size=2 * training.batch_size, pin_memory=pinned)
 
 
 def _trainer(training: Training, place: Place, folder: Path, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
-    stop = EarlyStopping("accuracy", mode="max", patience=training.patience)
-    best = ModelCheckpoint(folder, "best", monitor="accuracy", mode="max", enable_version_counter=False)
-    last = ModelCheckpoint(folder, "last", enable_version_counter=False)  # after the other: it holds the other's state
+    best = ModelCheckpoint(folder, Path(BEST).stem, monitor="accuracy", mode="max", enable_version_counter=False)
+    last = ModelCheckpoint(folder, Path(LAST).stem, enable_version_counter=False)  # after the other: it holds the other's state
+    device = "cuda" if place.accelerator == "gpu" else "cpu"
     with _quiet():
         return pl.Trainer(
             accelerator=place.accelerator,
             devices=1,
-            precision=_LIGHTNING[precision_of(training, "cuda" if place.accelerator == "gpu" else "cpu")],  # type: ignore[arg-type]
+            strategy=place.strategy,
+            precision=_LIGHTNING[precision_of(training, device)],  # type: ignore[arg-type]
             max_epochs=training.epochs,
             gradient_clip_val=training.gradient_clip or None,
-            callbacks=[*callbacks, stop, best, last],
+            callbacks=[*callbacks, best, last],
+            plugins=[OneStep(), *place.plugins],
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             default_root_dir=folder,
-            **dict(place.extra),
         )
+
+
+class _Patience(EarlyStopping):
+    """Stops when the accuracy has not risen for `training.patience` epochs, but not before what is frozen has been thawed."""
+
+    def __init__(self, training: Training) -> None:
+        super().__init__("accuracy", mode="max", patience=training.patience)
+        self._thaw = training.unfreeze_epoch or 0
+
+    @property
+    def spent(self) -> bool:
+        return self.wait_count >= self.patience
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if trainer.current_epoch + 1 < self._thaw:
+            self.wait_count, trainer.should_stop = 0, False
 
 
 class _quiet(warnings.catch_warnings):
@@ -192,8 +231,3 @@ class _quiet(warnings.catch_warnings):
         for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
             logging.getLogger(name).setLevel(logging.ERROR)
         return entered
-
-
-def _read(path: Path) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state

@@ -2,7 +2,7 @@
 
 Every worker runs the code that a lone one runs and reads all the data itself; the first one writes checkpoints and artifact. Its
 lines, and in the end its outcome, come to the driver through a queue. Inputs and output must be reachable from every worker;
-checkpoints lie on the first worker's machine unless the output's folder is shared.
+checkpoints lie on the first worker's machine unless the output's folder is shared, and a rerun goes by what its first worker has.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -37,7 +36,7 @@ def together(job: FinetuneJob | DistillJob, *, say: Say, command: str) -> Outcom
     start_ray(object_store=_OBJECT_STORE)
     try:
         cpus = job.workers.cpus_per_worker or 1
-        _check_fits(job.workers, cpus, ray.cluster_resources())  # type: ignore[no-untyped-call]
+        _check_fits(job.workers, cpus, [node["Resources"] for node in ray.nodes() if node["Alive"]])  # type: ignore[no-untyped-call]
         each = {"CPU": cpus, **({"GPU": 1} if job.workers.gpus_per_worker else {})}
         lines = Queue(actor_options={"num_cpus": 0})
         with TemporaryDirectory() as storage, ThreadPoolExecutor(1) as aside:
@@ -85,11 +84,14 @@ def _result(told: Outcome | NightlabelError | None, died: BaseException | None) 
     raise died
 
 
-def _check_fits(workers: Workers, cpus: int, have: dict[str, float]) -> None:
-    for what, each in (("CPU", cpus), ("GPU", workers.gpus_per_worker)):
-        if workers.count * each > have.get(what, 0):
-            got = f"workers: {workers.count} workers × {each} {what}s, the cluster has {have.get(what, 0):g}"
-            raise JobError(got, do="Lower workers.count, or bring more machines")
+def _check_fits(workers: Workers, cpus: int, nodes: list[dict[str, float]]) -> None:
+    """A worker lies on one node, so what counts is how many fit on each. Ray would wait for ever."""
+    needs = {"CPU": cpus, **({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})}
+    room = sum(min(int(node.get(what, 0) // each) for what, each in needs.items()) for node in nodes)
+    if room < workers.count:
+        each = " and ".join(f"{number} {what}{'s' * (number > 1)}" for what, number in needs.items())
+        got = f"workers: {workers.count} workers of {each} each, the cluster has room for {room} on {len(nodes)} nodes"
+        raise JobError(got, do="Lower workers.count or what a worker takes, or bring more machines")
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -107,8 +109,9 @@ def _worker(config: dict[str, Any]) -> None:
         job.workers.loaders,
         context.get_world_rank(),
         context.get_world_size(),
-        (("strategy", strategy), ("plugins", [RayLightningEnvironment()])),  # type: ignore[no-untyped-call]
-        _share,
+        strategy,
+        (RayLightningEnvironment(),),  # type: ignore[no-untyped-call]
+        _broadcast,
     )
     lines = config["lines"]
     say: Callable[[str], None] = (lambda _: None) if place.rank else lines.put
@@ -122,16 +125,9 @@ def _worker(config: dict[str, Any]) -> None:
         lines.put(outcome)
 
 
-def _share(path: Path) -> None:
-    """The file of the first worker, or its absence, on all of them."""
+def _broadcast(value: Any) -> Any:
     import torch.distributed
 
-    mine = torch.distributed.get_rank() == 0
-    content = [path.read_bytes() if mine and path.exists() else None]
-    torch.distributed.broadcast_object_list(content, src=0)
-    if mine:
-        return
-    if content[0] is None:
-        path.unlink(missing_ok=True)
-    elif not path.exists():
-        path.write_bytes(content[0])
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
