@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import Conflict, NightlabelError
+from pipeline.errors import Conflict, InputMissing
 from pipeline.plan import Log, Unit
 from pipeline.rows import OUTPUT_SCHEMA_VERSION, PREDICTION
 from pipeline.storage import RangeFile
@@ -168,7 +168,7 @@ def validate(log: Log, *, fingerprint: str) -> tuple[list[Footer], list[str]]:
     for unit_id in sorted(log.committed()):
         try:
             footers[unit_id] = read_footer(log, unit_id)
-        except NightlabelError as error:
+        except (Conflict, InputMissing) as error:  # anything else says nothing about the output
             problems.append(str(error))
             continue
         if footers[unit_id].unit != unit_id or footers[unit_id].fingerprint != fingerprint:

@@ -25,6 +25,8 @@ KINDS: dict[str, type[AnyJob]] = {
     "evaluate": EvaluateJob,
 }
 MAX_BYTES = 1_000_000
+#: What pydantic puts into a place for the form of a union, `function-before[…]`: no key of the file.
+_FORM = re.compile(r"[\[(]|^function-|^tuple$|^str$")
 
 
 class _Loader(yaml.SafeLoader):
@@ -73,7 +75,7 @@ def parse_job(raw: bytes, *, name: str = "job", date: str | None = None) -> AnyJ
         )
     root, data = _yaml(raw, name)
     kind = data.setdefault("kind", "label")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         close = difflib.get_close_matches(str(kind), KINDS, n=1)
         do = f"Did you mean {close[0]}?" if close else "Change it"
         raise JobError(f"{name}{_line(root, ['kind'])}: kind is {kind!r}", need=", ".join(KINDS), do=do)
@@ -101,6 +103,9 @@ def _yaml(raw: bytes, name: str) -> tuple[yaml.Node, dict[str, Any]]:
         raise JobError(
             f"{name}{line}: {getattr(error, 'problem', None) or error}", need="plain YAML", do="Mend that line"
         ) from error
+    except (ValueError, TypeError, RecursionError) as error:  # a date of the 30th of February, a list as a key, 1,000 brackets
+        reason = str(error).splitlines()[0]
+        raise JobError(f"{name}: cannot be read ({reason})", need="plain YAML", do="Put text in quotation marks") from error
     if not isinstance(data, dict):
         raise JobError(
             f"{name}: {type(data).__name__}", need="a mapping with kind, name, input, model, output", do="See jobs/README.md"
@@ -111,7 +116,11 @@ def _yaml(raw: bytes, name: str) -> tuple[yaml.Node, dict[str, Any]]:
 def _sentences(error: ValidationError, name: str, root: yaml.Node, model: type[BaseModel]) -> list[str]:
     sentences: dict[str, str] = {}  # by field: of a union's complaints the first is the one about the form that was meant
     for item in error.errors(include_url=False):
-        loc = [part for part in item["loc"] if not (isinstance(part, str) and ("-" in part or "[" in part))]
+        loc = list(item["loc"])
+        # What pydantic puts in for the form of a union, such as function-before[…], is no key of the file.
+        loc = loc[:1] + [
+            part for part in loc[1:] if isinstance(part, int) or not re.search(r"[\[(]|^function-|^tuple$|^str$", part)
+        ]
         where, field = f"{name}{_line(root, loc)}: ", ".".join(str(part) for part in loc)
         if item["type"] == "extra_forbidden":
             sentence = _unknown(field, loc, model)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cut import IMAGE_SUFFIXES, check_columns, root_of
-from pipeline.errors import InputError, NightlabelError, ShardError
+from pipeline.errors import InputError, NightlabelError, PermissionDenied, ShardError
 from pipeline.plan import Part, Unit
 from pipeline.rows import IMAGE, Failure, UnitError
 from pipeline.spec import Input
@@ -200,5 +200,6 @@ def _fetched(pool: ThreadPoolExecutor, store: Store, parts: tuple[Part, ...], ro
 def _fetch(store: Store, part: Part) -> Row:
     try:
         return {"bytes": store.read(part.uri, etag=part.etag)}
-    except InputError as error:  # gone or replaced since the plan: this pinned image has no bytes any more
+    # Gone or replaced since the plan, or not ours to read: this image has no bytes, and the others of its unit have theirs.
+    except (InputError, PermissionDenied) as error:
         return {"error_class": Failure.FETCH_FAILED, "error": str(error)}

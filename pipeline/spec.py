@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -146,6 +147,8 @@ class Job(Model):
         taken = RESERVED.intersection(self.input.keep)
         if taken:
             raise ValueError(f"input.keep names {', '.join(sorted(taken))}, which the output has already. Rename or drop it")
+        if re.search(r"[*?\[]", self.output.uri):
+            raise ValueError(f"output.uri is {self.output.uri}; required: a folder, no pattern of *, ? or [. Take another name")
         gpus = self.resources.predict.gpus_per_actor
         if self.model.precision == "float16" and gpus == 0:
             raise ValueError(
@@ -168,6 +171,9 @@ class Job(Model):
 
 def fill_date(job: Job, date: str | None) -> Job:
     """`{date}` in the input and output URIs replaced. Raises ValueError when a date is needed and none was given."""
+
+    if date is not None and not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
+        raise ValueError(f"--date is {date!r}; required: YYYY-MM-DD. Give a day such as 2026-11-01")
 
     def fill(uri: str) -> str:
         if "{date}" in uri and date is None:

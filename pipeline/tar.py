@@ -89,7 +89,7 @@ def members(stream: Stream) -> Iterator[tuple[str, memoryview]]:
         else:
             if header.type in _REGULAR:
                 count += 1
-                yield override.get("path", name or header.name), content
+                yield _text(override.get("path", name or header.name)), content
             if header.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
                 name, override = "", {}
 
@@ -115,6 +115,11 @@ def _header(stream: Stream, count: int) -> tarfile.TarInfo | None:
         what = f"damaged header after {count} members" if count else "not a tar"
         raise _corrupt(uri, what) from error
     raise ShardError(UnitError.TAR_NO_EOF, got, need="two zero blocks at the end of a tar", do="Upload the shard again")
+
+
+def _text(name: str) -> str:
+    """A name as text that a column can hold: bytes that are not UTF-8 are spelt out, `caf\\xe9.jpg`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _corrupt(uri: str, what: str) -> ShardError:

@@ -91,6 +91,22 @@ def test_missing_and_foreign_fields():
     assert "1,000,000" in refusal(b"#" * 1_000_001)
 
 
+@pytest.mark.parametrize(
+    ("more", "base", "words"),
+    [
+        (b"output-uri: x", SIX_LINES, "unknown field output-uri"),
+        (b"limits: {max-failed: 1%}", SIX_LINES, "unknown field limits.max-failed. Did you mean max_failed?"),
+        (b"", SIX_LINES.replace(b"kind: label", b"kind: [label]"), "kind is ['label']"),
+        (b"", SIX_LINES.replace(b"nightly", b"2026-02-30"), "cannot be read"),
+        (b"? [a]\n: b", SIX_LINES, "a"),
+        (b"x: " + b"[" * 5000, SIX_LINES, "x.yaml"),
+        (b"", SIX_LINES.replace(b"labels/", b"'labels [v2]/'"), "a folder, no pattern"),
+    ],
+)
+def test_odd_files_are_a_sentence_too(more: bytes, base: bytes, words: str):
+    assert words in refusal(more, base)
+
+
 def test_demand_is_held_against_the_cluster():
     sentence = refusal(b"resources: {preprocess: {actors: 70}}\ncluster: {workers: {count: 8, cpus: 4}}")
     assert "asks for 36.25 CPUs" in sentence
@@ -116,6 +132,8 @@ def test_date_is_filled_or_asked_for(tmp_path):
     assert load_job(path, date="2026-11-01").input.uris == ("photos/2026-11-01/",)
     with pytest.raises(JobError, match="--date"):
         load_job(path)
+    with pytest.raises(JobError, match="--date is ''; required: YYYY-MM-DD"):
+        load_job(path, date="")
 
 
 def test_unreadable_file(tmp_path):

@@ -236,3 +236,13 @@ def test_cutting_keeps_every_input_once_and_enough_units(sizes, tasks, kind):
 def test_picture_bytes_are_images():
     assert picture(1)[:2] == b"\xff\xd8"
     assert io.BytesIO(picture(1)).read() != picture(2)
+
+
+def test_a_name_that_is_not_utf8_is_spelt_out(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
+        info = tarfile.TarInfo("caf\xe9.jpg")
+        info.size = len(picture(1))
+        tar.addfile(info, io.BytesIO(picture(1)))
+    store = Disk()
+    with Stream(store, store.head(str(tmp_path / "a.tar"))) as stream:
+        assert [name for name, _ in members(stream)] == ["caf\\xe9.jpg"]
