@@ -38,7 +38,9 @@ SGD = {"optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 0.0005, "batch_
 
 
 def workers(args: argparse.Namespace) -> dict[str, int]:
-    return {"gpus_per_worker": 1, "loaders": max(1, (os.cpu_count() or 2) - 2)} if args.gpus else {}
+    if args.gpus:
+        return {"gpus_per_worker": 1, "loaders": max(1, (os.cpu_count() or 2) - 2)}
+    return {"cpus_per_worker": args.cpus} if args.cpus else {}
 
 
 def precision(args: argparse.Namespace) -> str:
@@ -201,6 +203,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=6, help="of CIFAR-10's six, 5,000 images each")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--gpus", type=int, choices=[0, 1], default=0)
+    parser.add_argument("--cpus", type=int, help="cores that a training uses; without it, all")
     parser.add_argument("--device", default="cpu", help="of amp")
     args = parser.parse_args()
     if args.what != "amp" and not args.data.is_dir():
