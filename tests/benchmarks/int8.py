@@ -11,14 +11,10 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
-import platform
-import re
 import statistics
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from limit import DEFAULT_PHOTOS, read_tar  # noqa: E402
+from result import write_result  # noqa: E402
 
 NUMBERS = ("accuracy", "agreement", "images_per_second", "speedup")
 
@@ -125,17 +122,7 @@ def main() -> None:
             assert not (folder / "refused").exists()
         else:
             sys.exit("black images to calibrate with: NOT refused")
-    flags = sorted(set(re.findall(r"avx512_vnni|avx_vnni|avx512f|avx2", Path("/proc/cpuinfo").read_text())))
-    result = {
-        "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {' '.join(flags)}",
-        "command": " ".join(["tests/benchmarks/int8.py", *sys.argv[1:]]),
-        "images": len(images),
-        "median_by_threads": results,
-    }
-    path = HERE / "results" / "int8.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_result("int8", {"images": len(images), "median_by_threads": results})
 
 
 if __name__ == "__main__":

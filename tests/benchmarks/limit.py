@@ -4,7 +4,9 @@
 
 The limit: one process a core, each with its own images in memory, `Preprocess` and `Predict` called in a plain loop, nothing
 between. Ours: `nightlabel run` on tars on the local disk. Photographs are repeated under new keys, so that start-up and steady
-state are told apart. Prints a table and writes tests/benchmarks/results/limit.json.
+state are told apart. At int8 both run ONNX Runtime; the artifact is calibrated with some of the photographs and passes no gate,
+for tests/benchmarks/int8.py measures what int8 costs. Prints a table and writes tests/benchmarks/results/limit.json, or
+limit-int8.json.
 """
 
 from __future__ import annotations
@@ -13,18 +15,19 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from result import write_result  # noqa: E402
+
 DEFAULT_PHOTOS = HERE.parents[2] / "shared" / "data" / "photos"
 
 
@@ -49,6 +52,21 @@ def read_tar(path: Path) -> list[tuple[str, bytes]]:
     store = Disk()
     with Stream(store, store.head(str(path))) as stream:
         return [(name, bytes(content)) for name, content in members(stream)]
+
+
+def quantized(model: str, images: list[bytes], out: Path) -> str:
+    """The artifact in the folder `model` with an int8 graph, per channel, calibrated with `images`; its folder."""
+    from pipeline.artifact import INT8, load_artifact, save_artifact, with_files
+    from pipeline.prepare.calibrate import Scheme, calibrate, quantize
+    from pipeline.prepare.onnx_export import to_onnx
+    from pipeline.preprocess import Prepare
+
+    artifact = load_artifact(model)
+    prepare, graph = Prepare(artifact.preprocessing, 10**8), to_onnx(artifact)
+    ranges = calibrate(graph, (prepare(memoryview(image))[0][None] for image in images))
+    made = with_files({**artifact.files, INT8: quantize(graph, ranges, Scheme(per_channel=True))})
+    save_artifact(made, str(out))
+    return str(out)
 
 
 def plain(tars: list[Path], model: str, precision: str, batch: int, lines: tuple[Any, Any]) -> None:
@@ -127,6 +145,8 @@ def main() -> None:
         images = copy_tars(args.photos, folder / "tars", args.copies)
         some = [data for name, data in read_tar(sorted(args.photos.glob("*.tar"))[0]) if name.endswith(".jpg")]
         model = make_artifact(folder, some, preprocessing=Preprocessing())
+        if args.precision == "int8":
+            model = quantized(model, some, folder / "int8")
         rows = []
         for number in range(args.runs):
             rate = limit(folder / "tars", model, args.precision, resources["predict"]["batch_size"])
@@ -158,19 +178,8 @@ def main() -> None:
         f"median of {args.runs}, {images} photographs, {args.precision}: "
         + ", ".join(f"{key} {value:.2f}" for key, value in medians.items())
     )
-    result = {
-        "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "command": " ".join(["tests/benchmarks/limit.py", *sys.argv[1:]]),
-        "images": images,
-        "precision": args.precision,
-        "resources": resources,
-        "runs": rows,
-        "median": medians,
-    }
-    out = HERE / "results" / "limit.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    figures = {"images": images, "precision": args.precision, "resources": resources, "runs": rows, "median": medians}
+    write_result("limit" if args.precision == "float32" else f"limit-{args.precision}", figures)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,30 @@
+"""What a benchmark leaves in tests/benchmarks/results: its figures with the date, the machine and the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+_FLAGS = re.compile(r"avx512_vnni|avx_vnni|avx512_bf16|avx512f|avx2")  # what the arithmetic of a CPU's figures depends on
+
+
+def write_result(name: str, figures: dict[str, Any]) -> None:
+    """Writes `name`.json."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = sorted(set(_FLAGS.findall(cpuinfo.read_text()))) if cpuinfo.exists() else []
+    result = {
+        "date": date.today().isoformat(),
+        "machine": ", ".join([f"{os.cpu_count()} cores", platform.machine(), *([" ".join(flags)] if flags else [])]),
+        "command": " ".join([f"tests/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        **figures,
+    }
+    path = HERE / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
