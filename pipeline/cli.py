@@ -6,6 +6,7 @@ import time
 
 STARTED = time.perf_counter()  # before the imports below: "first prediction after" counts from the command
 
+import shlex  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
@@ -51,7 +52,9 @@ def run(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
 
     loaded = load_job(job, date=date)
     if not isinstance(loaded, Job):
-        _run_preparation(loaded, as_json=as_json, command=f"nightlabel run {job}")
+        _run_preparation(
+            loaded, as_json=as_json, command=shlex.join(["nightlabel", "run", str(job), *(["--date", date] if date else [])])
+        )
     from pipeline.label import Driver  # brings Ray, which only labelling needs
     from pipeline.screen import Screen
 
@@ -64,9 +67,12 @@ def run(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
 def _run_preparation(job: Preparation, *, as_json: bool, command: str) -> NoReturn:
     from importlib import import_module
 
+    from pipeline.prepare.extras import check_installed
+
     def say(text: str) -> None:
         typer.echo(text, err=True)
 
+    check_installed(job.kind)
     outcome: Outcome = import_module(f"pipeline.prepare.{job.kind}").run_job(job, say=say, command=command)
     if as_json:
         print_json(dict(outcome.facts))
@@ -172,6 +178,9 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Train a small model on handwritten digits and label the rest: no network, no account, no GPU, under 3 minutes."""
+    from pipeline.prepare.extras import check_installed
+
+    check_installed("demo")
     from pipeline.demo import run_demo
     from pipeline.screen import Screen
 

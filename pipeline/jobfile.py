@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import JobError
 from pipeline.recipe import EvaluateJob, QuantizeJob
-from pipeline.spec import Job, fill_date
+from pipeline.spec import Job
 from pipeline.training import DistillJob, FinetuneJob
 
 AnyJob = Job | FinetuneJob | DistillJob | QuantizeJob | EvaluateJob
@@ -81,8 +81,7 @@ def parse_job(raw: bytes, *, name: str = "job", date: str | None = None) -> AnyJ
         raise JobError(f"{name}{_line(root, ['kind'])}: kind is {kind!r}", need=", ".join(KINDS), do=do)
     model = KINDS[kind]
     try:
-        job = model.model_validate(data)
-        return fill_date(job, date) if isinstance(job, Job) else job
+        return model.model_validate(_dated(data, date))
     except ValidationError as error:
         raise JobError("\n".join(_sentences(error, name, root, model))) from None
     except ValueError as error:
@@ -111,6 +110,25 @@ def _yaml(raw: bytes, name: str) -> tuple[yaml.Node, dict[str, Any]]:
             f"{name}: {type(data).__name__}", need="a mapping with kind, name, input, model, output", do="See jobs/README.md"
         )
     return cast(yaml.Node, root), data
+
+
+def _dated(data: dict[str, Any], date: str | None) -> dict[str, Any]:
+    """`{date}` replaced in every `uri`, of whatever kind of job. Raises ValueError when a date is needed and none was given."""
+    if date is not None and not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
+        raise ValueError(f"--date is {date!r}; required: YYYY-MM-DD. Give a day such as 2026-11-01")
+
+    def fill(value: Any, *, uri: bool = False) -> Any:
+        if isinstance(value, dict):
+            return {key: fill(inner, uri=key == "uri") for key, inner in value.items()}
+        if isinstance(value, list):
+            return [fill(inner, uri=uri) for inner in value]
+        if not uri or not isinstance(value, str) or "{date}" not in value:
+            return value
+        if date is None:
+            raise ValueError(f"{value} contains {{date}}, which needs a date. Give --date YYYY-MM-DD")
+        return value.replace("{date}", date)
+
+    return cast(dict[str, Any], fill(data))
 
 
 def _sentences(error: ValidationError, name: str, root: yaml.Node, model: type[BaseModel]) -> list[str]:

@@ -60,7 +60,7 @@ Fraction = Annotated[
     WithJsonSchema({"type": "string", "pattern": r"^\d+(\.\d+)? ?%$", "examples": ["0.1%"]}),
 ]
 Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class Model(BaseModel):

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.quantity import Count, Fraction, Model, Share
+from pipeline.quantity import Count, Fraction, Model, Positive
 from pipeline.spec import S3, Input, ModelSource, Name, Uri
 
 
@@ -59,7 +59,7 @@ class Gate(Model):
 
     max_accuracy_loss: Fraction = 0.005
     """Largest loss of top-1 accuracy, in points."""
-    min_speedup: Share = 1.0
+    min_speedup: Positive = 1.0
     """Images a second against float32 on the same engine."""
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.quantity import Bytes, Count, Model, Share
+from pipeline.quantity import Bytes, Count, Model, Positive
 
 
 class Read(Model):
@@ -14,7 +14,7 @@ class Read(Model):
 
     tasks: Count = 1
     """Units fetched at the same time."""
-    cpus_per_task: Share = 0.25
+    cpus_per_task: Positive = 0.25
     """CPUs one task reserves; fetching waits more than it computes."""
 
 
@@ -23,7 +23,7 @@ class PreprocessPool(Model):
 
     actors: Count = 1
     """Size of the pool."""
-    cpus_per_actor: Share = 0.5
+    cpus_per_actor: Positive = 0.5
     """CPUs one actor reserves; threads per actor are this, rounded, at least one."""
 
 
@@ -32,7 +32,7 @@ class PredictPool(Model):
 
     actors: Count = 1
     """Size of the pool."""
-    cpus_per_actor: Share = 1.0
+    cpus_per_actor: Positive = 1.0
     """CPUs one actor reserves; without GPU also its threads, rounded, at least one."""
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
     """GPUs one actor reserves; more than 0 needs CUDA, there is no fall back to the CPU."""

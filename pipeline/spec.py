@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -167,21 +167,3 @@ class Job(Model):
                 gpus=(workers.count * workers.gpus, where + f"{workers.gpus})"),
             )
         return self
-
-
-def fill_date(job: Job, date: str | None) -> Job:
-    """`{date}` in the input and output URIs replaced. Raises ValueError when a date is needed and none was given."""
-
-    if date is not None and not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
-        raise ValueError(f"--date is {date!r}; required: YYYY-MM-DD. Give a day such as 2026-11-01")
-
-    def fill(uri: str) -> str:
-        if "{date}" in uri and date is None:
-            raise ValueError(f"{uri} contains {{date}}, which needs a date. Give --date YYYY-MM-DD")
-        return uri.replace("{date}", date or "")
-
-    changes: dict[str, Any] = {
-        "input": job.input.model_copy(update={"uri": tuple(fill(uri) for uri in job.input.uris)}),
-        "output": job.output.model_copy(update={"uri": fill(job.output.uri)}),
-    }
-    return job.model_copy(update=changes)

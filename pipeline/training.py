@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.preprocessing import Preprocessing, Resample
-from pipeline.quantity import Count, Fraction, Model, Share
+from pipeline.quantity import Count, Fraction, Model, Positive
 from pipeline.recipe import Preparation, Start
 from pipeline.spec import Input
 
@@ -80,7 +80,7 @@ class Training(Model):
     """Images of one step of one worker; batch normalisation needs two."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with Nesterov momentum of 0.9."""
-    learning_rate: Share = 1e-3
+    learning_rate: Positive = 1e-3
     """Highest rate, after the warm-up; for SGD 0.1 is usual."""
     weight_decay: NotNegative = 0.05
     """Decay of convolution and classifier weights; norms and biases have none. For SGD 5e-4 is usual."""
@@ -159,7 +159,7 @@ class FinetuneJob(_Trains):
 class Distillation(Model):
     """How the student learns from the teacher (arXiv 1503.02531)."""
 
-    temperature: Share = 4.0
+    temperature: Positive = 4.0
     """Divides the logits of both before they are compared."""
     alpha: Part = 0.9
     """Weight of the teacher's answer; the rest is the label's. Unlabelled images have only the teacher's."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import tarfile
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 
 from pipeline.cut import cut, list_inputs
 from pipeline.decode import BadImage, decode
-from pipeline.errors import UnfitError
 from pipeline.prepare.digits import CLASSES, EDGE, Digits, pack_digits
 from pipeline.read import read_unit
 from pipeline.spec import Input
@@ -92,9 +90,3 @@ def test_broken_images_are_spread_over_the_shards(digits: Digits):
             holding.append(sum(name.startswith("broken-") for name in tar.getnames()))
     assert sum(holding) == len(digits.broken)
     assert max(holding) <= 2
-
-
-def test_without_scikit_learn_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(UnfitError, match=r"pip install nightlabel\[demo\]"):
-        pack_digits(tmp_path)

@@ -17,7 +17,7 @@ errors quantity resources rows preprocessing spec recipe training jobfile refere
 modeling_small_stem huggingface resnet artifact describe
 plan cut tar read decode careful preprocess scores engine onnx_engine predict commit report
 start cluster run label
-prepare.outcome prepare.data prepare.metrics prepare.card
+prepare.extras prepare.outcome prepare.data prepare.metrics prepare.card
 prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate
 prepare.importer prepare.augment prepare.images prepare.learner prepare.checkpoint prepare.train
 prepare.workers prepare.finetune prepare.distill prepare.digits

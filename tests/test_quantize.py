@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from test_run import label, table
 
 from pipeline.artifact import INT8, Artifact, load_artifact, save_artifact
 from pipeline.decode import decode
-from pipeline.errors import InputMissing, JobError, ModelError, UnfitError
+from pipeline.errors import InputMissing, JobError, ModelError
 from pipeline.onnx_engine import OnnxEngine
 from pipeline.prepare import calibrate, gate
 from pipeline.prepare.gate import FLOAT32, Measurement, best_of, passes
@@ -224,12 +223,6 @@ def test_other_bad_inputs_are_one_sentence(
         with pytest.raises(kind, match=sentence) as caught:
             run(quantize_job(start, shards, tmp_path / "out", **fields))
         assert "\n" not in str(caught.value)
-
-
-def test_without_the_extra(model: str, shards: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(UnfitError, match=r"there is no onnxscript. Install them: pip install nightlabel\[int8\]"):
-        run(quantize_job(model, shards, tmp_path / "out"))
 
 
 def measured(name: str, right: int, *, same: int = 0, drift: float = 0.0, speedup: float = 2.0) -> Measurement:

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.errors import UnfitError
 from pipeline.rows import Failure
 
 CLASSES = tuple("0123456789")
@@ -44,7 +43,7 @@ class Digits:
 def pack_digits(folder: Path, *, seed: int = 0) -> Digits:
     """Write `train/` and `label/` below `folder`: tars of `<key>.jpg` or `.png` and, but for broken images, `<key>.cls`.
 
-    `label_images` counts the broken ones too. The same seed gives the same bytes. Raises UnfitError without scikit-learn.
+    `label_images` counts the broken ones too. The same seed gives the same bytes.
     """
     greys, truth = _load_digits()
     order = np.random.default_rng(seed).permutation(len(greys))
@@ -62,12 +61,8 @@ def pack_digits(folder: Path, *, seed: int = 0) -> Digits:
 
 def _load_digits() -> tuple[np.ndarray, np.ndarray]:
     """uint8 [1797, 8, 8] of 0..255, and the digits int [1797]."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UnfitError(
-            "the handwritten digits ship with scikit-learn, which is not installed", do="Install it: pip install nightlabel[demo]"
-        ) from error
+    from sklearn.datasets import load_digits
+
     bunch = load_digits()
     return np.rint(bunch.images * (255 / 16)).astype(np.uint8), bunch.target
 

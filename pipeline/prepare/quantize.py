@@ -8,7 +8,6 @@ or carry no label are left out and counted; a label that is no class is an error
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +19,7 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.artifact import INT8, RECORD, Artifact, Origin, load_artifact, save_artifact, with_files
-from pipeline.errors import InputMissing, JobError, ModelError, UnfitError
+from pipeline.errors import InputMissing, JobError, ModelError
 from pipeline.prepare.calibrate import calibrate, cpu_saturates, quantize, schemes
 from pipeline.prepare.card import folder_name, model_card
 from pipeline.prepare.data import NO_LABEL, class_index, image_rows, label_texts
@@ -34,14 +33,12 @@ from pipeline.spec import Input, Limits
 from pipeline.start import load_source
 from pipeline.storage import join, open_store
 
-_EXTRA = ("onnx", "onnxruntime", "onnxscript")
 _LIMIT = "Accuracy and speed at int8 are those of one kind of CPU: without VNNI, 8-bit weights overflow in silence."
 
 
 def run_job(job: QuantizeJob, *, say: Say, command: str) -> Outcome:
     """Quantize, measure, publish. Raises ModelError when no candidate passes the gate (nothing is written then) or the artifact
-    is quantized already, JobError for images or labels that do not serve, UnfitError without the extra."""
-    _check_installed()
+    is quantized already, JobError for images or labels that do not serve."""
     source = _source(job)
     _check_free(job, source)
     threads, saturates = job.threads or torch.get_num_threads(), cpu_saturates()
@@ -68,13 +65,6 @@ def run_job(job: QuantizeJob, *, say: Say, command: str) -> Outcome:
     for line in images.warning():
         say(line)
     return _outcome(job, artifact, measured, best)
-
-
-def _check_installed() -> None:
-    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        do = "Install them: pip install nightlabel[int8]"
-        raise UnfitError(f"quantizing needs {', '.join(_EXTRA)}, and there is no {', '.join(missing)}", do=do)
 
 
 def _source(job: QuantizeJob) -> Artifact:
