@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pipeline.placement import Kubernetes, LabelValue
 from pipeline.quantity import Bytes, Count, Model, Positive
 
 
@@ -70,7 +71,7 @@ class Resources(Model):
 
 
 class Head(Model):
-    """The head node; it takes no work."""
+    """The head node; it takes work only when there are no workers."""
 
     cpus: Count = 2
     """CPUs of the head."""
@@ -89,7 +90,7 @@ class Workers(Model):
     """GPUs a node."""
     memory: Bytes = 16 * 2**30
     """Memory a node."""
-    gpu_type: str | None = None
+    gpu_type: LabelValue | None = None
     """Accelerator label of the node, such as nvidia-l4."""
 
 
@@ -98,8 +99,24 @@ class Cluster(Model):
 
     head: Head = Head()
     """The head node."""
-    workers: Workers
-    """The nodes that work."""
+    workers: Workers | None = None
+    """The nodes that work; none: the head does it all, without GPUs."""
+    kubernetes: Kubernetes = Kubernetes()
+    """How the job stands on Kubernetes."""
+
+    @property
+    def cpus(self) -> tuple[int, str]:
+        """CPUs that take work, and how they come about."""
+        if self.workers is None:
+            return self.head.cpus, "(the head's, there are no workers)"
+        return self.workers.count * self.workers.cpus, f"({self.workers.count} workers × {self.workers.cpus})"
+
+    @property
+    def gpus(self) -> tuple[int, str]:
+        """GPUs, and how they come about."""
+        if self.workers is None:
+            return 0, "(there are no workers)"
+        return self.workers.count * self.workers.gpus, f"({self.workers.count} workers × {self.workers.gpus})"
 
 
 def check_demand(resources: Resources, *, cpus: tuple[float, str], gpus: tuple[float, str]) -> None:

@@ -159,11 +159,5 @@ class Job(Model):
                 "model: precision is int8, which runs on CPUs. Set resources.predict.gpus_per_actor to 0, or take float16"
             )
         if self.cluster is not None:
-            workers = self.cluster.workers
-            where = f"({workers.count} workers × "
-            check_demand(
-                self.resources,
-                cpus=(workers.count * workers.cpus, where + f"{workers.cpus})"),
-                gpus=(workers.count * workers.gpus, where + f"{workers.gpus})"),
-            )
+            check_demand(self.resources, cpus=self.cluster.cpus, gpus=self.cluster.gpus)
         return self

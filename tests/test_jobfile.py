@@ -114,6 +114,8 @@ def test_demand_is_held_against_the_cluster():
     assert "has 32 (8 workers × 4)" in sentence
     sentence = refusal(b"resources: {predict: {gpus_per_actor: 1, actors: 3}}\ncluster: {workers: {count: 2, cpus: 4, gpus: 1}}")
     assert "asks for 3 GPUs (3 actors × 1)" in sentence
+    sentence = refusal(b"resources: {preprocess: {actors: 9}}\ncluster: {head: {cpus: 4}}")
+    assert "the cluster has 4 (the head's, there are no workers)" in sentence
 
 
 def test_precision_and_device_must_agree():
