@@ -37,6 +37,14 @@ app.add_typer(cli_model.model, name="model")
 
 JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML; jobs/README.md lists its fields.")]
 Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs, YYYY-MM-DD.")]
+MetricsTo = Annotated[
+    str | None,
+    typer.Option(
+        "--metrics",
+        envvar="NIGHTLABEL_METRICS",
+        help="Tell Prometheus how the run goes: a Pushgateway's URL, or the folder of node_exporter's textfile collector.",
+    ),
+]
 
 
 @app.callback()
@@ -45,23 +53,30 @@ def nightlabel() -> None:
 
 
 @app.command()
-def run(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
+def run(job: JobPath, date: Date = None, as_json: AsJson = False, metrics: MetricsTo = None) -> None:
     """Do what the job says: label, finetune, distill, quantize or evaluate; go on where an earlier run stopped."""
     from pipeline.jobfile import load_job
+    from pipeline.prometheus import Metrics
     from pipeline.spec import Job
 
     loaded = load_job(job, date=date)
+    telling = Metrics(metrics, loaded, say=_say)
     if not isinstance(loaded, Job):
-        _run_preparation(
-            loaded, as_json=as_json, command=shlex.join(["nightlabel", "run", str(job), *(["--date", date] if date else [])])
-        )
+        command = shlex.join(["nightlabel", "run", str(job), *(["--date", date] if date else [])])
+        with telling:
+            _run_preparation(loaded, as_json=as_json, command=command)
     from pipeline.label import Driver  # brings Ray, which only labelling needs
     from pipeline.screen import Screen
 
-    with Screen() as screen:
-        receipt = Driver(loaded, observe=screen.observe, started=STARTED).label()
+    with telling, Screen() as screen:
+        receipt = Driver(loaded, observe=telling.beside(screen.observe), started=STARTED).label()
+        telling.receipt(receipt)
     _print_receipt(receipt, as_json=as_json, job=f"{job}{f' --date {date}' if date else ''}")
     sys.exit(receipt.exit_code)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 def _run_preparation(job: Preparation, *, as_json: bool, command: str) -> NoReturn:
@@ -69,11 +84,8 @@ def _run_preparation(job: Preparation, *, as_json: bool, command: str) -> NoRetu
 
     from pipeline.prepare.extras import check_installed
 
-    def say(text: str) -> None:
-        typer.echo(text, err=True)
-
     check_installed(job.kind)
-    outcome: Outcome = import_module(f"pipeline.prepare.{job.kind}").run_job(job, say=say, command=command)
+    outcome: Outcome = import_module(f"pipeline.prepare.{job.kind}").run_job(job, say=_say, command=command)
     if as_json:
         print_json(dict(outcome.facts))
     for line in () if as_json else outcome.lines:

@@ -22,7 +22,7 @@ prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate
 prepare.importer prepare.augment prepare.images prepare.learner prepare.checkpoint prepare.train
 prepare.workers prepare.finetune prepare.distill prepare.digits
 prepare.onnx_export prepare.calibrate prepare.gate prepare.quantize
-demo screen cli_model cli __main__
+demo screen prometheus cli_model cli __main__
 """
 LADDER = ROWS.split()
 
