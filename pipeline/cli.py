@@ -12,11 +12,11 @@ import sys  # noqa: E402
 import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import FrameType  # noqa: E402
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn  # noqa: E402
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn  # noqa: E402
 
 import typer  # noqa: E402
 
-from pipeline import cli_model  # noqa: E402
+from pipeline import cli_model, cli_nightly  # noqa: E402
 from pipeline.cli_model import AsJson, print_json  # noqa: E402
 from pipeline.errors import EXIT_BUG, Interrupted, NightlabelError  # noqa: E402
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan
     from pipeline.prepare.outcome import Outcome
     from pipeline.recipe import EvaluateJob, QuantizeJob
-    from pipeline.report import Receipt
     from pipeline.training import DistillJob, FinetuneJob
 
     Preparation = FinetuneJob | DistillJob | QuantizeJob | EvaluateJob
@@ -36,7 +35,16 @@ app.add_typer(cli_model.prepare, name="prepare")
 app.add_typer(cli_model.model, name="model")
 
 JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML; jobs/README.md lists its fields.")]
-Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs, YYYY-MM-DD.")]
+Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today or yesterday.")]
+Dates = Annotated[
+    str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today, yesterday, or A..B: every day from A to B.")
+]
+IfRunning = Annotated[
+    Literal["skip", "queue", "replace", "share"] | None,
+    typer.Option(
+        help="When another run of the job is at it: overrules schedule.if_running; share takes no lease and works beside it."
+    ),
+]
 MetricsTo = Annotated[
     str | None,
     typer.Option(
@@ -53,26 +61,25 @@ def nightlabel() -> None:
 
 
 @app.command()
-def run(job: JobPath, date: Date = None, as_json: AsJson = False, metrics: MetricsTo = None) -> None:
+def run(
+    job: JobPath, *, date: Dates = None, if_running: IfRunning = None, as_json: AsJson = False, metrics: MetricsTo = None
+) -> None:
     """Do what the job says: label, finetune, distill, quantize or evaluate; go on where an earlier run stopped."""
-    from pipeline.jobfile import load_job
+    from pipeline.jobfile import load_template, one_day
     from pipeline.prometheus import Metrics
     from pipeline.spec import Job
 
-    loaded = load_job(job, date=date)
-    telling = Metrics(metrics, loaded, say=_say)
-    if not isinstance(loaded, Job):
+    template = load_template(job)
+    telling = Metrics(metrics, template, say=_say)
+    if not isinstance(template, Job):
         command = shlex.join(["nightlabel", "run", str(job), *(["--date", date] if date else [])])
         with telling:
-            _run_preparation(loaded, as_json=as_json, command=command)
-    from pipeline.label import Driver  # brings Ray, which only labelling needs
-    from pipeline.screen import Screen
+            _run_preparation(one_day(template, date, name=str(job)), as_json=as_json, command=command)
+    from pipeline.nightly import asked
 
-    with telling, Screen() as screen:
-        receipt = Driver(loaded, observe=telling.beside(screen.observe), started=STARTED).label()
-        telling.receipt(receipt)
-    _print_receipt(receipt, as_json=as_json, job=f"{job}{f' --date {date}' if date else ''}")
-    sys.exit(receipt.exit_code)
+    days = asked(template, date, name=str(job))
+    nights = cli_nightly.label_nights(template, days, if_running=if_running, telling=telling, started=STARTED)
+    sys.exit(cli_nightly.print_nights(nights, as_json=as_json, path=job))
 
 
 def _say(text: str) -> None:
@@ -91,20 +98,6 @@ def _run_preparation(job: Preparation, *, as_json: bool, command: str) -> NoRetu
     for line in () if as_json else outcome.lines:
         typer.echo(line)
     sys.exit(outcome.exit_code)
-
-
-def _print_receipt(receipt: Receipt, *, as_json: bool, job: str) -> None:
-    if as_json:
-        print_json(receipt.as_dict())
-        return
-    for line in receipt.lines():
-        typer.echo(line)
-    if receipt.exit_code not in (0, 4):
-        typer.echo(f"next    mend what is named above, then again: nightlabel run {job}")
-        return
-    typer.echo(f"next    nightlabel validate {job}")
-    query = f"select label, count(*) from '{receipt.where}/data/*.parquet' group by label"
-    typer.echo(f'        duckdb -c "{query}"')
 
 
 @app.command()
@@ -201,7 +194,7 @@ def demo(
 
     with Screen() as screen:
         outcome = run_demo(out, say=say, observe=screen.observe)
-    _print_receipt(outcome.receipt, as_json=as_json, job=str(out / "job.yaml"))
+    cli_nightly.print_receipt(outcome.receipt, as_json=as_json, job=str(out / "job.yaml"))
     for line in outcome.lines():
         say(line)
     sys.exit(outcome.exit_code)

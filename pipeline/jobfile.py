@@ -6,16 +6,18 @@ import difflib
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import JobError
 from pipeline.recipe import EvaluateJob, QuantizeJob
+from pipeline.schedule import days_of
 from pipeline.spec import Job
 from pipeline.training import DistillJob, FinetuneJob
 
+Filled = TypeVar("Filled", bound=BaseModel)
 AnyJob = Job | FinetuneJob | DistillJob | QuantizeJob | EvaluateJob
 KINDS: dict[str, type[AnyJob]] = {
     "label": Job,
@@ -52,6 +54,11 @@ def load_job(path: Path, *, date: str | None = None) -> AnyJob:
     return parse_job(_read(path), name=str(path), date=date)
 
 
+def load_template(path: Path) -> AnyJob:
+    """Same, with `{date}` left in."""
+    return _parse(_read(path), str(path))
+
+
 def load_label_job(path: Path, *, date: str | None = None) -> Job:
     """Same, of a job that labels. Raises JobError for another kind too."""
     job = load_job(path, date=date)
@@ -68,7 +75,46 @@ def _read(path: Path) -> bytes:
 
 
 def parse_job(raw: bytes, *, name: str = "job", date: str | None = None) -> AnyJob:
-    """Same, from bytes. `name` is what messages call the file."""
+    """Same, from bytes. `name` is what messages call the file, `date` one day, in any of the forms that `--date` takes."""
+    return one_day(_parse(raw, name), date, name=name)
+
+
+def one_day(job: Filled, date: str | None, *, name: str = "job") -> Filled:
+    """The job of the one day that `--date` names. Raises JobError: none, several, or none given where the job needs one."""
+    days = asked_days(job, date, name=name)
+    if len(days) > 1:
+        raise JobError(f"{name}: --date {date} is {len(days)} days", need="one", do="Give a day; runs of labelling take several")
+    return at_day(job, days[0], name=name)
+
+
+def asked_days(job: BaseModel, date: str | None, *, name: str = "job") -> tuple[str | None, ...]:
+    """The days that `--date` names, or one None. Raises JobError when it names none."""
+    schedule = job.schedule if isinstance(job, Job) else None
+    try:
+        return (None,) if date is None else days_of(date, schedule.timezone if schedule else "UTC")
+    except ValueError as error:
+        raise JobError(f"{name}: {error}") from None
+
+
+def at_day(job: Filled, day: str | None, *, name: str = "job") -> Filled:
+    """`{date}` replaced in every `uri`, of whatever kind of job. Raises JobError when it needs a day and `day` is None."""
+
+    def fill(value: Any, *, uri: bool = False) -> Any:
+        if isinstance(value, dict):
+            return {key: fill(inner, uri=key == "uri") for key, inner in value.items()}
+        if isinstance(value, list):
+            return [fill(inner, uri=uri) for inner in value]
+        if not uri or not isinstance(value, str) or "{date}" not in value:
+            return value
+        if day is None:
+            do = "Give --date YYYY-MM-DD, today or yesterday"
+            raise JobError(f"{name}: {value} contains {{date}}, which needs a date", do=do)
+        return value.replace("{date}", day)
+
+    return type(job).model_validate(fill(job.model_dump(mode="json")))
+
+
+def _parse(raw: bytes, name: str) -> AnyJob:
     if len(raw) > MAX_BYTES:
         raise JobError(
             f"{name}: {len(raw):,} bytes", need=f"at most {MAX_BYTES:,}", do="Name prefixes or globs instead of listing images"
@@ -81,7 +127,7 @@ def parse_job(raw: bytes, *, name: str = "job", date: str | None = None) -> AnyJ
         raise JobError(f"{name}{_line(root, ['kind'])}: kind is {kind!r}", need=", ".join(KINDS), do=do)
     model = KINDS[kind]
     try:
-        return model.model_validate(_dated(data, date))
+        return model.model_validate(data)
     except ValidationError as error:
         raise JobError("\n".join(_sentences(error, name, root, model))) from None
     except ValueError as error:
@@ -110,25 +156,6 @@ def _yaml(raw: bytes, name: str) -> tuple[yaml.Node, dict[str, Any]]:
             f"{name}: {type(data).__name__}", need="a mapping with kind, name, input, model, output", do="See jobs/README.md"
         )
     return cast(yaml.Node, root), data
-
-
-def _dated(data: dict[str, Any], date: str | None) -> dict[str, Any]:
-    """`{date}` replaced in every `uri`, of whatever kind of job. Raises ValueError when a date is needed and none was given."""
-    if date is not None and not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
-        raise ValueError(f"--date is {date!r}; required: YYYY-MM-DD. Give a day such as 2026-11-01")
-
-    def fill(value: Any, *, uri: bool = False) -> Any:
-        if isinstance(value, dict):
-            return {key: fill(inner, uri=key == "uri") for key, inner in value.items()}
-        if isinstance(value, list):
-            return [fill(inner, uri=uri) for inner in value]
-        if not uri or not isinstance(value, str) or "{date}" not in value:
-            return value
-        if date is None:
-            raise ValueError(f"{value} contains {{date}}, which needs a date. Give --date YYYY-MM-DD")
-        return value.replace("{date}", date)
-
-    return cast(dict[str, Any], fill(data))
 
 
 def _sentences(error: ValidationError, name: str, root: yaml.Node, model: type[BaseModel]) -> list[str]:

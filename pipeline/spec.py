@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pipeline.quantity import Bytes, Count, Fraction, Model, Pixels, Seconds
 from pipeline.resources import Cluster, Resources, check_demand
 from pipeline.rows import RESERVED
+from pipeline.schedule import Schedule
 
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 
@@ -25,6 +26,12 @@ def _uri(value: str) -> str:
         raise ValueError("a URI without credentials; they come from the environment, a profile or a role")
     if not rest.strip("/") and scheme:
         raise ValueError("a URI that names a bucket or a folder")
+    return value
+
+
+def _webhook(value: object) -> object:
+    if isinstance(value, str) and not re.match(r"https://[^/@]+(/|$)|http://(127\.0\.0\.1|localhost)[:/]", value):
+        raise ValueError("an https:// URL without credentials; NIGHTLABEL_WEBHOOK_TOKEN holds the secret")
     return value
 
 
@@ -109,15 +116,22 @@ class Limits(Model):
     """Stop, resumable, when the run takes longer."""
 
 
-class Schedule(Model):
-    """When to run; read by submission to a cluster, ignored by `run`."""
+class Notify(Model):
+    """Whom to tell how a run ended. What goes wrong there is a line on the screen, and changes no exit code."""
 
-    cron: Annotated[str, Field(pattern=r"^\S+( \S+){4}$")]
-    """Five cron fields."""
-    timezone: str = "UTC"
-    """Time zone of `cron`."""
-    if_running: Literal["skip", "queue", "replace"] = "skip"
-    """What to do when the last one still runs."""
+    when: Literal["failure", "always"] = "failure"
+    """Only when the exit code is not 0, or every time. An interrupted run tells nobody."""
+    command: tuple[str, ...] = ()
+    """Program and arguments, run without a shell; the receipt comes on its standard input as JSON."""
+    webhook: Annotated[str, BeforeValidator(_webhook)] | None = None
+    """https URL that the receipt is posted to. NIGHTLABEL_WEBHOOK_TOKEN of the environment goes where it says `{token}`, or else
+    into the header `Authorization: Bearer`."""
+
+    @model_validator(mode="after")
+    def _somebody(self) -> Notify:
+        if not self.command and self.webhook is None:
+            raise ValueError("notify names nobody. Give command or webhook")
+        return self
 
 
 class Job(Model):
@@ -141,6 +155,13 @@ class Job(Model):
     """When enough is enough."""
     schedule: Schedule | None = None
     """When to run."""
+    notify: Notify | None = None
+    """Whom to tell how a run ended."""
+
+    @property
+    def is_dated(self) -> bool:
+        """Does a place of the job depend on the day?"""
+        return any("{date}" in uri for uri in (*self.input.uris, self.model.uri, self.output.uri))
 
     @model_validator(mode="after")
     def _fits(self) -> Job:

@@ -153,7 +153,7 @@ output: {uri: "out/{date}/"}
     uris = [item.uri for item in (job.data.validation, job.model, job.output) if item is not None]
     assert uris == ["held/2026-11-01/", "models/2026-11-01/", "out/2026-11-01/"]
     assert job.data.label == "{date}", "no URI"
-    with pytest.raises(JobError, match=r"^j: in/\{date\}/ contains \{date\}, which needs a date\. Give --date"):
+    with pytest.raises(JobError, match=r"^j: out/\{date\}/ contains \{date\}, which needs a date\. Give --date"):
         parse_job(asked, name="j")
 
 

@@ -13,16 +13,17 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 
 #: Top to bottom. A name stands for pipeline/<name>.py or, with a dot, for a module of a sub-package.
 ROWS = """
-errors quantity placement resources rows preprocessing spec recipe training jobfile reference storage s3
+errors quantity placement resources rows preprocessing schedule spec recipe training jobfile reference storage s3
 modeling_small_stem huggingface resnet artifact describe
 plan cut tar read decode careful preprocess scores engine onnx_engine predict commit report
 start cluster run label
+lease notify nightly
 prepare.extras prepare.outcome prepare.data prepare.metrics prepare.card
 prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate
 prepare.importer prepare.augment prepare.images prepare.learner prepare.checkpoint prepare.train
 prepare.workers prepare.finetune prepare.distill prepare.digits
 prepare.onnx_export prepare.calibrate prepare.gate prepare.quantize
-demo screen prometheus cli_model cli __main__
+demo screen prometheus cli_model cli_nightly cli __main__
 """
 LADDER = ROWS.split()
 
@@ -32,7 +33,7 @@ KEEPERS = {
     "lightning": {"prepare.checkpoint", "prepare.learner", "prepare.train"},
     "fsspec": {"storage", "s3"},
     "s3fs": {"storage", "s3"},
-    "typer": {"cli", "cli_model"},
+    "typer": {"cli", "cli_model", "cli_nightly"},
     "rich": {"screen", "cli"},
     "simplejpeg": {"decode"},
     "onnxruntime": {"onnx_engine", "prepare.calibrate"},

@@ -1,0 +1,99 @@
+"""The part of the command line that labels: one day or several, under a lease. Prints, like `cli`, which catches and exits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from pipeline.cli_model import print_json
+from pipeline.errors import NightlabelError
+
+if TYPE_CHECKING:
+    from pipeline.nightly import Day, Night, Policy
+    from pipeline.prometheus import Metrics
+    from pipeline.report import Receipt
+    from pipeline.spec import Job
+
+
+def label_nights(
+    template: Job, days: tuple[Day, ...], *, if_running: Policy | None, telling: Metrics, started: float
+) -> list[Night]:
+    """Labels the days that are asked for, with a screen and metrics. `started` is when the command was."""
+    from pipeline.nightly import gravest, run_nights
+
+    starts = [started]
+    with ExitStack() as stack:
+
+        def label(job: Job, check: Callable[[], None]) -> Receipt:
+            from pipeline.label import Driver  # brings Ray
+            from pipeline.screen import Screen
+
+            if starts:  # a run that is skipped tells nothing
+                stack.enter_context(telling)
+            with Screen() as screen:
+                observe = telling.beside(screen.observe)
+
+                def checked(event: str, fields: dict[str, Any]) -> None:
+                    check()
+                    observe(event, fields)
+
+                receipt = Driver(job, observe=checked, started=starts.pop() if starts else time.perf_counter()).label()
+            telling.receipt(receipt)
+            return receipt
+
+        nights = run_nights(template, days, label=label, say=_say, if_running=if_running)
+        telling.account.exit_code = gravest(nights)
+    return nights
+
+
+def print_nights(nights: list[Night], *, as_json: bool, path: Path) -> int:
+    """A receipt, or a table of days; the exit code. Raises what stopped a single one."""
+    from pipeline.nightly import gravest
+
+    if not nights:
+        _print_skipped(as_json)
+    elif len(nights) == 1:
+        _print_night(nights[0], as_json=as_json, path=path)
+    elif as_json:
+        print_json({"exit_code": gravest(nights), "days": [night.as_dict() for night in nights]})
+    else:
+        for night in nights:
+            typer.echo(night.line())
+    return gravest(nights)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _print_skipped(as_json: bool) -> None:
+    if as_json:
+        print_json({"skipped": True, "exit_code": 0})
+    else:
+        typer.echo("skipped: another run is at it. --if-running queue, replace or share do otherwise")
+
+
+def _print_night(night: Night, *, as_json: bool, path: Path) -> None:
+    if isinstance(night.outcome, NightlabelError):
+        raise night.outcome
+    print_receipt(night.outcome, as_json=as_json, job=f"{path}{f' --date {night.date}' if night.date else ''}")
+
+
+def print_receipt(receipt: Receipt, *, as_json: bool, job: str) -> None:
+    """The receipt of one run and what to do next; `job` is what stands behind `nightlabel run`."""
+    if as_json:
+        print_json(receipt.as_dict())
+        return
+    for line in receipt.lines():
+        typer.echo(line)
+    if receipt.exit_code not in (0, 4):
+        typer.echo(f"next    mend what is named above, then again: nightlabel run {job}")
+        return
+    typer.echo(f"next    nightlabel validate {job}")
+    query = f"select label, count(*) from '{receipt.where}/data/*.parquet' group by label"
+    typer.echo(f'        duckdb -c "{query}"')

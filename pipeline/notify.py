@@ -1,0 +1,86 @@
+"""Tells somebody how a run ended: the receipt as JSON to a command's standard input, or posted to a webhook.
+
+It comes last and changes nothing: what goes wrong here is a line on the screen, never another exit code. No shell is involved.
+The webhook's secret, NIGHTLABEL_WEBHOOK_TOKEN, goes where the URL says `{token}`, or else into an Authorization header; it is
+sent to that URL only, redirects are not followed, and it stands in no message.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pipeline.errors import NightlabelError
+from pipeline.report import Receipt
+from pipeline.spec import Notify
+
+TOKEN = "NIGHTLABEL_WEBHOOK_TOKEN"
+ATTEMPTS = 3
+TIMEOUT_S = 10.0  # of one request
+COMMAND_S = 60.0
+
+
+def account(job: str, day: str | None, outcome: Receipt | NightlabelError) -> dict[str, Any]:
+    """What is told of a run: its receipt, or what stopped it."""
+    head = {"job": job, "day": day, "exit_code": outcome.exit_code}
+    if isinstance(outcome, Receipt):
+        return {**head, "error": None, "error_class": None, "receipt": outcome.as_dict()}
+    return {**head, "error": str(outcome), "error_class": type(outcome).__name__, "receipt": None}
+
+
+def tell(wanted: Notify | None, content: Mapping[str, Any], *, say: Callable[[str], None], pause: float = 1.0) -> None:
+    """Does what `wanted` says with `content`; `say` gets a sentence for each thing that went wrong."""
+    if wanted is None or (wanted.when == "failure" and content["exit_code"] == 0):
+        return
+    body = json.dumps(content, ensure_ascii=False).encode()
+    if wanted.command:
+        _run(wanted.command, body, say)
+    if wanted.webhook is not None:
+        _post(wanted.webhook, body, say, pause)
+
+
+def _run(command: tuple[str, ...], body: bytes, say: Callable[[str], None]) -> None:
+    try:
+        done = subprocess.run(command, input=body, timeout=COMMAND_S, capture_output=True, check=False)
+    except subprocess.TimeoutExpired:
+        say(f"notify.command {command[0]} was ended after {COMMAND_S:g} s")
+    except OSError as error:
+        say(f"notify.command {command[0]}: {error.strerror}")
+    else:
+        if done.returncode:
+            said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+            say(f"notify.command {command[0]} ended with {done.returncode}" + (f": {said[-1]}" if said else ""))
+
+
+class _Strict(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None  # the 3xx is the answer, and an error
+
+
+def _post(url: str, body: bytes, say: Callable[[str], None], pause: float) -> None:
+    token = os.environ.get(TOKEN, "")
+    headers = {"Content-Type": "application/json", "User-Agent": "nightlabel"}
+    if token and "{token}" not in url:
+        headers["Authorization"] = f"Bearer {token}"
+    opener, trouble = urllib.request.build_opener(_Strict), ""
+    for number in range(ATTEMPTS):
+        if number:
+            time.sleep(pause * 2**number)
+        try:
+            request = urllib.request.Request(url.replace("{token}", token), body, headers, method="POST")
+            with opener.open(request, timeout=TIMEOUT_S):
+                return
+        except urllib.error.HTTPError as error:
+            error.close()
+            trouble = f"HTTP {error.code}"
+            if error.code < 500 and error.code not in (408, 429):
+                break
+        except (OSError, ValueError) as error:
+            trouble = str(getattr(error, "reason", error)).replace(token or "\0", "***")
+    say(f"notify.webhook {url}: {trouble}")

@@ -1,0 +1,140 @@
+"""The lease: one holder at a time, on a disk and on a real S3 server; a dead holder is outlived, not waited for for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from seaweed import Seaweed
+
+from pipeline.errors import Temporary, UnitsLeft
+from pipeline.lease import Beat, Lease, Office, Pace
+from pipeline.storage import Store, open_store
+
+FAST = Pace(beat=0.1, dead=1.5, stale=600.0, grace=5.0, look=0.02)
+Folder = tuple[Store, str]
+
+
+@pytest.fixture(params=["disk", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    if request.param == "disk":
+        return open_store(str(tmp_path)), str(tmp_path / "leases")
+    s3: Seaweed = request.getfixturevalue("s3")
+    return open_store("s3://", s3.options), f"s3://{s3.bucket()}/labels/leases"
+
+
+def take(
+    place: Folder, if_running="skip", *, wait: float = 5.0, said: list[str] | None = None, pace: Pace = FAST
+) -> Lease | None:
+    return Office(*place, pace).acquire(if_running, wait=wait, say=(said if said is not None else []).append)
+
+
+def until(true, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.01)
+
+
+def test_a_free_lease_is_taken_skipped_by_others_and_free_again(place):
+    said: list[str] = []
+    with take(place, said=said) as held:
+        assert said == []
+        assert take(place, "skip", said=said) is None
+        assert "holds this output" in said[0]
+        held.check()
+    since = time.monotonic()
+    with take(place, said=said):
+        assert time.monotonic() - since < FAST.dead
+    assert len(said) == 1, "a lease that was given back is not taken over"
+
+
+def test_of_many_one_holds_it(place):
+    def ask(_: int) -> Lease | None:
+        try:
+            return take(place, "queue", wait=0.3)
+        except Temporary:
+            return None
+
+    with ThreadPoolExecutor(6) as pool:
+        held = [lease for lease in pool.map(ask, range(6)) if lease is not None]
+    assert len(held) == 1
+    held[0].__exit__()
+
+
+def test_queue_waits_its_turn_or_gives_up(place):
+    first = take(place)
+    with pytest.raises(Temporary, match="still runs after"):
+        take(place, "queue", wait=0.2)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(take, place, "queue", wait=60.0)
+        until(lambda: first._beats > 3)
+        assert not second.done()
+        first.__exit__()
+        second.result().__exit__()
+
+
+def test_replace_asks_the_holder_to_stop_and_follows_it(place):
+    said: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        with take(place) as first:
+            second = pool.submit(take, place, "replace", said=said)
+            until(lambda: first._end)
+            with pytest.raises(UnitsLeft, match="asked this run to stop") as caught:
+                first.check()
+            assert caught.value.exit_code == 5
+            assert not second.done(), "it is given time to end"
+        second.result().__exit__()
+    assert len(said) == 1
+
+
+def test_who_does_not_stop_when_asked_is_overtaken_and_hears_of_it(place):
+    with take(place) as first, take(place, "replace", pace=replace(FAST, grace=0.3)):
+        until(lambda: "took over" in first._end)
+
+
+def test_silence_is_death_by_the_watchers_clock_whatever_the_holders_says(place):
+    said: list[str] = []
+    beat = Beat("elsewhere process 1", "another boot", 1, "token", 0.0)
+    Office(*place).create("terms", "000001", beat.dump())
+    since = time.monotonic()
+    with take(place, "skip", said=said):
+        assert time.monotonic() - since >= FAST.dead
+    assert said[-1] == "taking over from elsewhere process 1: silent for 1.5 s"
+
+
+def test_a_beat_of_long_ago_is_not_watched(place):
+    Office(*place).create("terms", "000001", Beat("elsewhere process 1", "another boot", 1, "token", 0.0).dump())
+    with take(place, pace=replace(FAST, dead=600.0, stale=-1.0)):
+        pass
+
+
+HOLD = """
+import sys, time
+from pipeline.lease import Office
+from pipeline.storage import open_store
+with Office(open_store(sys.argv[1]), sys.argv[1]).acquire("skip", wait=0.0, say=print):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_holder_killed_on_this_machine_is_not_waited_for(tmp_path):
+    if not Path("/proc/self/ns/pid").exists():
+        pytest.skip("this system does not tell one boot from another")
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    place, said = (open_store(str(tmp_path)), str(tmp_path)), list[str]()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    with take(place, pace=replace(FAST, dead=600.0), said=said):
+        assert said[-1].endswith(f"process {process.pid}: its process is gone")

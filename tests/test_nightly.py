@@ -1,0 +1,356 @@
+"""Nights: days of a range, missed days, what another run's lease does to them, and who hears of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shards import write_tars
+from test_lease import FAST, until
+from test_run import LIGHT, cli, files, job, problems, table
+
+from pipeline import notify
+from pipeline.errors import InputMissing, Interrupted, JobError, Temporary, UnitsLeft
+from pipeline.jobfile import at_day, parse_job
+from pipeline.label import Driver
+from pipeline.lease import Office
+from pipeline.nightly import Day, Night, asked, gravest, lease_folder, run_nights
+from pipeline.report import Receipt
+from pipeline.schedule import Schedule, days_of
+from pipeline.spec import Job, Notify
+from pipeline.storage import open_store
+
+DAILY = {"cron": "0 2 * * *"}
+LATE = datetime(2026, 11, 25, 23, 30, tzinfo=UTC)
+
+
+def template(folder: Path, **fields: Any) -> Job:
+    return job(folder / "in/{date}/", str(folder / "model"), folder / "out", **fields)
+
+
+def receipt(name: str = "test", *, run: str | None = "000001", exit_code: int = 0) -> Receipt:
+    counts = dict.fromkeys(
+        ("units", "units_done", "units_before", "rows_in", "ok", "failed", "labelled_now", "written", "passes"), 0
+    )
+    nothing: dict[str, Any] = {"failures": {}, "labels": {}, "seam_seconds": {}, "first_seconds": None, "images_per_second": None}
+    names = {"job": name, "where": "out/f", "fingerprint": "f", "artifact": "a", "precision": "float32", "run": run}
+    return Receipt(**names, **counts, **nothing, seconds=0.0, exit_code=exit_code)
+
+
+@pytest.mark.parametrize(
+    ("text", "zone", "days"),
+    [
+        ("2026-11-01", "UTC", ["2026-11-01"]),
+        ("2026-02-27..2026-03-01", "UTC", ["2026-02-27", "2026-02-28", "2026-03-01"]),
+        ("today", "UTC", ["2026-11-25"]),
+        ("yesterday", "UTC", ["2026-11-24"]),
+        ("yesterday..today", "UTC", ["2026-11-24", "2026-11-25"]),
+        ("2026-11-24..today", "UTC", ["2026-11-24", "2026-11-25"]),
+    ],
+)
+def test_days(text, zone, days):
+    assert list(days_of(text, zone, now=LATE)) == days
+
+
+def test_today_is_today_where_the_schedule_is(monkeypatch):
+    from pipeline import schedule
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return LATE.astimezone(tz)
+
+    monkeypatch.setattr(schedule, "datetime", Clock)
+    assert days_of("today", "Asia/Tokyo") == ("2026-11-26",)
+    assert days_of("today", "America/New_York") == ("2026-11-25",)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "2026-13-01",
+        "2026-02-30",
+        "2026-W01-1",
+        "20261101",
+        "tomorrow",
+        "2026-11-01..",
+        "..2026-11-01",
+        "2026-11-02..2026-11-01",
+    ],
+)
+def test_odd_dates_are_a_sentence(text):
+    with pytest.raises(ValueError, match="--date is"):
+        days_of(text)
+
+
+def test_what_a_schedule_and_a_notice_can_hold():
+    base = b"name: x\ninput: {uri: 'a/{date}/'}\nmodel: {uri: m}\noutput: {uri: o}\n"
+    for more, words in (
+        (b"schedule: {cron: '0 2 * * *', timezone: Mars/Base}", "schedule.timezone is 'Mars/Base'"),
+        (b"notify: {}", "names nobody"),
+        (b"notify: {webhook: 'http://example.com/x'}", "https"),
+        (b"notify: {webhook: 'https://me:secret@example.com/x'}", "without credentials"),
+    ):
+        with pytest.raises(JobError, match=words) as caught:
+            parse_job(base + more, date="today")
+        assert "secret" not in str(caught.value).replace("holds the secret", "")
+
+
+def test_a_range_needs_a_job_with_a_date(tmp_path):
+    days = asked(template(tmp_path), "2026-11-01..2026-11-03", name="j")
+    assert [day.date for day in days] == ["2026-11-01", "2026-11-02", "2026-11-03"]
+    with pytest.raises(JobError, match="is 3 days"):
+        asked(job("in", "m", "o"), "2026-11-01..2026-11-03", name="j")
+    with pytest.raises(JobError, match="is 2 days"):
+        parse_job(b"name: x\ninput: {uri: 'a/{date}/'}\nmodel: {uri: m}\noutput: {uri: o}", date="2026-11-01..2026-11-02")
+
+
+def test_a_day_that_fails_stops_no_other_and_the_gravest_code_is_the_outcome(tmp_path):
+    wanted = template(tmp_path)
+    outcomes = {"01": receipt(), "02": InputMissing("in/02 is absent"), "03": Temporary("slow"), "04": receipt(exit_code=4)}
+    seen: list[str] = []
+
+    def label(one: Job, check: Any) -> Receipt:
+        seen.append(one.input.uris[0].rstrip("/")[-2:])
+        outcome = outcomes[seen[-1]]
+        if isinstance(outcome, Receipt):
+            return outcome
+        raise outcome
+
+    nights = run_nights(wanted, asked(wanted, "2026-11-01..2026-11-04", name="j"), label=label, say=lambda text: None)
+    assert seen == ["01", "02", "03", "04"]
+    assert [night.exit_code for night in nights] == [0, 3, 75, 4]
+    assert gravest(nights) == 3
+    assert nights[1].line() == "2026-11-02   3  in/02 is absent."
+
+
+def test_a_signal_stops_all_days_and_gives_the_lease_back(tmp_path):
+    wanted = template(tmp_path, schedule=DAILY)
+
+    def label(one: Job, check: Any) -> Receipt:
+        raise Interrupted("stopped by SIGTERM", signal_number=15)
+
+    days = asked(wanted, "2026-11-01..2026-11-04", name="j")
+    with pytest.raises(Interrupted):
+        run_nights(wanted, days, label=label, say=lambda text: None)
+    assert run_nights(wanted, days[:1], label=lambda one, check: receipt(), say=lambda text: None)
+
+
+def test_catch_up_labels_missed_days_and_passes_over_days_without_input(tmp_path):
+    wanted = template(
+        tmp_path, schedule=DAILY | {"catch_up": "3d"}, notify={"command": [sys.executable, "-c", ""], "when": "always"}
+    )
+    today, *_ = days_of("today")
+    days = asked(wanted, "today", name="j")
+    assert [day.behind for day in days] == [True, True, True, False]
+    assert days[-1].date == today
+    for day in (days[0], days[2]):
+        write_tars(tmp_path / "in" / str(day.date), shards=1, images=1)
+    seen: list[str] = []
+
+    def label(one: Job, check: Any) -> Receipt:
+        seen.append(Path(one.input.uris[0]).name)
+        return receipt(run=None)
+
+    nights = run_nights(wanted, days, label=label, say=lambda text: None)
+    assert seen == [days[0].date, days[2].date, today], "today is run whatever it has: a night without input is an error"
+    assert [night.date for night in nights] == seen
+    assert asked(wanted, "2026-11-01", name="j") == (Day("2026-11-01"),), "a day by its name is that day alone"
+
+
+def test_the_lease_lies_above_the_days_so_that_one_night_sees_another():
+    assert lease_folder(job("in", "m", "s3://labels/products/")) == "s3://labels/products/leases/test"
+    assert lease_folder(job("in", "m", "s3://labels/date={date}/x")) == "s3://labels/leases/test"
+    assert lease_folder(job("in", "m", "{date}/labels")) == "./leases/test"
+
+
+def test_what_another_run_at_it_does(tmp_path):
+    wanted = template(tmp_path, schedule=DAILY)
+    said: list[str] = []
+    calls: list[str] = []
+
+    def label(one: Job, check: Any) -> Receipt:
+        calls.append("labelled")
+        return receipt()
+
+    office = Office(open_store(wanted.output.uri), lease_folder(wanted), FAST)
+    with office.acquire("skip", wait=0.0, say=said.append):
+        assert run_nights(wanted, (Day("2026-11-01"),), label=label, say=said.append) == []
+        assert calls == []
+        code, out, err = cli("run", write(tmp_path, wanted), "--date", "2026-11-01")
+        assert (code, out.split(":")[0]) == (0, "skipped"), err
+        assert len(run_nights(wanted, (Day("2026-11-01"),), label=label, say=said.append, if_running="share")) == 1
+        held = office.state()
+        unscheduled = wanted.model_copy(update={"schedule": None})
+        assert len(run_nights(unscheduled, (Day("2026-11-01"),), label=label, say=said.append)) == 1
+        assert office.state().term == held.term, "a job without a schedule takes no lease"
+    assert len(run_nights(wanted, (Day("2026-11-01"),), label=label, say=said.append)) == 1
+
+
+def write(folder: Path, wanted: Job) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(json.dumps(wanted.model_dump(mode="json")))
+    return path
+
+
+def test_a_backfill_end_to_end_and_again(tmp_path, model, on_ray):
+    for number in (1, 2):
+        write_tars(tmp_path / f"in/2026-11-0{number}", shards=1, images=3, first=number)
+    (tmp_path / "in/2026-11-02/002.tar").write_bytes(b"<html>")
+    wanted = template(tmp_path, model={"uri": model}, schedule=DAILY)
+    path = write(tmp_path, wanted)
+    code, out, err = cli("run", path, "--date", "2026-11-01..2026-11-03")
+    assert code == 3, err
+    lines = out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["2026-11-01", "0"], ["2026-11-02", "3"], ["2026-11-03", "3"]]
+    assert "3 in = 3 ok + 0 failed" in lines[0]
+    assert "in/2026-11-03" in lines[2]
+    before = {name: stamp for name, stamp in files(tmp_path / "out").items() if "/leases/" not in name}
+    for number in (2, 3):
+        write_tars(tmp_path / f"in/2026-11-0{number}", shards=1, images=3, first=number)
+    code, out, err = cli("run", path, "--date", "2026-11-01..2026-11-03", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert [day["receipt"]["labelled_now"] for day in told["days"]] == [0, 3, 3], "only what is new or changed is labelled"
+    (where,) = (path for path in (tmp_path / "out").iterdir() if path.name != "leases")
+    assert sorted({row["key"][:3] for row in table(where).to_pylist()}) == ["001", "002", "003"]
+    assert table(where).num_rows == 9
+    assert files(tmp_path / "out").items() >= before.items()
+    assert problems(at_day(wanted, "2026-11-01")) == []
+
+
+def test_a_run_that_is_replaced_stops_resumably(tmp_path, model, on_ray):
+    """The holder is in the middle of its images when another run asks for its place; that one labels the rest, nothing twice."""
+    write_tars(tmp_path / "in", shards=8, images=4)
+    wanted = job(tmp_path / "in", model, tmp_path / "out", resources=LIGHT | {"read": {"tasks": 2, "cpus_per_task": 0.1}})
+    office = Office(open_store(wanted.output.uri), lease_folder(wanted), FAST)
+    taken: list[Any] = []
+    other = threading.Thread(target=lambda: taken.append(Office(*place(wanted), FAST).acquire("replace", wait=0.0, say=print)))
+
+    with office.acquire("skip", wait=0.0, say=print) as lease:
+
+        def observe(event: str, fields: dict[str, Any]) -> None:
+            if event == "commit" and not other.is_alive():
+                other.start()
+                until(lambda: lease._end)
+            lease.check()
+
+        with pytest.raises(UnitsLeft, match="asked this run to stop"):
+            Driver(wanted, observe=observe, started=0.0).label()
+    other.join()
+    done = len(list(Path(tmp_path, "out").rglob("data/*.parquet")))
+    assert done > 0
+    with taken[0]:
+        rest = Driver(wanted, observe=lambda event, fields: taken[0].check(), started=0.0).label()
+    assert (rest.exit_code, rest.rows_in, rest.written) == (0, 32, 8 - done)
+    assert problems(wanted) == []
+
+
+def place(wanted: Job) -> tuple[Any, str]:
+    return open_store(wanted.output.uri), lease_folder(wanted)
+
+
+@contextmanager
+def webhook(*codes: int) -> Iterator[tuple[str, list[Any]]]:
+    """A server that answers with each code once, then 200; (its URL, what came)."""
+    came: list[Any] = []
+    answers = list(codes)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            came.append((self.path, self.headers.get("Authorization"), json.loads(body)))
+            self.send_response(answers.pop(0) if answers else 200)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", came
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def tell(wanted: Notify, night: Night) -> list[str]:
+    said: list[str] = []
+    notify.tell(wanted, night.as_dict(), say=said.append, pause=0.01)
+    return said
+
+
+def test_a_command_gets_the_receipt(tmp_path):
+    copy = "import sys; open(sys.argv[1], 'w').write(sys.stdin.read())"
+    wanted = Notify(command=(sys.executable, "-c", copy, str(tmp_path / "told; $(x)")))
+    assert tell(wanted, Night("products", "2026-11-01", Temporary("the store is slow"))) == []
+    told = json.loads((tmp_path / "told; $(x)").read_text())
+    assert (told["job"], told["day"], told["exit_code"], told["error"]) == ("products", "2026-11-01", 75, "the store is slow.")
+    (tmp_path / "told; $(x)").unlink()
+    assert tell(wanted, Night("products", None, receipt())) == []
+    assert not (tmp_path / "told; $(x)").exists(), "a success is not told unless it is asked for"
+    assert tell(wanted.model_copy(update={"when": "always"}), Night("products", None, receipt())) == []
+    assert json.loads((tmp_path / "told; $(x)").read_text())["receipt"]["run"] == "000001"
+
+
+def test_what_fails_while_telling_is_a_line_and_no_more(tmp_path):
+    night = Night("x", None, Temporary("slow"))
+    assert tell(Notify(command=("/no/such/program",)), night) == ["notify.command /no/such/program: No such file or directory"]
+    script = "import sys; sys.exit('no mail today')"
+    assert tell(Notify(command=(sys.executable, "-c", script)), night) == [
+        f"notify.command {sys.executable} ended with 1: no mail today"
+    ]
+    wanted = template(tmp_path, notify={"command": ["/no/such/program"], "when": "always"})
+    said: list[str] = []
+    nights = run_nights(wanted, (Day("2026-11-01"),), label=lambda one, check: receipt(), say=said.append)
+    assert (gravest(nights), len(said)) == (0, 1)
+
+
+def test_a_webhook_is_tried_again_and_keeps_its_secret(monkeypatch):
+    monkeypatch.setenv(notify.TOKEN, "hush")
+    night = Night("x", "2026-11-01", receipt(exit_code=4))
+    with webhook(503, 429) as (url, came):
+        assert tell(Notify(webhook=url + "/in"), night) == []
+        assert [(path, head) for path, head, _ in came] == [("/in", "Bearer hush")] * 3
+        assert came[-1][2]["receipt"]["exit_code"] == 4
+    with webhook() as (url, came):
+        assert tell(Notify(webhook=url + "/{token}/x"), night) == []
+        assert came[0][:2] == ("/hush/x", None)
+    with webhook(404) as (url, came):
+        assert tell(Notify(webhook=url + "/{token}"), night) == [f"notify.webhook {url}/{{token}}: HTTP 404"]
+        assert len(came) == 1, "no means no"
+    with webhook(307) as (url, came):
+        assert tell(Notify(webhook=url), night) == [f"notify.webhook {url}: HTTP 307"]
+        assert len(came) == 1, "the secret is not taken elsewhere"
+    assert "hush" not in tell(Notify(webhook=url + "/{token}"), night)[0], "nobody listens there any more"
+
+
+def test_an_interrupted_night_tells_nobody_and_a_bug_is_told(tmp_path):
+    with webhook() as (url, came):
+        wanted = template(tmp_path, notify={"webhook": url, "when": "always"})
+
+        def label(one: Job, check: Any) -> Receipt:
+            raise outcome
+
+        for outcome, told in ((Interrupted("stopped"), 0), (ZeroDivisionError("x"), 1)):
+            with pytest.raises(type(outcome)):
+                run_nights(wanted, (Day("2026-11-01"),), label=label, say=print)
+            assert len(came) == told
+        assert came[0][2]["exit_code"] == 70
+
+
+def test_a_schedule_keeps_its_defaults():
+    assert (Schedule(cron="0 2 * * *").wait, Schedule(cron="0 2 * * *").catch_up) == (21_600.0, None)
