@@ -13,8 +13,8 @@ from typing import Any
 import ray
 from ray.data import DataContext
 
+from pipeline.demand import Node, check_demand
 from pipeline.errors import JobError
-from pipeline.resources import check_demand
 from pipeline.spec import Job
 
 
@@ -67,10 +67,9 @@ def _stderr_closed() -> Iterator[None]:
 
 
 def _check_fits(job: Job) -> None:
-    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    nodes = sum(node["Alive"] for node in ray.nodes())  # type: ignore[no-untyped-call]
-    where = "on this machine" if nodes == 1 else f"on {nodes} nodes"
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = [Node(have.get("CPU", 0), have.get("GPU", 0)) for have in alive]
     try:
-        check_demand(job.resources, cpus=(have.get("CPU", 0), where), gpus=(have.get("GPU", 0), where))
+        check_demand(job.resources, nodes, where="this machine" if len(nodes) == 1 else f"{len(nodes)} nodes")
     except ValueError as error:
         raise JobError(str(error)) from None

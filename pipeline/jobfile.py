@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline.complaints import line_of, sentences, shown
 from pipeline.errors import JobError
 from pipeline.recipe import EvaluateJob, QuantizeJob
 from pipeline.schedule import days_of
@@ -27,8 +28,8 @@ KINDS: dict[str, type[AnyJob]] = {
     "evaluate": EvaluateJob,
 }
 MAX_BYTES = 1_000_000
-#: What pydantic puts into a place for the form of a union, `function-before[…]`: no key of the file.
-_FORM = re.compile(r"[\[(]|^function-|^tuple$|^str$")
+#: What YAML can spell and neither a file system nor Arrow can hold.
+_UNTEXT = re.compile("[\\0\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
@@ -124,12 +125,12 @@ def _parse(raw: bytes, name: str) -> AnyJob:
     if not isinstance(kind, str) or kind not in KINDS:
         close = difflib.get_close_matches(str(kind), KINDS, n=1)
         do = f"Did you mean {close[0]}?" if close else "Change it"
-        raise JobError(f"{name}{_line(root, ['kind'])}: kind is {kind!r}", need=", ".join(KINDS), do=do)
+        raise JobError(f"{name}{line_of(root, ['kind'])}: kind is {shown(kind)}", need=", ".join(KINDS), do=do)
     model = KINDS[kind]
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise JobError("\n".join(_sentences(error, name, root, model))) from None
+        raise JobError("\n".join(sentences(error, name, root, model))) from None
     except ValueError as error:
         raise JobError(f"{name}: {error}") from None
 
@@ -155,70 +156,17 @@ def _yaml(raw: bytes, name: str) -> tuple[yaml.Node, dict[str, Any]]:
         raise JobError(
             f"{name}: {type(data).__name__}", need="a mapping with kind, name, input, model, output", do="See jobs/README.md"
         )
+    if any(isinstance(part, yaml.ScalarNode) and _UNTEXT.search(part.value) for part in _nodes(root)):
+        raise JobError(f"{name}: holds NUL or half a character", need="text", do="Remove \\0 and \\ud800 to \\udfff")
     return cast(yaml.Node, root), data
 
 
-def _sentences(error: ValidationError, name: str, root: yaml.Node, model: type[BaseModel]) -> list[str]:
-    sentences: dict[str, str] = {}  # by field: of a union's complaints the first is the one about the form that was meant
-    for item in error.errors(include_url=False):
-        loc = list(item["loc"])
-        # What pydantic puts in for the form of a union, such as function-before[…], is no key of the file.
-        loc = loc[:1] + [
-            part for part in loc[1:] if isinstance(part, int) or not re.search(r"[\[(]|^function-|^tuple$|^str$", part)
-        ]
-        where, field = f"{name}{_line(root, loc)}: ", ".".join(str(part) for part in loc)
-        if item["type"] == "extra_forbidden":
-            sentence = _unknown(field, loc, model)
-        elif item["type"] == "missing":
-            sentence = f"{field} is missing, it is required. Add it; jobs/README.md says what it holds."
-        elif not loc:  # a cross-check of ours, which already says it all
-            sentence = str(item["msg"]).removeprefix("Value error, ")
-        else:
-            need = str(item["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-            got = re.sub(r"://[^/@]*@", "://***@", repr(item["input"]))  # a password never reaches a log
-            sentence = f"{field} is {got}; required: {need}. Change it."
-        sentences.setdefault(field, where + sentence)
-    return list(sentences.values())
-
-
-def _line(root: yaml.Node | None, loc: list[int | str]) -> str:
-    """`:12` for the deepest part of `loc` that the file has."""
-    node, line = root, None
-    for part in loc:
-        if isinstance(node, yaml.MappingNode):
-            found = next(((key, value) for key, value in node.value if key.value == part), None)
-            if found is None:
-                break
-            line, node = found[0].start_mark.line + 1, found[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-    return f":{line}" if line else ""
-
-
-def _unknown(field: str, loc: list[int | str], model: type[BaseModel]) -> str:
-    names = list(_fields_at(loc[:-1], model))
-    close = difflib.get_close_matches(str(loc[-1]), names, n=1)
-    hint = f"Did you mean {close[0]}?" if close else f"Known here: {', '.join(names)}"
-    return f"unknown field {field}. {hint}"
-
-
-def _fields_at(loc: list[int | str], model: type[BaseModel]) -> dict[str, Any]:
-    for part in loc:
-        field = model.model_fields.get(str(part))
-        nested = nested_model(field.annotation) if field else None
-        if nested is None:
-            return {}
-        model = nested
-    return dict(model.model_fields)
-
-
-def nested_model(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model that an annotation holds (`Cluster | None` → Cluster), or None."""
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+def _nodes(node: yaml.Node | None) -> Iterator[yaml.Node]:
+    if node is not None:
+        yield node
+    for part in node.value if isinstance(node, yaml.CollectionNode) else ():
+        for inner in part if isinstance(part, tuple) else (part,):
+            yield from _nodes(inner)
 
 
 def dump_job(job: AnyJob) -> bytes:

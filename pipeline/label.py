@@ -24,14 +24,13 @@ from pipeline.errors import Stalled, Temporary, UnitsLeft
 from pipeline.jobfile import dump_job
 from pipeline.plan import Log, Plan, Unit, split
 from pipeline.report import Receipt, UnitTrouble, exit_code
-from pipeline.rows import UnitError
+from pipeline.rows import TIMINGS, UnitError
 from pipeline.spec import Job
 from pipeline.start import CODE_VERSION, load_model, plan_job, set_ray_environment
 
 TRIES = 3  # two passes as they come, the third in careful mode
 _COMMITTERS = 4  # conditional creates in flight; each waits for the store, not for a core
 _LOST = "LOST"
-SEAMS = ("read", "preprocess", "predict")
 
 Observer = Callable[[str, dict[str, Any]], None]
 
@@ -47,7 +46,7 @@ class _Tally:
     rows: int = 0
     written: int = 0
     passes: int = 0
-    seams: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SEAMS, 0.0))
+    seams: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMINGS, 0.0))
     labels: Counter[str] = field(default_factory=Counter)
     events: list[dict[str, Any]] = field(default_factory=list)
 
@@ -148,8 +147,8 @@ class Driver:
     def _by_unit(self, table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
         """Takes the seconds off a block and splits it by unit."""
         now = time.perf_counter()
-        for column in [name for name in table.column_names if name.startswith("_")]:
-            self.tally.seams[column[1:-2]] += pc.sum(table.column(column)).as_py() or 0.0
+        for seam, column in TIMINGS.items():
+            self.tally.seams[seam] += pc.sum(table.column(column)).as_py() or 0.0
             table = table.drop_columns([column])
         status = table.column("status")
         images = len(status) - status.null_count

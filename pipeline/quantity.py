@@ -6,62 +6,93 @@ So a job file never needs a comment to say what a number is, and a bare number w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from typing import Annotated, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 _PIXELS = {"px": 1, "MP": 10**6, "GP": 10**9}
-_NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*")
+#: Beyond 2^53 not every whole number is one of floating point, and no machine has as much.
+_MOST = 2**53
+_NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*", re.ASCII)
 
 
-def quantity(units: dict[str, float], example: str) -> Callable[[object], object]:
-    """A parser of `<number><unit>` text into a number in the base unit. Raises ValueError naming the units and an example."""
+def quantity(units: Mapping[str, float], example: str, *, whole: bool = False) -> Callable[[object], object]:
+    """A parser of `<number><unit>` text into a number in the base unit, rounded when only a `whole` one makes sense, as of bytes.
+    Raises ValueError naming the units and an example."""
 
     def parse(value: object) -> object:
         match = _NUMBER.fullmatch(value) if isinstance(value, str) else None
         if match is None or match[2] not in units:
             raise ValueError(f"a number with a unit of {', '.join(units)}, such as {example}")
-        return float(match[1]) * units[match[2]]
+        number = float(match[1]) * units[match[2]]
+        if number > _MOST:
+            raise ValueError(f"a number that means something, such as {example}")
+        return round(number) if whole else number
 
     return parse
 
 
-def text(units: dict[str, float]) -> Callable[[float], str]:
+def text(units: Mapping[str, float]) -> Callable[[float], str]:
     """The inverse of `quantity`: the largest unit that divides the number."""
 
     def render(value: float) -> str:
         for unit, factor in sorted(units.items(), key=lambda item: -item[1]):
             if value >= factor and (value / factor) % 1 == 0:
                 return f"{round(value / factor)}{unit}"
-        return f"{value}{min(units, key=lambda unit: units[unit])}"
+        return f"{Decimal(repr(value)):f}{min(units, key=lambda unit: units[unit])}"  # never 1e-07, which is no number here
 
     return render
 
 
-def _typed(units: dict[str, float], example: str) -> tuple[BeforeValidator, PlainSerializer, WithJsonSchema]:
+def between(parse: Callable[[object], object], least: str, most: str) -> AfterValidator:
+    """A validator for quantities from `least` to `most`, both given, and told, as text that `parse` takes."""
+    low, high = (cast(float, parse(bound)) for bound in (least, most))
+
+    def check(value: float) -> float:
+        if not low <= value <= high:
+            raise ValueError(f"{least} to {most}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _typed(
+    units: Mapping[str, float], parse: Callable[[object], object], example: str
+) -> tuple[BeforeValidator, PlainSerializer, WithJsonSchema]:
     schema = WithJsonSchema({"type": "string", "pattern": r"^\d+(\.\d+)? ?(" + "|".join(units) + ")$", "examples": [example]})
-    return BeforeValidator(quantity(units, example)), PlainSerializer(text(units)), schema
+    return BeforeValidator(parse), PlainSerializer(text(units)), schema
 
 
 def _percent(value: float) -> str:
-    return f"{value * 100:.10g}%"
+    """As few digits as give the same number when they are read again."""
+    digits = (f"{value * 100:.{count}g}" for count in range(1, 18))
+    shortest = next((text for text in digits if float(text) * 0.01 == value), repr(value * 100))
+    return f"{Decimal(shortest):f}%"
 
 
-Bytes = Annotated[int, *_typed(_BYTES, "8GiB")]
-Seconds = Annotated[float, *_typed(_SECONDS, "6h")]
-Pixels = Annotated[int, *_typed(_PIXELS, "100MP")]
+in_bytes = quantity(_BYTES, "8GiB", whole=True)
+in_seconds = quantity(_SECONDS, "6h")
+in_pixels = quantity(_PIXELS, "100MP", whole=True)
+in_percent = quantity({"%": 0.01}, "0.1%")
+
+Bytes = Annotated[int, *_typed(_BYTES, in_bytes, "8GiB")]
+Seconds = Annotated[float, *_typed(_SECONDS, in_seconds, "6h")]
+Pixels = Annotated[int, *_typed(_PIXELS, in_pixels, "100MP")]
 Fraction = Annotated[
     float,
-    BeforeValidator(quantity({"%": 0.01}, "0.1%")),
+    BeforeValidator(in_percent),
+    between(in_percent, "0%", "100%"),
     PlainSerializer(_percent),
     WithJsonSchema({"type": "string", "pattern": r"^\d+(\.\d+)? ?%$", "examples": ["0.1%"]}),
 ]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
+# Strict: `true` is no number, and "3" is a typing error somewhere.
+Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
 
 
 class Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)

@@ -6,12 +6,13 @@ preprocessing. Jobs that train are in `training`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
+from pipeline.fields import Digest, Name, Uri, Word
 from pipeline.quantity import Count, Fraction, Model, Positive
-from pipeline.spec import S3, Input, ModelSource, Name, Uri
+from pipeline.spec import S3, Input, ModelSource
 
 
 class Start(Model):
@@ -19,7 +20,7 @@ class Start(Model):
 
     uri: Uri
     """Folder of the artifact."""
-    digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    digest: Digest | None = None
     """Refuse to run when the artifact's digest is another one."""
     s3: S3 = S3()
     """How to reach `uri` when it is on S3."""
@@ -48,7 +49,7 @@ class Measured(Model):
 
     input: Input
     """Where the images are."""
-    label: str = "cls"
+    label: Word = "cls"
     """Sidecar or column that holds the label, a class name or its number."""
     images: Count | None = None
     """At most this many, from the front."""

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 from pydantic_core import PydanticUndefined
 
-from pipeline.jobfile import KINDS, AnyJob, nested_model
+from pipeline.complaints import nested_model
+from pipeline.jobfile import KINDS, AnyJob
 
 _HEAD = """# Job files
 

@@ -1,13 +1,24 @@
-"""What a job takes and what there is: pools of tasks and actors, the cluster, and whether the one fits the other."""
+"""What a job takes and what there is: pools of tasks and actors, the cluster. `demand` holds the one against the other."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from pipeline.placement import Kubernetes, LabelValue
-from pipeline.quantity import Bytes, Count, Model, Positive
+from pipeline.quantity import Bytes, Count, Model, between, in_bytes
+
+
+def _whole_gpus(value: float) -> float:
+    if 0 < value < 0.0001 or (value > 1 and value % 1):
+        raise ValueError("0, a part of one GPU, or a whole number of them")
+    return value
+
+
+#: Ray counts in parts of 10,000; what is less is nothing to it, and nothing fits any number of times.
+Cpus = Annotated[float, Field(strict=True, ge=0.0001, lt=2**31)]
+Gpus = Annotated[float, Field(strict=True, ge=0, lt=2**31), AfterValidator(_whole_gpus)]
 
 
 class Read(Model):
@@ -15,7 +26,7 @@ class Read(Model):
 
     tasks: Count = 1
     """Units fetched at the same time."""
-    cpus_per_task: Positive = 0.25
+    cpus_per_task: Cpus = 0.25
     """CPUs one task reserves; fetching waits more than it computes."""
 
 
@@ -24,7 +35,7 @@ class PreprocessPool(Model):
 
     actors: Count = 1
     """Size of the pool."""
-    cpus_per_actor: Positive = 0.5
+    cpus_per_actor: Cpus = 0.5
     """CPUs one actor reserves; threads per actor are this, rounded, at least one."""
 
 
@@ -33,10 +44,10 @@ class PredictPool(Model):
 
     actors: Count = 1
     """Size of the pool."""
-    cpus_per_actor: Positive = 1.0
+    cpus_per_actor: Cpus = 1.0
     """CPUs one actor reserves; without GPU also its threads, rounded, at least one."""
-    gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs one actor reserves; more than 0 needs CUDA, there is no fall back to the CPU."""
+    gpus_per_actor: Gpus = 0.0
+    """GPUs one actor reserves, a part of one or a whole number; more than 0 needs CUDA, there is no fall back to the CPU."""
     batch_size: Count = 32
     """Images in one forward pass; 16-64 on a CPU, 256-1,024 on a GPU."""
 
@@ -50,7 +61,7 @@ class Resources(Model):
     """Actors that decode and resize."""
     predict: PredictPool = PredictPool()
     """Actors that run the model."""
-    object_store: Bytes = 1 * 2**30
+    object_store: Annotated[Bytes, between(in_bytes, "75MiB", "1024TiB")] = 1 * 2**30  # 75 MiB is Ray's own least
     """Shared memory for blocks between the stages, when the job brings up its own Ray."""
 
     @property
@@ -82,11 +93,11 @@ class Head(Model):
 class Workers(Model):
     """The nodes that work."""
 
-    count: Count = 1
+    count: Annotated[Count, Field(le=10_000)] = 1
     """How many nodes."""
     cpus: Count
     """CPUs a node."""
-    gpus: Annotated[int, Field(ge=0)] = 0
+    gpus: Annotated[int, Field(strict=True, ge=0, lt=2**31)] = 0
     """GPUs a node."""
     memory: Bytes = 16 * 2**30
     """Memory a node."""
@@ -103,33 +114,3 @@ class Cluster(Model):
     """The nodes that work; none: the head does it all, without GPUs."""
     kubernetes: Kubernetes = Kubernetes()
     """How the job stands on Kubernetes."""
-
-    @property
-    def cpus(self) -> tuple[int, str]:
-        """CPUs that take work, and how they come about."""
-        if self.workers is None:
-            return self.head.cpus, "(the head's, there are no workers)"
-        return self.workers.count * self.workers.cpus, f"({self.workers.count} workers × {self.workers.cpus})"
-
-    @property
-    def gpus(self) -> tuple[int, str]:
-        """GPUs, and how they come about."""
-        if self.workers is None:
-            return 0, "(there are no workers)"
-        return self.workers.count * self.workers.gpus, f"({self.workers.count} workers × {self.workers.gpus})"
-
-
-def check_demand(resources: Resources, *, cpus: tuple[float, str], gpus: tuple[float, str]) -> None:
-    """Hold the demand against a cluster given as (amount, how it comes about). Raises ValueError with the sentence."""
-    if resources.cpus > cpus[0] + 1e-9:
-        parts = " + ".join(f"{name} {count} × {share:g}" for name, count, share in resources.pools())
-        raise ValueError(
-            f"resources: the job asks for {resources.cpus:g} CPUs ({parts}), the cluster has {cpus[0]:g} {cpus[1]}. "
-            "Lower the actors or their cpus_per_actor, or bring more CPUs"
-        )
-    if resources.gpus > gpus[0] + 1e-9:
-        pool = resources.predict
-        raise ValueError(
-            f"resources: predict asks for {resources.gpus:g} GPUs ({pool.actors} actors × {pool.gpus_per_actor:g}), the cluster "
-            f"has {gpus[0]:g} {gpus[1]}. Lower predict.actors, set predict.gpus_per_actor to 0 for CPUs, or bring more GPUs"
-        )

@@ -79,8 +79,10 @@ class UnitError(enum.StrEnum):
     INPUT_MISSING = "INPUT_MISSING"
 
 
+#: Seconds that a row took in each stage, on its way to the driver only.
+TIMINGS = {seam: f"_{seam}_s" for seam in ("read", "preprocess", "predict")}
 #: Columns of the way that a kept column cannot be named after.
-RESERVED = frozenset({*IMAGE.names, *PREDICTION.names, "pixels", "embedding", "probabilities"})
+RESERVED = frozenset({*IMAGE.names, *PREDICTION.names, *TIMINGS.values(), "pixels", "embedding", "probabilities"})
 
 
 def pixels_array(pixels: np.ndarray, valid: Sequence[bool] | np.ndarray) -> pa.Array:

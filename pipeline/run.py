@@ -26,6 +26,7 @@ from pipeline.cluster import connect
 from pipeline.errors import ModelError, NightlabelError, Stalled, Temporary
 from pipeline.plan import Part, Unit
 from pipeline.preprocessing import Preprocessing
+from pipeline.rows import TIMINGS
 from pipeline.spec import Input, Job
 
 Stage = Callable[[pa.Table], pa.Table]
@@ -124,7 +125,7 @@ def _make_predict(job: Job, digest: str) -> Stage:
 
 
 class _Timed:
-    """A stage whose seconds travel with the rows, in a column `_<seam>_s` that the driver takes off.
+    """A stage whose seconds travel with the rows, in a column of rows.TIMINGS that the driver takes off.
 
     It gets at most `most` rows at a time: a block of encoded thumbnails holds 15,000 images, whose pixels are 2.3 GB.
     """
@@ -142,7 +143,7 @@ class _Timed:
 
 def _with_seconds(table: pa.Table, seam: str, seconds: float) -> pa.Table:
     share = pa.array([seconds / max(1, table.num_rows)] * table.num_rows, pa.float32())
-    return table.append_column(f"_{seam}_s", share)
+    return table.append_column(TIMINGS[seam], share)
 
 
 def run_pass(units: list[Unit], job: Job, artifact: Artifact, *, careful: bool = False) -> Iterator[pa.Table]:

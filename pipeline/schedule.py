@@ -11,8 +11,9 @@ from datetime import UTC, date, datetime, timedelta, tzinfo
 from typing import Annotated, Literal
 from zoneinfo import ZoneInfo
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
+from pipeline.fields import Cron
 from pipeline.quantity import Model, Seconds
 
 IfRunning = Literal["skip", "queue", "replace"]
@@ -36,7 +37,7 @@ def _timezone(value: object) -> object:
 class Schedule(Model):
     """When to run, and what a run does when the last one still runs. A job with a schedule runs under a lease."""
 
-    cron: Annotated[str, Field(pattern=r"^\S+( \S+){4}$")]
+    cron: Cron
     """Five cron fields, for submission to a cluster."""
     timezone: Annotated[str, BeforeValidator(_timezone)] = "UTC"
     """Time zone of `cron`, and of `--date today`."""

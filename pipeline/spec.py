@@ -8,43 +8,24 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from pipeline.quantity import Bytes, Count, Fraction, Model, Pixels, Seconds
-from pipeline.resources import Cluster, Resources, check_demand
+from pipeline.demand import check_cluster
+from pipeline.fields import Digest, Endpoint, Name, Uri, Webhook, Word
+from pipeline.quantity import Bytes, Count, Fraction, Model, Pixels, Seconds, between, in_bytes, in_pixels, in_seconds
+from pipeline.resources import Cluster, Resources
 from pipeline.rows import RESERVED
 from pipeline.schedule import Schedule
 
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 
 
-def _uri(value: str) -> str:
-    scheme, _, rest = value.rpartition("://")
-    if scheme not in ("", "file", "s3"):
-        raise ValueError("a local path, file:// or s3://")
-    if "@" in rest.split("/", 1)[0] and scheme:
-        raise ValueError("a URI without credentials; they come from the environment, a profile or a role")
-    if not rest.strip("/") and scheme:
-        raise ValueError("a URI that names a bucket or a folder")
-    return value
-
-
-def _webhook(value: object) -> object:
-    if isinstance(value, str) and not re.match(r"https://[^/@]+(/|$)|http://(127\.0\.0\.1|localhost)[:/]", value):
-        raise ValueError("an https:// URL without credentials; NIGHTLABEL_WEBHOOK_TOKEN holds the secret")
-    return value
-
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?$")]
-Uri = Annotated[str, Field(min_length=1), BeforeValidator(lambda v: _uri(v) if isinstance(v, str) else v)]
-
-
 class S3(Model):
     """How to reach an S3 store. Credentials never stand here: they come from the environment, a profile or a role."""
 
-    endpoint: str | None = None
+    endpoint: Endpoint | None = None
     """URL of an S3-compatible server; AWS, or `AWS_ENDPOINT_URL`, when absent."""
-    region: str | None = None
+    region: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")] | None = None
     """Region of the bucket; `AWS_REGION` when absent."""
     anonymous: bool = False
     """Read without credentials (public buckets)."""
@@ -55,16 +36,16 @@ class S3(Model):
 class Input(Model):
     """Where the images are."""
 
-    uri: Uri | tuple[Uri, ...]
-    """A prefix, a glob or a list of them; `{date}` is filled from `--date`."""
+    uri: Uri | Annotated[tuple[Uri, ...], Field(min_length=1)]
+    """A prefix, a glob or a list of them, all on S3 or all on disk; `{date}` is filled from `--date`."""
     format: Literal["webdataset", "parquet", "images"] = "webdataset"
     """WebDataset tars, Parquet files with encoded images, or loose image files."""
-    image_column: str = "image"
+    image_column: Word = "image"
     """Parquet: the column with encoded images, binary or struct<bytes, path>."""
-    key_column: str | None = "key"
+    key_column: Word | None = "key"
     """Parquet: the column that names an image; null numbers the rows instead."""
-    keep: tuple[str, ...] = ()
-    """Sidecars of a tar (`cls`, `json`) or columns of a Parquet file to copy into the output."""
+    keep: tuple[Word, ...] = ()
+    """Sidecars of a tar (`cls`, `json`) or columns of a Parquet file to copy into the output; loose images have none."""
     s3: S3 = S3()
     """How to reach `uri` when it is on S3."""
 
@@ -72,13 +53,29 @@ class Input(Model):
     def uris(self) -> tuple[str, ...]:
         return (self.uri,) if isinstance(self.uri, str) else self.uri
 
+    @model_validator(mode="after")
+    def _reads(self) -> Input:
+        if len({uri.startswith("s3://") for uri in self.uris}) > 1:
+            raise ValueError("uri names S3 and the disk; required: one of them, a job reads one store. Make a job for each")
+        if self.keep and self.format == "images":
+            raise ValueError(
+                "keep names what loose images have not; required: webdataset or parquet. Drop it, or pack images and sidecars"
+            )
+        if len(set(self.keep)) < len(self.keep):
+            raise ValueError("keep names one twice; required: each once. Drop one")
+        if self.format == "parquet" and self.key_column == self.image_column:
+            raise ValueError(
+                "key_column is the image_column; required: the column that names an image. Set it, or null to number them"
+            )
+        return self
+
 
 class ModelSource(Model):
     """The artifact that labels: one folder with weights, preprocessing and labels."""
 
     uri: Uri
     """Folder of the artifact."""
-    digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    digest: Digest | None = None
     """Refuse to run when the artifact's digest is another one."""
     precision: Precision = "float32"
     """Arithmetic of the model; float16 needs a GPU, int8 an artifact with model.int8.onnx."""
@@ -92,7 +89,7 @@ class Output(Model):
     uri: Uri
     """Folder of the results; every fingerprint gets its own folder under it."""
     top_k: Count = 5
-    """How many labels with scores a row keeps."""
+    """How many labels with scores a row keeps, at most the classes that there are."""
     embeddings: bool = False
     """Add the 512 (ResNet-50: 2,048) features before the classifier, float32."""
     probabilities: bool = False
@@ -106,13 +103,13 @@ class Limits(Model):
 
     max_failed: Fraction = 0.01
     """Largest share of failed rows; above it everything is committed all the same and the exit code is 4."""
-    max_pixels: Pixels = 100 * 10**6
+    max_pixels: Annotated[Pixels, between(in_pixels, "1px", "1000GP")] = 100 * 10**6
     """Images with more pixels, by their header, become TOO_LARGE rows and are never decoded."""
-    decode_timeout: Seconds = 30.0
+    decode_timeout: Annotated[Seconds, between(in_seconds, "0.1s", "1d")] = 30.0
     """Careful mode: an image that takes longer becomes a DECODE_TIMEOUT row."""
-    decode_memory: Bytes = 2 * 2**30
+    decode_memory: Annotated[Bytes, between(in_bytes, "16MiB", "1024TiB")] = 2 * 2**30
     """Careful mode: a decoder that needs more becomes a DECODER_CRASH row."""
-    deadline: Seconds | None = None
+    deadline: Annotated[Seconds, between(in_seconds, "0.1s", "366d")] | None = None
     """Stop, resumable, when the run takes longer."""
 
 
@@ -121,9 +118,9 @@ class Notify(Model):
 
     when: Literal["failure", "always"] = "failure"
     """Only when the exit code is not 0, or every time. An interrupted run tells nobody."""
-    command: tuple[str, ...] = ()
+    command: tuple[Word, ...] = ()
     """Program and arguments, run without a shell; the receipt comes on its standard input as JSON."""
-    webhook: Annotated[str, BeforeValidator(_webhook)] | None = None
+    webhook: Webhook | None = None
     """https URL that the receipt is posted to. NIGHTLABEL_WEBHOOK_TOKEN of the environment goes where it says `{token}`, or else
     into the header `Authorization: Bearer`."""
 
@@ -180,5 +177,5 @@ class Job(Model):
                 "model: precision is int8, which runs on CPUs. Set resources.predict.gpus_per_actor to 0, or take float16"
             )
         if self.cluster is not None:
-            check_demand(self.resources, cpus=self.cluster.cpus, gpus=self.cluster.gpus)
+            check_cluster(self.resources, self.cluster)
         return self

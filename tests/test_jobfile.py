@@ -69,7 +69,13 @@ def test_reference_is_generated():
         (b"input: {uri: again}", ["x.yaml:7: the key input stands twice"]),
         (b"limits: &a {}\nschedule: *a", ["x.yaml:8: an alias"]),
         (b"name: [", ["x.yaml"]),
-        (b"schedule: {cron: daily}", ["schedule.cron is 'daily'"]),
+        (b"schedule: {cron: daily}", ["schedule.cron is 'daily'; required: five cron fields"]),
+        (b"schedule: {cron: 0 2 * * *, timezone: Nowhere}", ["schedule.timezone is 'Nowhere'; required: a time zone"]),
+        (b"limits: {decode_timeout: 0s}", ["limits.decode_timeout is '0s'; required: 0.1s to 1d"]),
+        (b"limits: {max_failed: 101%}", ["required: 0% to 100%"]),
+        (b"resources: {object_store: 74MiB}", ["resources.object_store is '74MiB'; required: 75MiB to"]),
+        (b"resources: {read: {tasks: true}}", ["resources.read.tasks is True; required: a valid integer"]),
+        (b"resources: {predict: {cpus_per_actor: .inf}}", ["cpus_per_actor is inf; required: a finite number"]),
     ],
 )
 def test_refusals_name_line_field_and_way_out(more, words):
@@ -82,6 +88,48 @@ def test_a_password_is_refused_and_not_repeated():
     sentence = refusal(b"", SIX_LINES.replace(b"photos/", b"s3://me:hunter2@photos/"))
     assert "credentials" in sentence
     assert "hunter2" not in sentence
+
+
+@pytest.mark.parametrize("uri", ["s3://KEY:sec/ret@photos/", "s3://KEY:secret@photos/", "file://me:secret@host/x"])
+def test_a_secret_with_a_slash_is_refused_too(uri: str):
+    sentence = refusal(b"", SIX_LINES.replace(b"photos/", uri.encode()))
+    assert "without credentials" in sentence
+    assert "ret@" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{uri: []}", "input.uri is []; required: at least 1 item"),
+        ("{uri: [s3://bucket/a, /b]}", "input: uri names S3 and the disk; required: one of them"),
+        ("{uri: [a, '']}", "input.uri.1 is ''; required: at least 1 character"),
+        ("{uri: s3:/bucket}", "required: two slashes after s3:"),
+        ("{uri: s3://b\u00fc/}", "required: s3:// and the name of a bucket"),
+        ('{uri: "a\\0b"}', "holds NUL"),
+        (
+            "{uri: a, format: images, keep: [cls]}",
+            "input: keep names what loose images have not; required: webdataset or parquet",
+        ),
+        ("{uri: a, keep: [cls, cls]}", "input: keep names one twice"),
+        ("{uri: a, keep: ['']}", "input.keep.0 is ''"),
+        ("{uri: a, keep: [_read_s]}", "input.keep names _read_s"),
+        ("{uri: a, format: parquet, key_column: ''}", "input.key_column is ''"),
+        ("{uri: s3://bucket/, s3: {endpoint: 'minio:9000'}}", "input.s3.endpoint is 'minio:9000'; required: http:// or https://"),
+        (
+            "{uri: s3://bucket/, s3: {endpoint: 'https://me:secret@minio'}}",
+            "required: http:// or https:// and a host, without cred",
+        ),
+        ("{uri: s3://bucket/, s3: {region: eu west}}", "input.s3.region is 'eu west'"),
+    ],
+)
+def test_inputs_that_cannot_be_are_refused(source: str, words: str):
+    sentence = refusal(b"", SIX_LINES.replace(b"{uri: photos/}", source.encode()))
+    assert words in sentence
+    assert "secret" not in sentence
+
+
+def test_a_part_of_a_byte_is_rounded():
+    assert parse_job(SIX_LINES + b"resources: {object_store: 1.1GiB}").resources.object_store == round(1.1 * 2**30)
 
 
 def test_missing_and_foreign_fields():
@@ -115,7 +163,55 @@ def test_demand_is_held_against_the_cluster():
     sentence = refusal(b"resources: {predict: {gpus_per_actor: 1, actors: 3}}\ncluster: {workers: {count: 2, cpus: 4, gpus: 1}}")
     assert "asks for 3 GPUs (3 actors × 1)" in sentence
     sentence = refusal(b"resources: {preprocess: {actors: 9}}\ncluster: {head: {cpus: 4}}")
-    assert "the cluster has 4 (the head's, there are no workers)" in sentence
+    assert "the cluster has 4 on the head, there are no workers" in sentence
+
+
+@pytest.mark.parametrize(
+    ("resources", "workers", "words"),
+    [
+        (
+            "{preprocess: {cpus_per_actor: 8}}",
+            "{count: 4, cpus: 4}",
+            "a preprocess actor asks for 8 CPUs of one node, the largest",
+        ),
+        (
+            "{read: {cpus_per_task: 5}}",
+            "{count: 4, cpus: 4}",
+            "a read task asks for 5 CPUs of one node, the largest has 4 (4 workers)",
+        ),
+        (
+            "{predict: {gpus_per_actor: 2}}",
+            "{count: 4, cpus: 4, gpus: 1}",
+            "asks for 2 GPUs and 1 CPUs of one node, the largest has 1",
+        ),
+        ("{predict: {gpus_per_actor: 1, cpus_per_actor: 5}}", "{count: 2, cpus: 4, gpus: 1}", "asks for 1 GPUs and 5 CPUs"),
+        # 9 CPUs of 12, but each node holds one actor of 3, and 4 do not fit on 3 nodes; 0.6 of a GPU fits once on a GPU.
+        (
+            "{preprocess: {actors: 4, cpus_per_actor: 2.5}}",
+            "{count: 3, cpus: 4}",
+            "1 of 4 preprocess actors find no node with 2.5 CPUs",
+        ),
+        (
+            "{predict: {actors: 3, gpus_per_actor: 0.6}}",
+            "{count: 1, cpus: 8, gpus: 2}",
+            "1 of 3 predict actors find no node with 1 CPUs and",
+        ),
+        (
+            "{predict: {gpus_per_actor: 1.5}}",
+            "{count: 1, cpus: 8, gpus: 2}",
+            "gpus_per_actor is 1.5; required: 0, a part of one GPU",
+        ),
+    ],
+)
+def test_what_fits_on_no_node_is_refused_though_the_sum_is_there(resources: str, workers: str, words: str):
+    assert words in refusal(f"resources: {resources}\ncluster: {{workers: {workers}}}".encode())
+
+
+def test_what_fits_exactly_is_taken():
+    pools = (
+        "{read: {cpus_per_task: 0.1}, preprocess: {actors: 9, cpus_per_actor: 0.1}, predict: {actors: 4, gpus_per_actor: 0.5}}"
+    )
+    assert parse_job(SIX_LINES + f"resources: {pools}\ncluster: {{workers: {{count: 1, cpus: 5, gpus: 2}}}}".encode())
 
 
 def test_precision_and_device_must_agree():

@@ -17,9 +17,11 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from shards import picture, tar_bytes, write_parquet, write_tars
 
 from pipeline import run
+from pipeline.cluster import _check_fits
 from pipeline.commit import validate
 from pipeline.errors import Conflict, InputMissing, Interrupted, JobError, ModelError, UnitsLeft
 from pipeline.label import Driver
@@ -362,6 +364,16 @@ def test_demand_beyond_the_machine_is_refused(tmp_path, model, on_ray):
         label(job(tmp_path / "in", model, tmp_path / "out", resources={"predict": {"gpus_per_actor": 1}}))
     with pytest.raises(JobError, match="the cluster has 2 on this machine"):
         label(job(tmp_path / "in", model, tmp_path / "out", resources={"preprocess": {"actors": 9}}))
+
+
+def test_an_actor_that_fits_on_no_live_node_is_refused(monkeypatch):
+    dead, small = {"Alive": False, "Resources": {"CPU": 64.0}}, {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [dead, small, small])
+    _check_fits(job("in", "model", "out", resources={"predict": {"gpus_per_actor": 1, "actors": 2}}))
+    with pytest.raises(
+        JobError, match=r"predict actor asks for 2 GPUs and 1 CPUs of one node, the largest has 1 and 4 \(2 nodes\)"
+    ):
+        _check_fits(job("in", "model", "out", resources={"predict": {"gpus_per_actor": 2}}))
 
 
 def test_missing_inputs_and_wrong_places(tmp_path, model):

@@ -1,0 +1,60 @@
+"""Text fields of a job: what a URI, an endpoint or a schedule may hold, so that a typing error ends here, in a sentence, and not
+somewhere in a client of S3. Each raises ValueError with what is required.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}|arn:[A-Za-z0-9:/_-]+", re.ASCII)
+_ENDPOINT = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[!-?A-~]*)?", re.ASCII)
+
+
+def _uri(value: str) -> str:
+    scheme, colon, rest = value.partition(":")
+    if scheme in ("s3", "file") and colon and not rest.startswith("//"):
+        raise ValueError(f"two slashes after {scheme}:")
+    scheme, sign, rest = value.partition("://")
+    if sign and scheme not in ("file", "s3"):
+        raise ValueError("a local path, file:// or s3://")
+    place = rest.partition("/")[0]
+    # A secret may hold a slash, so that only a part of it is before the first.
+    if sign and "@" in rest and (":" in place or "@" in place) and not place.startswith("arn:"):
+        raise ValueError("a URI without credentials; they come from the environment, a profile or a role")
+    if sign and not rest.strip("/"):
+        raise ValueError("a URI that names a bucket or a folder")
+    if scheme == "s3" and sign and not _BUCKET.fullmatch(place.replace("{date}", "2026-11-01")):
+        raise ValueError("s3:// and the name of a bucket: 3 to 255 letters, digits, dots, dashes")
+    return value
+
+
+def _endpoint(value: str) -> str:
+    match = _ENDPOINT.fullmatch(value)
+    if match is None or int((match[2] or ":0")[1:]) > 65535:
+        raise ValueError("http:// or https:// and a host, without credentials, such as https://minio.example:9000")
+    return value
+
+
+def _cron(value: str) -> str:
+    """Five fields of what cron fields are made of; what they mean is the scheduler's to say."""
+    if not re.fullmatch(r"[0-9A-Za-z*/,?#-]+( [0-9A-Za-z*/,?#-]+){4}", value):
+        raise ValueError('five cron fields, such as "0 2 * * *"')
+    return value
+
+
+def _webhook(value: str) -> str:
+    if not re.match(r"https://[^/@\s]+(/|$)|http://(127\.0\.0\.1|localhost)[:/]", value):
+        raise ValueError("an https:// URL without credentials; NIGHTLABEL_WEBHOOK_TOKEN holds the secret")
+    return value
+
+
+Cron = Annotated[str, AfterValidator(_cron)]
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+Endpoint = Annotated[str, AfterValidator(_endpoint)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?$")]
+Uri = Annotated[str, Field(min_length=1), AfterValidator(_uri)]
+Word = Annotated[str, Field(min_length=1)]
+Webhook = Annotated[str, AfterValidator(_webhook)]
