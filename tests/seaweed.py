@@ -22,6 +22,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from pipeline.spec import S3
 
 ACCESS_KEY, SECRET_KEY = "nightlabel-test", "not-a-secret"
+NOBODIES = ("nightlabel-driver", "nightlabel-worker")  # access keys that may do what a bucket's policy grants
 GRPC = 10_000  # SeaweedFS listens for gRPC that far above each of its four ports
 READY_SECONDS = 60
 
@@ -35,14 +36,16 @@ class Seaweed:
     client: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        session = botocore.session.get_session()
-        config = Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10)
-        self.client = session.create_client(
+        self.client = self.client_of(ACCESS_KEY)
+
+    def client_of(self, access_key: str) -> Any:
+        """A client that signs as one of the server's identities."""
+        return botocore.session.get_session().create_client(
             "s3",
             "us-east-1",
             endpoint_url=self.endpoint,
-            config=config,
-            aws_access_key_id=ACCESS_KEY,
+            config=Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10),
+            aws_access_key_id=access_key,
             aws_secret_access_key=SECRET_KEY,
         )
 
@@ -86,12 +89,12 @@ class Seaweed:
 def start(folder: Path) -> Seaweed:
     """Start a server that keeps everything in `folder`; returns when a signed put and get have succeeded."""
     port = _free_ports()
-    grant = {
-        "name": "test",
-        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    (folder / "s3.json").write_text(json.dumps({"identities": [grant]}))
+    actions = {ACCESS_KEY: ["Admin", "Read", "Write", "List", "Tagging"]} | {name: [] for name in NOBODIES}
+    identities = [
+        {"name": name, "credentials": [{"accessKey": name, "secretKey": SECRET_KEY}], "actions": granted}
+        for name, granted in actions.items()
+    ]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     (folder / "data").mkdir()
     with open(folder / "weed.log", "wb") as log:
         process = subprocess.Popen(
