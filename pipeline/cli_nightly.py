@@ -81,7 +81,14 @@ def _print_skipped(as_json: bool) -> None:
 def _print_night(night: Night, *, as_json: bool, path: Path) -> None:
     if isinstance(night.outcome, NightlabelError):
         raise night.outcome
-    print_receipt(night.outcome, as_json=as_json, job=f"{path}{f' --date {night.date}' if night.date else ''}")
+    if as_json:
+        print_json(night.outcome.as_dict() | {name: night.as_dict()[name] for name in ("table", "exit_code")})
+        return
+    print_receipt(night.outcome, as_json=False, job=f"{path}{f' --date {night.date}' if night.date else ''}")
+    if isinstance(night.table, NightlabelError):
+        raise night.table
+    if night.table is not None:
+        typer.echo(night.table.line())
 
 
 def print_receipt(receipt: Receipt, *, as_json: bool, job: str) -> None:

@@ -1,4 +1,4 @@
-"""Runs of one job, one after the other for every day that is asked for, under the lease, each with its word to whoever waits.
+"""Runs of one job, one after the other for every day that is asked for, under the lease: label, publish, tell whoever waits.
 
 A day that fails does not stop the others; the gravest exit code is that of all. A signal stops them, and so does another run that
 was told to replace this one. A night that was missed is not remembered anywhere: `catch_up` looks at the days themselves, so what
@@ -17,6 +17,8 @@ from pipeline.errors import EXIT_BUG, InputMissing, Interrupted, JobError, Night
 from pipeline.jobfile import asked_days, at_day
 from pipeline.lease import Office
 from pipeline.notify import account, tell
+from pipeline.plan import Log
+from pipeline.publish import Published, publish
 from pipeline.report import Receipt
 from pipeline.schedule import WAIT_S, looked_back
 from pipeline.spec import Job
@@ -46,18 +48,21 @@ class Night:
     job: str
     date: str | None
     outcome: Receipt | NightlabelError
+    table: Published | NightlabelError | None = None
 
     @property
     def exit_code(self) -> int:
-        return self.outcome.exit_code
+        return _gravest([self.outcome.exit_code, self.table.exit_code if isinstance(self.table, NightlabelError) else 0])
 
     def as_dict(self) -> dict[str, Any]:
-        return account(self.job, self.date, self.outcome)
+        table = {"error": str(self.table)} if isinstance(self.table, NightlabelError) else self.table and self.table.as_dict()
+        return account(self.job, self.date, self.outcome) | {"exit_code": self.exit_code, "table": table}
 
     def line(self) -> str:
         """Its line in the table of days."""
         said = self.outcome.lines()[0] if isinstance(self.outcome, Receipt) else str(self.outcome)
-        return f"{self.date}  {self.exit_code:>2}  {said}"
+        also = f"; {self.table}" if isinstance(self.table, NightlabelError) else ""
+        return f"{self.date}  {self.exit_code:>2}  {said}{also}"
 
 
 def asked(template: Job, date: str | None, *, name: str) -> tuple[Day, ...]:
@@ -72,7 +77,11 @@ def asked(template: Job, date: str | None, *, name: str) -> tuple[Day, ...]:
 
 def gravest(nights: list[Night]) -> int:
     """The exit code of several days."""
-    return max((night.exit_code for night in nights), key=GRAVITY.index, default=0)
+    return _gravest([night.exit_code for night in nights])
+
+
+def _gravest(codes: list[int]) -> int:
+    return max(codes, key=GRAVITY.index, default=0)
 
 
 def run_nights(template: Job, days: tuple[Day, ...], *, label: Label, say: Say, if_running: Policy | None = None) -> list[Night]:
@@ -106,7 +115,8 @@ def _each(template: Job, days: tuple[Day, ...], label: Label, check: Check, say:
             continue
         if len(days) > 1:
             say(f"day     {day.date}")
-        night = Night(job.name, day.date, _outcome(job, label, check, day, say))
+        outcome = _outcome(job, label, check, day, say)
+        night = Night(job.name, day.date, outcome, _publish(job, outcome))
         if not (day.behind and isinstance(night.outcome, Receipt) and night.outcome.run is None):
             tell(job.notify, night.as_dict(), say=say)
         yield night
@@ -123,6 +133,18 @@ def _outcome(job: Job, label: Label, check: Check, day: Day, say: Say) -> Receip
     except Exception as error:
         tell(job.notify, account(job.name, day.date, NightlabelError(f"a bug: {error!r}")), say=say)
         raise
+
+
+def _publish(job: Job, outcome: Receipt | NightlabelError) -> Published | NightlabelError | None:
+    """The labels are there and verified whatever becomes of the table; the next run makes up for it."""
+    if not isinstance(outcome, Receipt) or outcome.exit_code not in (0, 4):
+        return None
+    try:
+        return publish(job, Log(open_store(outcome.where, job.output.s3), outcome.where))
+    except Interrupted:
+        raise
+    except NightlabelError as error:
+        return error
 
 
 def _has_input(job: Job) -> bool:

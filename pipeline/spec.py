@@ -113,6 +113,23 @@ class Limits(Model):
     """Stop, resumable, when the run takes longer."""
 
 
+class Publish(Model):
+    """A table over the output, brought up to date after every run. The files stay where they are, and are not copied."""
+
+    format: Literal["delta", "iceberg"]
+    """Delta: `_delta_log` in the folder of the fingerprint, needs `nightlabel[delta]`. Iceberg: needs `nightlabel[iceberg]`."""
+    catalog: str = "default"
+    """Iceberg: the catalog's name in `.pyiceberg.yaml`, or in the environment: PYICEBERG_CATALOG__DEFAULT__URI and its like."""
+    table: str = ""
+    """Iceberg: `namespace.table`; `{fingerprint}` in it keeps the labels of different models apart."""
+
+    @model_validator(mode="after")
+    def _named(self) -> Publish:
+        if (self.format == "iceberg") != bool(self.table):
+            raise ValueError("publish.table goes with format: iceberg, and iceberg with a table. Give both or neither")
+        return self
+
+
 class Notify(Model):
     """Whom to tell how a run ended. What goes wrong there is a line on the screen, and changes no exit code."""
 
@@ -152,6 +169,8 @@ class Job(Model):
     """When enough is enough."""
     schedule: Schedule | None = None
     """When to run."""
+    publish: Publish | None = None
+    """A table to register the files in."""
     notify: Notify | None = None
     """Whom to tell how a run ended."""
 
@@ -167,6 +186,8 @@ class Job(Model):
             raise ValueError(f"input.keep names {', '.join(sorted(taken))}, which the output has already. Rename or drop it")
         if re.search(r"[*?\[]", self.output.uri):
             raise ValueError(f"output.uri is {self.output.uri}; required: a folder, no pattern of *, ? or [. Take another name")
+        if self.publish is not None and self.output.probabilities:
+            raise ValueError("publish: Delta and Iceberg have no float16, as output.probabilities are. Drop one of the two")
         gpus = self.resources.predict.gpus_per_actor
         if self.model.precision == "float16" and gpus == 0:
             raise ValueError(

@@ -18,7 +18,7 @@ recipe training complaints jobfile reference storage s3
 modeling_small_stem huggingface resnet artifact describe
 plan cut tar read decode careful preprocess scores engine onnx_engine predict commit report
 start cluster run label
-lease notify nightly
+generation published delta iceberg publish lease notify nightly
 prepare.extras prepare.outcome prepare.data prepare.metrics prepare.card
 prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate
 prepare.importer prepare.augment prepare.images prepare.learner prepare.checkpoint prepare.train
@@ -35,6 +35,8 @@ KEEPERS = {
     "fsspec": {"storage", "s3"},
     "s3fs": {"storage", "s3"},
     "typer": {"cli", "cli_model", "cli_nightly"},
+    "deltalake": {"delta"},
+    "pyiceberg": {"iceberg"},
     "rich": {"screen", "cli"},
     "simplejpeg": {"decode"},
     "onnxruntime": {"onnx_engine", "prepare.calibrate"},

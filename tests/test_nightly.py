@@ -17,7 +17,7 @@ from shards import write_tars
 from test_lease import FAST, until
 from test_run import LIGHT, cli, files, job, problems, table
 
-from pipeline import notify
+from pipeline import nightly, notify
 from pipeline.errors import InputMissing, Interrupted, JobError, Temporary, UnitsLeft
 from pipeline.jobfile import at_day, parse_job
 from pipeline.label import Driver
@@ -131,6 +131,23 @@ def test_a_day_that_fails_stops_no_other_and_the_gravest_code_is_the_outcome(tmp
     assert [night.exit_code for night in nights] == [0, 3, 75, 4]
     assert gravest(nights) == 3
     assert nights[1].line() == "2026-11-02   3  in/02 is absent."
+
+
+def test_a_table_that_fails_leaves_the_labels_and_says_so(tmp_path, monkeypatch):
+    wanted = template(tmp_path, publish={"format": "delta"})
+    asked_for: list[str] = []
+
+    def refuse(one: Job, log: Any) -> None:
+        asked_for.append(log.root)
+        raise Temporary("the table is busy")
+
+    monkeypatch.setattr(nightly, "publish", refuse)
+    nights = run_nights(wanted, (Day("2026-11-01"),), label=lambda one, check: receipt(), say=print)
+    assert (asked_for, gravest(nights)) == (["out/f"], 75)
+    assert nights[0].line().endswith("; the table is busy.")
+    assert nights[0].as_dict()["table"] == {"error": "the table is busy."}
+    run_nights(wanted, (Day("2026-11-01"),), label=lambda one, check: receipt(exit_code=3), say=print)
+    assert len(asked_for) == 1, "what is not finished is not published"
 
 
 def test_a_signal_stops_all_days_and_gives_the_lease_back(tmp_path):

@@ -1,0 +1,283 @@
+"""Publishing: the files of an output as a Delta or Iceberg table, on a disk and on a real S3 server, read by duckdb."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT
+from test_run import job
+
+from pipeline import generation
+from pipeline.errors import JobError, StoreError
+from pipeline.jobfile import parse_job
+from pipeline.plan import Log
+from pipeline.publish import Published, publish
+from pipeline.rows import PREDICTION
+from pipeline.spec import Job
+from pipeline.storage import join, open_store
+
+FINGERPRINT = "0123456789ab"
+
+
+def parquet(keys: list[str], *, label: str | None = "cat", **columns: pa.Array) -> bytes:
+    status = "ok" if label else "failed"
+    row = {"source": "a.tar", "status": status, "label": label, "error_class": None if label else "FETCH_FAILED"}
+    rows = [row | {"key": key, "index": at} for at, key in enumerate(keys)]
+    table = pa.Table.from_pylist(rows, schema=PREDICTION)
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    sink = BytesIO()
+    pq.write_table(table.replace_schema_metadata({"nightlabel": "{}"}), sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue()
+
+
+class Labels:
+    """An output that is written by hand, and the job that publishes it."""
+
+    def __init__(self, wanted: Job, root: str) -> None:
+        self.job, self.log = wanted, Log(open_store(root, wanted.output.s3), root)
+
+    def put(self, name: str, data: bytes, *, generation: int = 0) -> str:
+        folder = f"generations/{generation:06d}/data" if generation else "data"
+        uri = join(self.log.root, folder, f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.parquet")
+        assert self.log.store.create(uri, data)
+        return uri
+
+    def publish(self) -> Published:
+        done = publish(self.job, self.log)
+        assert done is not None
+        return done
+
+
+@pytest.fixture(scope="module", autouse=True)
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """pyiceberg reads its environment once, when it is imported."""
+    folder = tmp_path_factory.mktemp("catalog")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYICEBERG_CATALOG__NIGHT__URI", f"sqlite:///{folder}/catalog.db")
+        patch.setenv("PYICEBERG_HOME", str(folder))
+        import pyiceberg.catalog  # noqa: F401
+
+        yield
+
+
+@pytest.fixture
+def iceberg() -> str:
+    """The name of a table that is not there."""
+    return f"products.t{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture(params=["disk", "s3"])
+def make(request: pytest.FixtureRequest, tmp_path: Path, iceberg: str) -> Callable[..., Labels]:
+    if request.param == "s3":
+        s3 = request.getfixturevalue("s3")
+        out = f"s3://{s3.bucket()}/labels"
+    else:
+        out = str(tmp_path / "my labels")
+
+    def build(kind: str, fingerprint: str = FINGERPRINT) -> Labels:
+        wanted: dict[str, Any] = {"format": kind}
+        if kind == "iceberg":
+            wanted |= {"catalog": "night", "table": iceberg}
+        output: dict[str, Any] = {"uri": out}
+        if request.param == "s3":
+            output["s3"] = s3.options.model_dump()
+        return Labels(job("in", "model", out, output=output, publish=wanted), join(out, fingerprint))
+
+    return build
+
+
+def read(labels: Labels) -> pa.Table:
+    """What the table holds, as the format's own library sees it."""
+    if labels.job.publish.format == "delta":
+        from deltalake import DeltaTable
+
+        from pipeline.delta import _options
+
+        options = _options(labels.job.output.s3) if labels.log.root.startswith("s3://") else None
+        return DeltaTable(labels.log.root, storage_options=options).to_pyarrow_table()
+    from pyiceberg.catalog import load_catalog
+
+    from pipeline.iceberg import _options as options_of
+
+    return load_catalog("night", **options_of(labels.job.output.s3)).load_table(labels.job.publish.table).scan().to_arrow()
+
+
+def counts(labels: Labels) -> list[tuple[Any, ...]]:
+    rows = read(labels)
+    query = "select label, count(*), count(distinct key) from rows group by label order by label"
+    return duckdb.from_arrow(rows).query("rows", query).fetchall()
+
+
+@pytest.mark.parametrize("kind", ["delta", "iceberg"])
+def test_what_is_new_is_registered_once(make, kind):
+    labels = make(kind)
+    labels.put("a", parquet(["1", "2"]))
+    labels.put("empty", parquet([]))
+    assert (labels.publish().added, labels.publish().added) == (1, 0)
+    labels.put("b", parquet(["3"], label="dog"))
+    later = labels.publish()
+    assert (later.added, later.removed, later.line().rpartition(": ")[2]) == (1, 0, "1 files added")
+    assert counts(labels) == [("cat", 2, 2), ("dog", 1, 1)]
+    assert read(labels).schema.field("topk").type.value_type.num_fields == 3
+
+
+@pytest.mark.parametrize("kind", ["delta", "iceberg"])
+def test_a_retried_unit_replaces_its_older_version(make, kind):
+    labels = make(kind)
+    labels.put("a", parquet(["1", "2"]))
+    labels.put("b", parquet(["3", "4"], label=None))
+    labels.publish()
+    labels.put("b", parquet(["3", "4"]), generation=1)
+    done = labels.publish()
+    assert (done.added, done.removed) == (1, 1)
+    assert counts(labels) == [("cat", 4, 4)]
+    assert (labels.publish().added, labels.publish().removed) == (0, 0)
+    labels.put("c", parquet(["5"], label=None))
+    labels.put("c", parquet(["5"]), generation=2)
+    assert labels.publish().added == 1, "of a unit that was retried before it was published, the newest alone"
+    assert counts(labels) == [("cat", 5, 5)]
+
+
+@pytest.mark.parametrize("kind", ["delta", "iceberg"])
+def test_a_transaction_says_of_which_run_it_is(make, kind):
+    labels = make(kind)
+    labels.put("a", parquet(["1"]))
+    labels.log.store.create(labels.log.run_key("000007", "manifest.json"), b"{}")
+    labels.publish()
+    if kind == "delta":
+        from deltalake import DeltaTable
+
+        from pipeline.delta import _options
+
+        options = _options(labels.job.output.s3) if labels.log.root.startswith("s3://") else None
+        table = DeltaTable(labels.log.root, storage_options=options)
+        assert table.transaction_version("nightlabel") == 7
+        assert pa.table(table.get_add_actions()).column("num_records").to_pylist() == [1]
+    else:
+        from pyiceberg.catalog import load_catalog
+
+        from pipeline.iceberg import _options as options_of
+
+        table = load_catalog("night", **options_of(labels.job.output.s3)).load_table(labels.job.publish.table)
+        assert table.current_snapshot().summary["nightlabel.run"] == "000007"
+
+
+@pytest.mark.parametrize("kind", ["delta", "iceberg"])
+def test_columns_that_differ_are_refused_and_the_table_stays(make, kind):
+    labels = make(kind)
+    labels.put("a", parquet(["1"], cls=pa.array(["1"])))
+    labels.publish()
+    labels.put("b", parquet(["2"], cls=pa.array([2.5])))
+    with pytest.raises(StoreError) as caught:
+        labels.publish()
+    assert "columns" in str(caught.value)
+    assert counts(labels) == [("cat", 1, 1)]
+
+
+def test_a_table_that_somebody_compacted_is_refused(tmp_path):
+    from deltalake import DeltaTable
+
+    out = str(tmp_path)
+    labels = Labels(job("in", "model", out, publish={"format": "delta"}), join(out, FINGERPRINT))
+    for name in "ab":
+        labels.put(name, parquet([name]))
+    labels.publish()
+    DeltaTable(labels.log.root).optimize.compact()
+    with pytest.raises(StoreError, match="Compact a copy"):
+        labels.publish()
+    assert counts(labels) == [("cat", 2, 2)]
+
+
+def test_another_models_labels_do_not_mix_into_an_iceberg_table(tmp_path, iceberg):
+
+    def labels(fingerprint: str, table: str) -> Labels:
+        wanted = {"format": "iceberg", "catalog": "night", "table": table}
+        made = Labels(job("in", "model", tmp_path, publish=wanted), str(tmp_path / fingerprint))
+        return made
+
+    first = labels(FINGERPRINT, iceberg)
+    first.put("a", parquet(["1"]))
+    first.publish()
+    second = labels("ba9876543210", iceberg)
+    second.put("a", parquet(["1"]))
+    with pytest.raises(StoreError, match="name another table for another model"):
+        second.publish()
+    third = labels("ba9876543210", iceberg + "_{fingerprint}")
+    assert (third.publish().table, third.publish().added) == (f"{iceberg}_ba9876543210", 0)
+
+
+def test_two_publishers_at_once_register_everything_once(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    labels = Labels(job("in", "model", tmp_path, publish={"format": "delta"}), str(tmp_path / FINGERPRINT))
+    for number in range(6):
+        labels.put(str(number), parquet([str(number)]))
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(lambda _: labels.publish(), range(4)))
+    assert all(item.added in (0, 6) for item in done)
+    assert counts(labels) == [("cat", 6, 6)]
+
+
+def test_what_cannot_be_published_is_refused_before_the_first_image():
+    base = b"name: x\ninput: {uri: a}\nmodel: {uri: m}\n"
+    for more, words in (
+        (b"output: {uri: o, probabilities: true}\npublish: {format: delta}", "float16"),
+        (b"output: {uri: o}\npublish: {format: iceberg}", "publish.table"),
+        (b"output: {uri: o}\npublish: {format: delta, table: a.b}", "publish.table"),
+    ):
+        with pytest.raises(JobError, match=words):
+            parse_job(base + more)
+
+
+def test_a_catalog_that_is_not_there_is_a_sentence(tmp_path):
+    wanted = {"format": "iceberg", "catalog": "nowhere", "table": "a.b"}
+    labels = Labels(job("in", "model", tmp_path, publish=wanted), str(tmp_path / FINGERPRINT))
+    labels.put("a", parquet(["1"]))
+    with pytest.raises(StoreError, match="The labels are complete"):
+        labels.publish()
+
+
+def output_in(folder: Path) -> Labels:
+    """Two units, one of which was retried, and a file without rows."""
+    labels = Labels(job("in", "model", folder / "labels"), str(folder / "labels" / FINGERPRINT))
+    labels.put("a", parquet(["1", "2"]))
+    labels.put("b", parquet(["3"], label=None))
+    labels.put("tombstone", parquet([]))
+    labels.put("b", parquet(["3"], label="dog"), generation=1)
+    labels.log.store.create(labels.log.run_key("000001", "plan.parquet"), parquet(["no labels"]))
+    return labels
+
+
+def test_the_one_liners_of_the_readme_read_the_files_as_they_are(tmp_path, monkeypatch):
+    output_in(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if "labels/*" in line]
+    (sql,) = (shlex.split(line)[2] for line in lines if line.startswith("duckdb -c"))
+    assert sorted(duckdb.sql(sql).fetchall(), key=str) == [("cat", 2), (None, 1)]
+    scripts = [shlex.split(line) for line in lines if line.startswith("python -c")]
+    assert len(scripts) == 2
+    for words in scripts:
+        done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=True)
+        assert ("failed" in done.stdout and "ok" in done.stdout) or "FETCH_FAILED    1" in done.stdout, done.stdout
+
+
+def test_the_newest_version_of_every_row_in_sql(tmp_path, monkeypatch):
+    output_in(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (query,) = re.findall(r"^    (select .*?)\n\n", (generation.__doc__ or "") + "\n\n", re.MULTILINE | re.DOTALL)
+    rows = duckdb.sql(query.replace("<fingerprint>", FINGERPRINT)).fetchall()
+    assert sorted(rows) == [("1", "cat"), ("2", "cat"), ("3", "dog")]
