@@ -108,9 +108,8 @@ def check_columns(schema: pa.Schema, wanted: Input, uri: str) -> None:
     """Raises JobError when the columns that the job names are not there or not images."""
     for name in (wanted.image_column, *((wanted.key_column,) if wanted.key_column else ()), *wanted.keep):
         if name not in schema.names:
-            raise JobError(
-                f"{uri}: no column {name}", need=f"one of {', '.join(schema.names)}", do="Set image_column, key_column or keep"
-            )
+            do = "Set image_column, key_column, keep or, where images are to have labels, label"
+            raise JobError(f"{uri}: no column {name}", need=f"one of {', '.join(schema.names)}", do=do)
     kind = schema.field(wanted.image_column).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type

@@ -14,6 +14,8 @@ from typing import Literal, get_args
 #: Part of the fingerprint: raise it when the same image and the same `Preprocessing` give other pixels.
 PREPROCESSING_VERSION = 1
 
+MAX_EDGE = 8192  # twice the largest size: a square of it is 200 MB
+
 Resample = Literal["bilinear", "bicubic"]
 
 
@@ -40,6 +42,9 @@ class Preprocessing:
             raise ValueError(f"size is {self.size}, required: 1 to 4096 pixels")
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct is {self.crop_pct}, required: over 0, up to 1")
+        if self.resize_edge > MAX_EDGE:
+            resized = f"crop_pct is {self.crop_pct}, so images are resized to {self.resize_edge:,} pixels"
+            raise ValueError(f"{resized}, required: at most {MAX_EDGE:,}, the size over crop_pct")
         if self.resample not in get_args(Resample):
             raise ValueError(f"resample is {self.resample!r}, required: one of {', '.join(get_args(Resample))}")
         for name, values in (("mean", self.mean), ("std", self.std)):

@@ -54,10 +54,10 @@ class Data(Model):
     """Images that choose the best epoch; when absent, `validation_share` of `train`, never trained on."""
     validation_share: Annotated[Fraction, Field(gt=0, lt=1)] = 0.1
     """Share of every class held back when there is no `validation`."""
-    label: str = "cls"
-    """Sidecar of a tar or column of a Parquet file that holds the label, a class name or its number in `classes`."""
+    label: str | None = "cls"
+    """Sidecar or column with the label, a class name or its number in `classes`; null, for distill: there are none."""
     classes: tuple[str, ...] = ()
-    """Names in the order of their numbers; when empty those found, numbers by size and names by alphabet."""
+    """Names in the order of their numbers; absent: the model's if the labels are just those, else those found, sorted."""
 
 
 class Augment(Model):
@@ -154,6 +154,14 @@ class FinetuneJob(_Trains):
     """What the job does."""
     model: Start | None = None
     """The artifact to begin from; its classifier is replaced unless the classes are the same. Absent: a random start."""
+
+    @model_validator(mode="after")
+    def _learns(self) -> Self:
+        if self.data.label is None:
+            raise ValueError(
+                "data.label is null, so there is nothing to learn; required: the name of the labels. Set it, or distill"
+            )
+        return self
 
 
 class Distillation(Model):

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from pydantic import ValidationError
 from test_finetune import HERE, QUICK, job, make
-from trainings import SIDES, SMALL, tiny_artifact, tiny_network, write_shards
+from trainings import SIDES, SMALL, picture, tiny_artifact, tiny_network, write_shards
 
 from pipeline.artifact import load_artifact, save_artifact
 from pipeline.errors import JobError
@@ -57,7 +60,11 @@ def test_teacher_and_both_students_stand_side_by_side(tmp_path: Path, teacher: s
     assert numbers["accuracy"] > 0.9
     assert numbers["gain_points"] == pytest.approx(100 * (numbers["accuracy"] - numbers["baseline_accuracy"]))
     assert [line.split()[0] for line in done.lines[1:4]] == ["teacher", "student", "student"]
-    assert run_job(wanted, say=said.append, command="x").lines[0] == "nothing to do: the student is there"
+    assert said.index("the teacher is right on 100.00% of the validation images") < said.index(
+        "training the student without the teacher"
+    )
+    assert not (tmp_path / "out.training").exists()
+    assert run_job(wanted, say=said.append, command="x").lines[0] == "nothing to do: the artifact is there"
 
 
 def test_a_student_learns_from_unlabelled_images(tmp_path: Path, teacher: str, student: str):
@@ -71,8 +78,67 @@ def test_a_student_learns_from_unlabelled_images(tmp_path: Path, teacher: str, s
     numbers = load_artifact(str(tmp_path / "out")).origin.metrics
     assert numbers["accuracy"] > 0.9
     assert "baseline_accuracy" not in numbers
-    with pytest.raises(JobError, match=r"has a label; required: labelled images to choose the best epoch by"):
+    with pytest.raises(JobError, match=r"no image has a label; required: labelled images .* or set data\.label to null"):
         run_job(distill_job(train, tmp_path / "other", teacher, student={"uri": student}), say=said.append, command="x")
+
+
+def parquet(path: Path, count: int, *, labels: bool, first: int = 0) -> dict[str, str]:
+    """The input of a job: pictures in a Parquet file, with a column of labels or without one."""
+    numbers = range(first, first + count)
+    columns = {"key": [str(n) for n in numbers], "image": pa.array([picture(n, classes=3) for n in numbers], pa.binary())}
+    path.parent.mkdir()
+    pq.write_table(pa.table(columns | ({"side": [n % 3 for n in numbers]} if labels else {})), path)
+    return {"uri": str(path), "format": "parquet"}
+
+
+def test_parquet_without_a_column_of_labels(tmp_path: Path, teacher: str, student: str):
+    bare, held = (
+        parquet(tmp_path / "in/a.parquet", 96, labels=False),
+        parquet(tmp_path / "held/a.parquet", 30, labels=True, first=300),
+    )
+
+    def distilled(out: str, **data: Any) -> tuple[dict[str, Any], dict[str, float], list[str]]:
+        said: list[str] = []
+        wanted = distill_job("", tmp_path / out, teacher, student={"uri": student}, data={"train": bare, **data})
+        done = run_job(wanted, say=said.append, command="x")
+        origin = load_artifact(str(tmp_path / out)).origin
+        return dict(origin.data), dict(origin.metrics), [*said, *done.lines]
+
+    facts, numbers, said = distilled("judged", label="side", validation=held)
+    assert (facts["images"], facts["unlabelled"]) == ({"train": 96, "validation": 30}, 96)
+    assert numbers["accuracy"] > 0.9
+    assert "96 images to train on (96 without a label), 30 to validate with, 3 classes" in said
+    facts, numbers, said = distilled("agreeing", label=None)
+    assert facts["images"] == {"train": 86, "validation": 10}
+    assert numbers["agreement"] > 0.9
+    assert not {"accuracy", "teacher_accuracy", "baseline_accuracy"} & set(numbers)
+    assert "no labels: the epoch is chosen by agreement with the teacher, and that is what counts as right" in said
+    assert any("as the teacher says in epoch" in line for line in said)
+    card = (tmp_path / "agreeing" / "README.md").read_text()
+    assert "How often it is right is not known: it was judged by its agreement with its teacher" in card
+    assert "metrics:" not in card
+    with pytest.raises(JobError, match=r"no column side; required: one of key, image"):
+        distilled("neither", label="side", validation=bare)
+    with pytest.raises(ValidationError, match=r"data\.label is null, so there is nothing to learn; required: the name of the"):
+        job("x", "y", data={"label": None})
+
+
+@pytest.mark.timeout(200)
+def test_two_workers_distil_one_student(tmp_path: Path, teacher: str, student: str, on_ray: str):
+    train = write_shards(tmp_path / "in", 96, classes=3)
+    workers = {"count": 2, "cpus_per_worker": 1}
+    wanted = distill_job(train, tmp_path / "out", teacher, student={"uri": student}, workers=workers)
+    said: list[str] = []
+    done = run_job(wanted, say=said.append, command="x")
+    assert [line for line in said if line.startswith(("the teacher", "training"))] == [
+        "the teacher is right on 100.00% of the validation images",
+        "training the student without the teacher",
+        "training the student with the teacher",
+    ]
+    made = load_artifact(str(tmp_path / "out"))
+    assert made.digest == done.facts["digest"]
+    assert made.origin.metrics["accuracy"] > 0.9
+    assert not (tmp_path / "out.training").exists()
 
 
 def test_what_does_not_go_together_is_one_sentence(tmp_path: Path, teacher: str, student: str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -23,13 +24,13 @@ from shards import picture, tar_bytes, write_parquet
 from pipeline.artifact import build, load_artifact, make_artifact, save_artifact
 from pipeline.errors import JobError, ModelError, NightlabelError, StoreError, UnfitError
 from pipeline.jobfile import parse_job
-from pipeline.prepare.answer import Mistake
 from pipeline.prepare.evaluate import run_job
-from pipeline.prepare.evaluation_page import MATRIX, SHOWN, TABLE, THUMBNAIL, render
+from pipeline.prepare.evaluation_page import MATRIX, SHOWN, TABLE, THUMBNAIL, render, thumbnail
 from pipeline.prepare.metrics import Answers, measure
 from pipeline.prepare.outcome import Outcome
 from pipeline.preprocess import resize_and_crop
 from pipeline.recipe import EvaluateJob
+from pipeline.spec import ModelSource
 from pipeline.storage import open_store
 
 LABELS = ["class 0", "1", "2", "class 3", "4", "5", "0", "7"]  # of the eight pictures; number 6 is class 6, so one is wrong
@@ -102,10 +103,11 @@ def test_figures_that_are_known_beforehand(tmp_path: Path, model: str, other: st
     assert outcome.exit_code == 0
     assert outcome.facts["subject"]["model"]["digest"] == load_artifact(model).digest
     assert "confusion" not in outcome.facts
+    assert "picture" not in outcome.facts["mistakes"][0]
     text = "\n".join(outcome.lines)
     for words in (
         "top-1   87.50%",
-        "images  8 measured of 12; left out: 2 without a label, 1 NOT_AN_IMAGE, 1 TRUNCATED",
+        "images  8 measured of 12; left out: 2 NO_LABEL (p8, p9), 1 NOT_AN_IMAGE (text), 1 TRUNCATED (cut)",
         "agrees  100.00% with sha256:",
         "class 0     50.0%     100.0%        2",
     ):
@@ -148,8 +150,30 @@ def test_a_number_of_images_from_a_parquet_file_and_another_precision(tmp_path: 
     assert (facts["images"]["measured"], facts["top1"], facts["compare"]["precision"]) == (5, 1, "bfloat16")
 
 
+def test_at_int8(tmp_path: Path, model: str):
+    from test_quantize import quantize_job, write
+
+    from pipeline.prepare.quantize import run_job as quantize
+
+    known = {f"k{number}": picture(number) for number in range(8)}
+    labelled = write(tmp_path / "in/a.tar", known, {f"k{number}": str(number) for number in range(8)})
+    wanted = quantize_job(model, {"some": labelled, "data": labelled}, tmp_path / "int8")
+    quantize(wanted, say=lambda _: None, command="x")
+
+    def at_int8(folder: str, out: str) -> EvaluateJob:
+        whole = job(model, labelled, tmp_path / out, compare={"uri": model})
+        return whole.model_copy(update={"model": ModelSource(uri=folder, precision="int8")})
+
+    facts = evaluate(at_int8(str(tmp_path / "int8"), "out")).facts
+    assert (facts["top1"], facts["compare"]["agreement"], facts["subject"]["model"]["precision"]) == (1, 1, "int8")
+    assert facts["compare"]["nll"] != facts["nll"], "float32 is surer or less sure"
+    sentence = refused(ModelError, at_int8(model, "other"))
+    assert "has no model.int8.onnx; required: one, for precision int8" in sentence
+
+
 def test_the_same_job_measures_once_and_another_finds_the_folder_taken(tmp_path: Path, model: str, other: str):
     data = shard(tmp_path / "in", LABELS)
+    times = os.stat(tmp_path / "in/0.tar")
     first = evaluate(job(model, data, tmp_path / "out"))
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert set(before) == {"evaluation.json", "evaluation.html"}
@@ -162,6 +186,12 @@ def test_the_same_job_measures_once_and_another_finds_the_folder_taken(tmp_path:
     shard(tmp_path / "in", LABELS[:7])
     assert "with other data" in refused(StoreError, job(model, data, tmp_path / "out"))
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    page = (tmp_path / "out/evaluation.html").read_bytes()
+    (tmp_path / "out/evaluation.html").unlink()  # as a kill between the two leaves it
+    shard(tmp_path / "in", LABELS)
+    os.utime(tmp_path / "in/0.tar", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert evaluate(job(model, data, tmp_path / "out")).lines[0] == "nothing to do: exam is evaluated already"
+    assert (tmp_path / "out/evaluation.html").read_bytes() == page
     (tmp_path / "out/evaluation.json").unlink()
     assert "holds evaluation.html without evaluation.json" in refused(StoreError, job(model, data, tmp_path / "out"))
     (tmp_path / "out/evaluation.json").write_text("[]")
@@ -177,7 +207,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, model: str):
     strange = job(model, shard(tmp_path / "strange", ["0", "zebra"]), tmp_path / "out")
     assert refused(JobError, strange).startswith(f"{tmp_path}/strange, cls: zebra; required: one of 8 classes, class 0, ")
     broken = job(model, shard(tmp_path / "broken", [], broken={"a": b"x"}), tmp_path / "out")
-    assert "no labelled image can be measured (1 NOT_AN_IMAGE)" in refused(JobError, broken)
+    assert "no labelled image can be measured: 1 NOT_AN_IMAGE (a)" in refused(JobError, broken)
     digest = "sha256:" + "0" * 64
     elsewhere = job(model, str(tmp_path / "none"), tmp_path / "out", compare={"uri": model, "digest": digest})
     assert "Set compare.digest to it" in refused(ModelError, elsewhere)
@@ -223,7 +253,9 @@ def made_up(classes: int, mistakes: int) -> bytes:
     rng = np.random.default_rng(0)
     labels = tuple(f"<b>class & {number}</b>" for number in range(classes))
     found = measure(Answers.of(rng.dirichlet(np.ones(classes) / 5, 2000), rng.integers(0, classes, 2000)), classes)
+    picture = thumbnail(rng.integers(0, 256, (3, 224, 224), dtype=np.uint8))
     facts = {"key": "k", "source": "s", "truth": labels[0], "answer": labels[1], "score": 0.9, "truth_score": 0.1}
+    facts["picture"] = picture
     images = {"read": 2003, "measured": 2000, "unlabelled": 1, "failed": {"CORRUPT": 2}}
     record = {
         "name": "exam",
@@ -238,8 +270,7 @@ def made_up(classes: int, mistakes: int) -> bytes:
         "compare": None,
         "mistakes": [facts] * mistakes,
     }
-    pixels = rng.integers(0, 256, (3, 224, 224), dtype=np.uint8)
-    return render(record, [Mistake("k", "s", 0, 1, 0.9, 0.1, pixels)] * mistakes)
+    return render(record)
 
 
 @pytest.mark.parametrize("classes", [2, 30, 150])

@@ -7,23 +7,29 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from shards import tar_bytes
 from test_run import cli
-from trainings import SIDES, SMALL, picture, tiny_artifact, write_shards
+from trainings import SIDES, SMALL, accuracy, picture, tiny_artifact, write_shards
 
-from pipeline.artifact import build, load_artifact, save_artifact
-from pipeline.errors import InputMissing, JobError, ModelError
+from pipeline.artifact import Artifact, build, load_artifact, save_artifact
+from pipeline.errors import InputMissing, JobError, ModelError, StoreError
 from pipeline.huggingface import Architecture
-from pipeline.prepare.distill import accuracy
-from pipeline.prepare.finetune import architecture_of, run_job, starting_network
+from pipeline.prepare.finetune import architecture_of, classifier_line, run_job, starting_network
 from pipeline.prepare.images import labelled, read_images
+from pipeline.prepare.resume import finished
+from pipeline.prepare.train import Place
 from pipeline.preprocessing import Preprocessing
 from pipeline.spec import Input
+from pipeline.storage import open_store
 from pipeline.training import FinetuneJob, Random
+
+if TYPE_CHECKING:
+    from seaweed import Seaweed
 
 QUICK = {"epochs": 3, "batch_size": 8, "learning_rate": 0.003, "augment": {"crop": [1, 1], "flip": False}}
 HERE = {"cpus_per_worker": 1}
@@ -40,6 +46,11 @@ def make(wanted: FinetuneJob, said: list[str] | None = None):
     return run_job(wanted, say=([] if said is None else said).append, command="nightlabel run test.yaml")
 
 
+def made_key(folder: Path) -> str:
+    """The training that made the artifact."""
+    return load_artifact(str(folder)).origin.data["job"]
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> str:
     save_artifact(tiny_artifact(), str(tmp_path / "start"))
@@ -51,24 +62,33 @@ def test_an_artifact_with_its_origin(tmp_path: Path, start: str):
     (tmp_path / "in" / "broken.tar").write_bytes(tar_bytes({"x.png": b"<html>", "x.cls": b"left", "y.png": picture(1)}))
     said: list[str] = []
     done = make(job(train, tmp_path / "out", model={"uri": start}, data={"classes": SIDES}), said)
-    assert said[0] == "87 images to train on, 9 to validate with, 3 classes, left out NOT_AN_IMAGE 1, NO_LABEL 1"
+    checkpoints = tmp_path / "out.training" / made_key(tmp_path / "out")
+    assert said[:4] == [
+        "87 images to train on, 9 to validate with, 3 classes",
+        "left out of the training images: 1 NOT_AN_IMAGE (x), 1 NO_LABEL (y)",
+        "classifier replaced: 3 classes instead of 2",
+        f"checkpoints in {checkpoints} until the model is saved; the same command goes on from them",
+    ]
+    assert not checkpoints.parent.exists()
     made = load_artifact(str(tmp_path / "out"))
     assert (made.labels, made.architecture.classes, made.preprocessing) == (SIDES, 3, SMALL)
     assert made.digest == done.facts["digest"]
     assert made.origin.parents == (load_artifact(start).digest,)
     assert made.origin.command == "nightlabel run test.yaml"
     assert made.origin.data["images"] == {"train": 87, "validation": 9}
-    assert [item["key"] for item in made.origin.data["left_out_images"]] == ["x", "y"]
+    assert made.origin.data["left_out"] == {"train": {"NOT_AN_IMAGE": 1, "NO_LABEL": 1}}
+    assert made.origin.data["left_out_images"] == {"train": {"NOT_AN_IMAGE": ["x"], "NO_LABEL": ["y"]}}
     assert made.origin.data["training"]["seed"] == 0
     held = labelled(
         read_images(Input(uri=write_shards(tmp_path / "held", 30, classes=3, first=500)), label="cls"), SIDES, where="x"
     )
-    assert accuracy(build(made), held, SMALL) > 0.9
+    assert accuracy(build(made), held) > 0.9
     assert made.origin.metrics["accuracy"] > 0.9
     assert "right in epoch" in done.lines[0]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "nightlabel run test.yaml" in card
     assert "| accuracy |" in card
+    assert "* left_out_images: train NOT_AN_IMAGE x, NO_LABEL y" in card
     from transformers import AutoModelForImageClassification
 
     theirs = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
@@ -90,6 +110,97 @@ def test_a_finished_job_does_nothing_and_another_one_is_refused(tmp_path: Path, 
         make(job(train, tmp_path / "out", model={"uri": start}))
 
 
+def test_a_folder_that_is_taken_is_found_before_the_training(tmp_path: Path, start: str):
+    train, out = write_shards(tmp_path / "in", 40), tmp_path / "out"
+    wanted, said = job(train, out, model={"uri": start}), []
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"somebody's")
+    with pytest.raises(JobError, match=r"out holds model\.safetensors without artifact\.json; required: an empty folder"):
+        make(wanted, said)
+    (out / "artifact.json").write_text('{"digest": "sha')
+    with pytest.raises(ModelError, match=r"artifact\.json: is not an artifact's record"):
+        make(wanted, said)
+    assert said == []
+    (tmp_path / "out.training").write_text("a file where the checkpoints belong")
+    for path in out.iterdir():
+        path.unlink()
+    with pytest.raises(StoreError, match=r"out\.training/.*: Not a directory; required: a folder for checkpoints"):
+        make(wanted)
+
+
+def test_a_kill_while_saving_costs_nothing(tmp_path: Path, start: str, monkeypatch: pytest.MonkeyPatch):
+    train, out = write_shards(tmp_path / "in", 40), tmp_path / "out"
+    wanted, said = job(train, out, model={"uri": start}), []
+
+    def killed(artifact: Artifact, uri: str, *_: object, **__: object) -> None:
+        Path(uri).mkdir()
+        Path(uri, "config.json").write_bytes(artifact.files["config.json"])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.prepare.resume.save_artifact", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(wanted)
+    assert not (out / "artifact.json").exists()
+    done = make(wanted, said)
+    assert "resuming: 3 of at most 3 epochs done" in said
+    assert load_artifact(str(out)).digest == done.facts["digest"]
+    left = tmp_path / "out.training" / made_key(out)  # by a kill right after
+    left.mkdir(parents=True)
+    make(wanted)
+    assert not left.parent.exists()
+
+
+def test_the_first_worker_decides_for_all_whether_the_job_is_done(tmp_path: Path, start: str):
+    train = write_shards(tmp_path / "in", 40)
+    wanted = job(train, tmp_path / "out", model={"uri": start})
+    make(wanted)
+    key = made_key(tmp_path / "out")
+
+    def second(told: bool) -> Place:
+        return Place(rank=1, world=2, broadcast=lambda value: told)
+
+    assert finished(wanted, key, second(False)) is None, "although it sees the artifact itself"
+    elsewhere = job(train, tmp_path / "not-seen", model={"uri": start})
+    assert finished(elsewhere, key, second(True)).lines == ()
+
+
+def test_what_is_left_out_of_the_validation_is_told(tmp_path: Path, start: str):
+    train, held = write_shards(tmp_path / "in", 40), write_shards(tmp_path / "held", 10, first=200)
+    (tmp_path / "held" / "broken.tar").write_bytes(tar_bytes({"x.png": b"<html>", "x.cls": b"0", "y.png": picture(1)}))
+    said: list[str] = []
+    make(job(train, tmp_path / "out", model={"uri": start}, data={"validation": {"uri": held}}), said)
+    assert "left out of the validation images: 1 NOT_AN_IMAGE (x), 1 NO_LABEL (y)" in said
+    facts = load_artifact(str(tmp_path / "out")).origin.data
+    assert facts["left_out"] == {"train": {}, "validation": {"NOT_AN_IMAGE": 1, "NO_LABEL": 1}}
+    assert "validation NOT_AN_IMAGE x, NO_LABEL y" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_from_s3_to_s3(tmp_path: Path, start: str, s3: Seaweed, monkeypatch: pytest.MonkeyPatch):
+    bucket = f"s3://{s3.bucket()}"
+    for shard in Path(write_shards(tmp_path / "in", 40)).iterdir():
+        s3.put(f"{bucket}/in/{shard.name}", shard.read_bytes())
+    save_artifact(load_artifact(start), f"{bucket}/start", s3.options)
+    options, said = s3.options.model_dump(), []
+    wanted = job(
+        f"{bucket}/in/",
+        f"{bucket}/out/",
+        model={"uri": f"{bucket}/start", "s3": options},
+        data={"train": {"uri": f"{bucket}/in/", "s3": options}},
+        output={"uri": f"{bucket}/out/", "s3": options},
+    )
+    monkeypatch.chdir(tmp_path)
+    done = make(wanted, said)
+    made = load_artifact(f"{bucket}/out/", s3.options)
+    assert (made.digest, made.labels) == (done.facts["digest"], SIDES[:2])
+    assert any(line.startswith(f"checkpoints in {tmp_path}/test.training/") for line in said)
+    assert not (tmp_path / "test.training").exists()
+    assert b"| accuracy |" in open_store(bucket, s3.options).read(f"{bucket}/out/README.md")
+    assert make(wanted).lines[0] == "nothing to do: the artifact is there"
+    with pytest.raises(JobError, match="holds another artifact"):
+        make(wanted.model_copy(update={"training": wanted.training.model_copy(update={"seed": 1})}))
+
+
 def test_given_validation_images_and_another_size(tmp_path: Path, start: str):
     train, held = write_shards(tmp_path / "in", 40), write_shards(tmp_path / "held", 10, first=200)
     wanted = job(train, tmp_path / "out", model={"uri": start}, data={"validation": {"uri": held}}, preprocessing={"size": 24})
@@ -98,6 +209,20 @@ def test_given_validation_images_and_another_size(tmp_path: Path, start: str):
     assert made.preprocessing == Preprocessing(size=24, crop_pct=1.0)
     assert made.origin.data["images"] == {"train": 40, "validation": 10}
     assert made.origin.data["validation_uris"] == [held]
+
+
+@pytest.mark.parametrize("size", [1, 31])
+def test_odd_sizes_train_too(tmp_path: Path, size: int):
+    """Every convolution is padded and the last pooling takes what there is, so a ResNet takes every size."""
+    train, training = write_shards(tmp_path / "in", 40), {"epochs": 1}
+    make(job(train, tmp_path / "out", network={"depth": 18}, preprocessing={"size": size}, training=training))
+    assert load_artifact(str(tmp_path / "out")).preprocessing.size == size
+
+
+@pytest.mark.parametrize("size", [0, 4097, 100_000])
+def test_sizes_that_are_refused(size: int):
+    with pytest.raises(ValidationError, match="size"):
+        job("x", "y", preprocessing={"size": size})
 
 
 def test_a_model_keeps_its_head_when_the_classes_are_the_same():
@@ -109,6 +234,20 @@ def test_a_model_keeps_its_head_when_the_classes_are_the_same():
     assert torch.equal(next(other.parameters()), next(build(start).parameters()))
     reordered = starting_network(start, Random(), ("right", "left"), seed=0)
     assert not torch.equal(reordered.classifier[1].weight, head)
+    lines = [classifier_line(start, classes) for classes in (SIDES[:2], SIDES, ("right", "left"), ("cat", "dog"))]
+    assert lines == [
+        "classifier kept: 2 classes",
+        "classifier replaced: 3 classes instead of 2",
+        "classifier replaced: 2 classes in another order",
+        "classifier replaced: 2 classes, cat, dog, instead of left, right",
+    ]
+
+
+def test_labels_that_are_numbers_of_the_models_classes_keep_its_names_and_classifier(tmp_path: Path, start: str):
+    said: list[str] = []
+    make(job(write_shards(tmp_path / "in", 40), tmp_path / "out", model={"uri": start}), said)
+    assert "classifier kept: 2 classes" in said
+    assert load_artifact(str(tmp_path / "out")).labels == SIDES[:2]
 
 
 def test_random_starts_are_resnets_of_the_paper():
@@ -136,26 +275,30 @@ def test_bad_input_is_one_sentence(tmp_path: Path, start: str):
         (job(two, tmp_path / "out", model={"uri": start, "digest": "sha256:" + "0" * 64}), ModelError, "digest sha256:"),
         (job(two, tmp_path / "out", model={"uri": str(tmp_path / "none")}), ModelError, "has no config.json"),
         (job(two, tmp_path / "out", preprocessing={"std": [0, 1, 1]}), JobError, "preprocessing: std is"),
+        (
+            job(two, tmp_path / "out", preprocessing={"size": 4096, "crop_pct": 1e-9}),
+            JobError,
+            "preprocessing: crop_pct is 1e-09, so images are resized to 4,095,999,999,999 pixels, required: at most 8,192",
+        ),
     ]
     for wanted, error, words in cases:
         with pytest.raises(error) as caught:
             make(wanted)
         assert words in str(caught.value)
         assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out.training").exists()
 
 
 @pytest.mark.timeout(200)
 def test_kill_9_and_a_rerun_make_the_same_model(tmp_path: Path, start: str):
+    """The undisturbed one decodes between its steps, the killed one in a DataLoader's process."""
     train = write_shards(tmp_path / "in", 96)
-    digests = []
-    for name in ("whole", "killed"):
-        path = tmp_path / f"{name}.yaml"
-        training = QUICK | {"epochs": 6, "augment": {"crop": [0.5, 1]}, "mixup": 0.2, "patience": 6}
-        path.write_text(json.dumps(job(train, tmp_path / name, model={"uri": start}, training=training).model_dump(mode="json")))
-    code, out, err = cli("run", tmp_path / "whole.yaml", "--json")
-    assert code == 0, err
-    digests.append(json.loads(out)["digest"])
-    command = [sys.executable, "-m", "pipeline", "run", str(tmp_path / "killed.yaml")]
+    training = QUICK | {"epochs": 6, "augment": {"crop": [0.5, 1]}, "mixup": 0.2, "patience": 6}
+    whole = make(job(train, tmp_path / "whole", model={"uri": start}, training=training))
+    path, workers = tmp_path / "killed.yaml", HERE | {"loaders": 1}
+    wanted = job(train, tmp_path / "killed", model={"uri": start}, training=training, workers=workers)
+    path.write_text(json.dumps(wanted.model_dump(mode="json")))
+    command = [sys.executable, "-m", "pipeline", "run", str(path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
@@ -163,10 +306,10 @@ def test_kill_9_and_a_rerun_make_the_same_model(tmp_path: Path, start: str):
                 process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
-    code, out, err = cli("run", tmp_path / "killed.yaml", "--json")
+    code, out, err = cli("run", path, "--json")
     assert code == 0, err
     assert "resuming: " in err
-    assert json.loads(out)["digest"] == digests[0]
+    assert json.loads(out)["digest"] == whole.facts["digest"]
 
 
 @pytest.mark.timeout(200)
@@ -176,11 +319,10 @@ def test_two_workers_train_one_model(tmp_path: Path, start: str, on_ray: str):
     wanted = job(train, tmp_path / "out", model={"uri": start}, workers=workers, training={"freeze": 1, "unfreeze_epoch": 2})
     said: list[str] = []
     done = make(wanted, said)
-    assert [line.split(":")[0] for line in said[1:]] == ["epoch 1 of 3", "epoch 2 of 3", "epoch 3 of 3"]
+    assert [line.split(":")[0] for line in said if line.startswith("epoch")] == ["epoch 1 of 3", "epoch 2 of 3", "epoch 3 of 3"]
     made = load_artifact(str(tmp_path / "out"))
     assert made.digest == done.facts["digest"]
     assert made.origin.metrics["accuracy"] > 0.9
-    assert make(wanted).lines[0] == "nothing to do: the artifact is there"
     broken = job(train, tmp_path / "other", model={"uri": start}, workers=workers, data={"classes": ["one"]})
     with pytest.raises(JobError, match="required: one of 1 classes"):
         make(broken)

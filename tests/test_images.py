@@ -14,8 +14,8 @@ from trainings import SMALL, picture, write_shards
 
 from pipeline.errors import InputError, JobError
 from pipeline.prepare.augment import Change
-from pipeline.prepare.data import NO_LABEL, class_index
-from pipeline.prepare.images import Images, Order, Visits, find_classes, labelled, read_images, seeded, split
+from pipeline.prepare.data import NO_LABEL, LeftOut, class_index
+from pipeline.prepare.images import Images, Order, Visits, find_classes, fitting, labelled, read_images, seeded, split
 from pipeline.preprocessing import Preprocessing
 from pipeline.spec import Input
 from pipeline.training import Augment
@@ -35,12 +35,9 @@ def test_what_is_left_out_is_counted_and_listed(tmp_path: Path):
     (tmp_path / "a.tar").write_bytes(tar_bytes(members))
     found = read_images(Input(uri=str(tmp_path)), label="cls")
     assert found.texts == ["1", "1", "1"]
-    assert found.counts == {"NOT_AN_IMAGE": 2, "NO_LABEL": 1}
-    assert [(key, failure) for key, failure, _ in found.left_out] == [
-        ("3", "NO_LABEL"),
-        ("page", "NOT_AN_IMAGE"),
-        ("empty", "NOT_AN_IMAGE"),
-    ]
+    assert found.left_out.counts == {"NOT_AN_IMAGE": 2, "NO_LABEL": 1}
+    assert found.left_out.keys == {"NOT_AN_IMAGE": ["page", "empty"], "NO_LABEL": ["3"]}
+    assert str(found.left_out) == "2 NOT_AN_IMAGE (page, empty), 1 NO_LABEL (3)"
     assert [bytes(image.as_buffer()) for image in found.encoded] == [picture(n) for n in range(3)]
     with_unlabelled = read_images(Input(uri=str(tmp_path)), label="cls", unlabelled=True)
     assert with_unlabelled.texts == ["1", "1", "1", None]
@@ -48,7 +45,9 @@ def test_what_is_left_out_is_counted_and_listed(tmp_path: Path):
 
 def test_nothing_to_train_on_and_broken_shards_are_one_sentence(tmp_path: Path):
     uri = write_shards(tmp_path / "a", 4, label="none")
-    with pytest.raises(JobError, match=r"no sound image with a label \(4 left out\); required: images to train on"):
+    with pytest.raises(
+        JobError, match=r"no sound image with a label; left out: 4 NO_LABEL \(0000, 0001, 0002, …\); required: images"
+    ):
         read_images(Input(uri=uri), label="cls")
     shard = tmp_path / "a" / "0000.tar"
     shard.write_bytes(shard.read_bytes()[:1100])
@@ -86,8 +85,29 @@ def test_split_is_a_partition_with_a_share_of_every_class(count: int, classes: i
         assert int((held.labels == value).sum()) in (expected, expected + 1)
 
 
-def test_unlabelled_images_never_validate(tmp_path: Path):
+def test_a_list_of_what_is_left_out_is_bounded():
+    left_out = LeftOut()
+    for number in range(1000):
+        left_out.add("TRUNCATED", str(number))
+    assert str(left_out) == "1,000 TRUNCATED (0, 1, 2, …)"
+    assert len(left_out.keys["TRUNCATED"]) == 50
+
+
+def test_labels_fit_classes_that_they_name_all_of():
+    for texts, fit in (
+        (["cat", "1", None], True),
+        (["0", "1"], True),
+        (["0"], False),
+        (["cat", "dog", "cow"], False),
+        (["2"], False),
+    ):
+        assert fitting(texts, ("cat", "dog")) == (("cat", "dog") if fit else ())
+
+
+def test_unlabelled_images_validate_only_when_not_one_has_a_label(tmp_path: Path):
     images = some(tmp_path, 20)
+    bare = Images(images.encoded, np.full(20, NO_LABEL))
+    assert [len(part) for part in split(bare, 0.2, seed=0)] == [16, 4]
     images.labels[::2] = NO_LABEL
     kept, held = split(images, 0.2, seed=0)
     assert (held.labels != NO_LABEL).all()

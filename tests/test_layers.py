@@ -22,7 +22,7 @@ generation published delta iceberg publish lease notify nightly
 prepare.extras prepare.outcome prepare.data prepare.metrics prepare.card
 prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate
 prepare.importer prepare.augment prepare.images prepare.learner prepare.checkpoint prepare.train
-prepare.workers prepare.finetune prepare.distill prepare.digits
+prepare.workers prepare.dataset prepare.resume prepare.finetune prepare.distill prepare.digits
 prepare.onnx_export prepare.calibrate prepare.gate prepare.quantize
 demo screen prometheus cli_model cli_nightly cli __main__
 """

@@ -114,6 +114,7 @@ def test_what_is_published(done: tuple[Outcome, Path], model: str, shards: dict[
     assert made.origin.data["calibration"] == {"uris": [shards["some"]], "images": 32}
     assert made.origin.data["measured"] == {"uris": [shards["data"]], "images": CLASSES, "calibrated": 0}
     assert made.origin.data["left_out"] == {"NO_LABEL": 1, "NOT_AN_IMAGE": 1}
+    assert made.origin.data["left_out_images"] == {"NO_LABEL": ["u0"], "NOT_AN_IMAGE": ["broken"]}
     assert made.origin.metrics["accuracy_int8"] == made.origin.metrics["agreement"] == 1
     assert "those of one kind of CPU" in (out / "README.md").read_text()
     assert made.origin.metrics["bytes_int8"] == len(made.files[INT8]) < 0.27 * made.origin.metrics["bytes_float32"]
@@ -162,6 +163,20 @@ def test_again_is_the_same_and_nothing_is_overwritten(done: tuple[Outcome, Path]
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     with pytest.raises(ModelError, match=r"made of something else; required: nothing, or sha256:.* Take an empty folder"):
         run(quantize_job(model, shards, Path(model)))
+
+
+def test_what_stands_in_the_folder_is_found_before_the_work(model: str, shards: dict[str, str], tmp_path: Path) -> None:
+    taken, half = tmp_path / "taken", tmp_path / "half"
+    for folder, data in ((taken, b"{}"), (half, Path(model, "config.json").read_bytes())):
+        folder.mkdir()
+        (folder / "config.json").write_bytes(data)
+    said: list[str] = []
+    with pytest.raises(ModelError, match=r"taken: holds another config\.json; required: nothing, or sha256:.* quantized"):
+        run_job(quantize_job(model, shards, taken), say=said.append, command="")
+    assert said == []
+    run_job(quantize_job(model, shards, half), say=said.append, command="")
+    assert "left out: 1 NOT_AN_IMAGE (broken), 1 NO_LABEL (u0)" in said
+    assert load_artifact(str(half)).quantized
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 from pydantic import ValidationError
-from trainings import SMALL, picture, tiny_network
+from trainings import SMALL, accuracy, picture, tiny_network
 
 from pipeline.errors import JobError, ModelError, UnfitError
 from pipeline.prepare.images import Images
@@ -124,9 +124,7 @@ def test_stops_early_and_keeps_the_best_epoch(tmp_path: Path):
     assert result.best.accuracy == max(epoch.accuracy for epoch in result.epochs)
     network = tiny_network()
     network.load_state_dict(result.weights)
-    from pipeline.prepare.distill import accuracy
-
-    assert accuracy(network.eval(), wrong, SMALL) == pytest.approx(result.best.accuracy)
+    assert accuracy(network, wrong) == pytest.approx(result.best.accuracy)
 
 
 @pytest.mark.parametrize("changes", [{"precision": "bfloat16"}, {"optimizer": "sgd", "learning_rate": 0.05}, {"mixup": 0.2}])

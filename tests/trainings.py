@@ -11,7 +11,10 @@ from PIL import Image
 from shards import tar_bytes
 
 from pipeline.artifact import Artifact, make_artifact
+from pipeline.decode import decode
 from pipeline.huggingface import Architecture
+from pipeline.prepare.images import Images
+from pipeline.preprocess import resize_and_crop
 from pipeline.preprocessing import Preprocessing
 from pipeline.resnet import ResNet
 
@@ -42,6 +45,15 @@ def write_shards(folder: Path, count: int, *, classes: int = 2, label: str = "nu
                 members[f"{number:04d}.cls"] = (SIDES[side] if label == "name" else str(side)).encode()
         (folder / f"{at:04d}.tar").write_bytes(tar_bytes(members))
     return str(folder)
+
+
+def accuracy(network: ResNet, images: Images, preprocessing: Preprocessing = SMALL) -> float:
+    """Share of the images whose best class is the label's."""
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    crops = [resize_and_crop(decode(image.as_buffer(), max_pixels=10**6), preprocessing) for image in images.encoded]
+    pixels = torch.stack([(torch.tensor(crop) / 255 - mean) / std for crop in crops])
+    with torch.inference_mode():
+        return float((network.eval()(pixels).argmax(dim=1).numpy() == images.labels).mean())
 
 
 def tiny_network(classes: int = 2, *, seed: int = 0) -> ResNet:

@@ -7,7 +7,6 @@ are of each stage alone with all threads. A run overlaps the two and pays for mo
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ import torch
 
 from pipeline.artifact import Artifact
 from pipeline.predict import Predict
+from pipeline.prepare.data import LeftOut
 from pipeline.prepare.metrics import Answers
 from pipeline.preprocess import Preprocess
 from pipeline.rows import pixels_view
@@ -77,7 +77,7 @@ class Witness:
             threads=threads,
         )
         self.decoding, self.predicting = Clock(), Clock()
-        self.failed: Counter[str] = Counter()
+        self.left_out = LeftOut()
         self._answers: list[Answers] = []
         self._scored: list[np.ndarray] = []
 
@@ -87,7 +87,7 @@ class Witness:
     def ask(self, decoded: pa.Table) -> tuple[pa.Table, Answers]:
         """The rows of the images that could be scored, as predict puts them out and with `pixels`, and the answers for them."""
         said = self.predicting(self._predict, decoded).append_column("pixels", decoded["pixels"])
-        self.failed.update(said["error_class"].drop_null().to_pylist())
+        self.left_out.add_failed(said)
         scored = np.asarray(pc.equal(said["status"], "ok").combine_chunks())
         said = said.filter(pa.array(scored))
         answers = self._read(said)

@@ -106,8 +106,10 @@ def _limits(artifact: Artifact) -> Iterator[str]:
     origin = artifact.origin
     if not origin.metrics:
         yield "How well it does is not recorded: measure it on images of your own before you rely on it."
-    if "epoch" in origin.metrics:
+    if "epoch" in origin.metrics and "accuracy" in origin.metrics:
         yield "Accuracy was measured on validation images that also chose the epoch, so it is a little too good."
+    elif "epoch" in origin.metrics:
+        yield "How often it is right is not known: it was judged by its agreement with its teacher, which may be wrong."
     yield "Images unlike those it was trained on get a label too, often with a high score."
     yield "The preprocessing is part of the model: other sizes, crops or filters cost accuracy without an error."
     yield f'Every image gets one of its {len(artifact.labels):,} classes; none of them means "something else".'

@@ -5,20 +5,50 @@ Reader, decoder and resize are those of labelling, so a model never sees other p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.cut import cut, list_inputs
 from pipeline.errors import InputError, JobError, NightlabelError, PermissionDenied, Temporary, UnfitError
 from pipeline.read import read_unit
 from pipeline.spec import Input
-from pipeline.storage import open_store
+from pipeline.storage import RangeFile, open_store
 
 NO_LABEL = -1
+_LISTED, _SHOWN = 50, 3  # keys of images left out, of each reason: those that are recorded, and those on a screen
 _ERRORS = {kind.error_class: kind for kind in (Temporary, PermissionDenied, UnfitError)}
+
+
+@dataclass
+class LeftOut:
+    """Images that are not used: how many, by failure class or NO_LABEL, and the keys of the first of them."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    keys: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, key: str) -> None:
+        self.counts[reason] += 1
+        if self.counts[reason] <= _LISTED:
+            self.keys.setdefault(reason, []).append(key)
+
+    def add_failed(self, decoded: pa.Table) -> None:
+        """Those of a block from `preprocess` that have no pixels."""
+        failed = decoded.filter(pc.is_valid(decoded["error_class"]))
+        for reason, key in zip(failed["error_class"].to_pylist(), failed["key"].to_pylist(), strict=True):
+            self.add(reason, key)
+
+    def __str__(self) -> str:
+        """`2 TRUNCATED (a, b), 57 NO_LABEL (c, d, e, …)`; empty for none."""
+        return ", ".join(
+            f"{count:,} {reason} ({', '.join(self.keys[reason][:_SHOWN])}{', …' * (count > _SHOWN)})"
+            for reason, count in self.counts.items()
+        )
 
 
 def image_rows(wanted: Input, *, label: str | None = None, most: int | None = None) -> Iterator[pa.Table]:
@@ -41,6 +71,17 @@ def image_rows(wanted: Input, *, label: str | None = None, most: int | None = No
                 yield images
             if left == 0:
                 return
+
+
+def has_labels(wanted: Input, label: str) -> bool:
+    """False for Parquet files of which not one has the column; every image of a tar may have its sidecar or not."""
+    if wanted.format != "parquet":
+        return True
+    store = open_store(wanted.uris[0], wanted.s3)
+    try:
+        return any(label in pq.read_schema(RangeFile(store, item)).names for item in list_inputs(store, wanted))
+    except (pa.ArrowException, OSError):
+        return True  # broken: whoever reads it says what is wrong
 
 
 def label_texts(column: pa.ChunkedArray) -> list[str | None]:

@@ -8,9 +8,10 @@ side, measured on the same validation images.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,25 +19,20 @@ from torch import Tensor, nn
 from pipeline.artifact import Artifact, Origin, build, make_artifact
 from pipeline.errors import JobError
 from pipeline.prepare.data import NO_LABEL
+from pipeline.prepare.dataset import TrainingData, read_taught
 from pipeline.prepare.finetune import (
-    TrainingData,
     architecture_of,
-    checkpoints,
     class_weights,
-    epoch_lines,
-    finished,
-    job_key,
+    classifier_line,
+    epoch_line,
     metrics,
-    outcome,
-    read_data,
-    save,
     seen,
     starting_network,
-    told,
 )
 from pipeline.prepare.images import MAX_PIXELS, Images
 from pipeline.prepare.learner import CrossEntropy, Learner, Normalise, Objective
 from pipeline.prepare.outcome import Outcome, Say
+from pipeline.prepare.resume import checkpoint_line, checkpoints, close, finished, job_key
 from pipeline.prepare.train import Place, Result, fit
 from pipeline.preprocess import Prepare
 from pipeline.preprocessing import Preprocessing
@@ -62,38 +58,51 @@ def train_job(job: DistillJob, *, place: Place, say: Say, command: str) -> Outco
     start = None if job.student is None else load_source(job.student, field="student")
     parents = (teacher.digest,) if start is None else (teacher.digest, start.digest)
     key = job_key(job, list(parents))
-    if (there := finished(job, key)) is not None:
-        return outcome(there, job, ("nothing to do: the student is there",))
+    if (done := finished(job, key, place)) is not None:
+        return done
     preprocessing = seen(job, start)
     _check(job, teacher, preprocessing)
-    data = read_data(job.data, seed=job.training.seed, classes=teacher.labels, unlabelled=True)
-    if not len(data.images[1]):
-        got = f"no image of {', '.join(job.data.train.uris)} has a label"
-        raise JobError(got, need="labelled images to choose the best epoch by", do="Name some as data.validation")
-    say(told(data))
+    data = read_taught(job.data, seed=job.training.seed, classes=teacher.labels)
+    root = checkpoints(job, key)
+    for line in (*data.lines, classifier_line(start, data.classes), checkpoint_line(root)):
+        say(line)
+    data, known = _judged(job, data, place.broadcast(answers(teacher, data.images[1], place) if place.rank == 0 else None), say)
     architecture = architecture_of(start, job.network, len(teacher.labels))
 
     def train(name: str, objective: Objective, images: TrainingData) -> Result:
         say(f"training the student {name}")
         network = starting_network(start, job.network, teacher.labels, seed=job.training.seed)
         learner = Learner(network, objective, preprocessing, job.training)
-        folder = checkpoints(job, key) / name.replace(" ", "-")
+        folder = root / name.replace(" ", "-")
         return fit(learner, images.images, preprocessing=preprocessing, place=place, folder=folder, say=say)
 
     weights = class_weights(job, data)
     plain = _baseline(job, data, train, CrossEntropy(job.training.label_smoothing, weights), fewest=place.world)
     result = train("with the teacher", Distil(job, teacher, preprocessing, architecture.features, weights), data)
-    if place.rank:
-        return Outcome(())
-    numbers = _numbers(result, plain, accuracy(build(teacher), data.images[1], teacher.preprocessing))
-    settings = {"training": job.training.model_dump(mode="json"), "distillation": job.distillation.model_dump(mode="json")}
-    origin = Origin(parents, data.facts | {"job": key, **settings}, numbers, command)
-    made = make_artifact(architecture, result.weights, labels=teacher.labels, preprocessing=preprocessing, origin=origin)
-    return outcome(save(made, job), job, (*epoch_lines(result), *_side_by_side(numbers)))
+    numbers = _numbers(result, plain, known)
+
+    def made() -> Artifact:
+        settings = {"training": job.training.model_dump(mode="json"), "distillation": job.distillation.model_dump(mode="json")}
+        origin = Origin(parents, data.facts | {"job": key, **settings}, numbers, command)
+        return make_artifact(architecture, result.weights, labels=teacher.labels, preprocessing=preprocessing, origin=origin)
+
+    return close(job, key, place, made=made, lines=tuple(_side_by_side(result, numbers)))
 
 
-def _numbers(result: Result, plain: Result | None, teacher: float) -> dict[str, float]:
-    numbers = metrics(result) | {"teacher_accuracy": teacher}
+def _judged(job: DistillJob, data: TrainingData, said: np.ndarray, say: Say) -> tuple[TrainingData, dict[str, float]]:
+    """The validation images with what counts as right, labels or, when none are named, what the teacher `said`; and what is
+    known of the teacher."""
+    training, validation = data.images
+    if job.data.label is None:
+        say("no labels: the epoch is chosen by agreement with the teacher, and that is what counts as right")
+        return replace(data, images=(training, Images(validation.encoded, said))), {}
+    right = float((said == validation.labels).mean())
+    say(f"the teacher is right on {right:.2%} of the validation images")
+    return data, {"teacher_accuracy": right}
+
+
+def _numbers(result: Result, plain: Result | None, known: dict[str, float]) -> dict[str, float]:
+    numbers = metrics(result, judge="accuracy" if known else "agreement") | known
     if plain is not None:
         numbers |= {"baseline_accuracy": plain.best.accuracy, "gain_points": 100 * (result.best.accuracy - plain.best.accuracy)}
     return numbers
@@ -161,20 +170,26 @@ class Distil(nn.Module):
         return loss
 
 
-def accuracy(network: ResNet, images: Images, preprocessing: Preprocessing) -> float:
-    """Share of the images whose best class is the label's, in float32."""
-    prepare, normalise, right = Prepare(preprocessing, MAX_PIXELS), Normalise(preprocessing), 0
+def answers(teacher: Artifact, images: Images, place: Place) -> np.ndarray:
+    """The teacher's best class of every image, int64 [N], in float32, on the device of the training."""
+    device = "cuda" if place.accelerator == "gpu" else "cpu"
+    prepare, normalise = Prepare(teacher.preprocessing, MAX_PIXELS), Normalise(teacher.preprocessing).to(device)
+    network = build(teacher).to(device).to(memory_format=torch.channels_last)
+    best = [np.empty(0, np.int64)]
     with torch.inference_mode():
         for at in range(0, len(images), 64):
             batch = [torch.tensor(prepare(memoryview(image.as_buffer()))[0]) for image in images.encoded[at : at + 64]]
-            found = network(normalise(torch.stack(batch))).argmax(dim=1)
-            right += int((found == torch.from_numpy(images.labels[at : at + 64])).sum())
-    return right / len(images)
+            best.append(network(normalise(torch.stack(batch).to(device))).argmax(dim=1).cpu().numpy())
+    return np.concatenate(best)
 
 
-def _side_by_side(numbers: dict[str, float]) -> tuple[str, ...]:
-    lines = [f"teacher {numbers['teacher_accuracy']:.2%} right, on the same validation images"]
+def _side_by_side(result: Result, numbers: dict[str, float]) -> Iterator[str]:
+    if "teacher_accuracy" not in numbers:
+        yield epoch_line(result, right="as the teacher says")
+        return
+    yield epoch_line(result)
+    yield f"teacher {numbers['teacher_accuracy']:.2%} right, on the same validation images"
     if "baseline_accuracy" in numbers:
-        lines.append(f"student {numbers['baseline_accuracy']:.2%} without the teacher")
+        yield f"student {numbers['baseline_accuracy']:.2%} without the teacher"
     gain = f", {numbers['gain_points']:+.2f} points" if "gain_points" in numbers else ""
-    return (*lines, f"student {numbers['accuracy']:.2%} with the teacher{gain}")
+    yield f"student {numbers['accuracy']:.2%} with the teacher{gain}"

@@ -11,8 +11,8 @@ import hashlib
 import heapq
 import json
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -22,9 +22,21 @@ from pipeline.artifact import Artifact
 from pipeline.cut import list_inputs
 from pipeline.errors import JobError, ModelError, UnfitError
 from pipeline.prepare.answer import TRUTH, Mistake, Witness, mistakes
-from pipeline.prepare.data import NO_LABEL, class_index, image_rows, label_texts
-from pipeline.prepare.evaluation import VERSION, Images, Record, headline, lines, metrics_dict, number, standing, summary, write
-from pipeline.prepare.evaluation_page import SHOWN, render
+from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, image_rows, label_texts
+from pipeline.prepare.evaluation import (
+    VERSION,
+    Images,
+    Record,
+    headline,
+    lines,
+    metrics_dict,
+    number,
+    standing,
+    summary,
+    write,
+    write_page,
+)
+from pipeline.prepare.evaluation_page import SHOWN, render, thumbnail
 from pipeline.prepare.metrics import agreement, measure
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.recipe import EvaluateJob, Measured
@@ -52,8 +64,10 @@ def run_job(job: EvaluateJob, *, say: Say, command: str) -> Outcome:
     if found is None:
         study = Study(job, model, other)
         study.read(say)
-        record = {"version": VERSION, "name": job.name, "command": command, "subject": subject, **study.record()}
-        found = write(job.output, record, render(record, study.worst))
+        found = write(
+            job.output, {"version": VERSION, "name": job.name, "command": command, "subject": subject, **study.record()}
+        )
+    write_page(job.output, partial(render, found))
     return Outcome((first, *lines(found, job.output.uri)), summary(found, job.output.uri))
 
 
@@ -67,8 +81,8 @@ class Study:
         self._other: Witness | None = None
         if job.compare is not None and other is not None:
             self._other = Witness(other, job.compare, device=device, batch_size=job.batch_size)
-        self._counts: Counter[str] = Counter()
-        self.worst: list[Mistake] = []
+        self._read, self._unlabelled = 0, LeftOut()
+        self._worst: list[Mistake] = []
 
     def read(self, say: Say) -> None:
         """All images. Raises JobError when not one can be measured."""
@@ -78,13 +92,13 @@ class Study:
             self._ask(block)
             if time.monotonic() - told > EVERY_S:
                 told = time.monotonic()
-                say(f"{self._counts['read']:,} images read")
-        if self._counts["read"] == self._counts["unlabelled"]:
+                say(f"{self._read:,} images read")
+        if self._read == self._unlabelled.counts.total():
             do = "Set data.label to the sidecar or column that holds the class"
-            raise JobError(f"{where}: none of {self._counts['read']:,} images has a label", need="labels to measure with", do=do)
+            raise JobError(f"{where}: none of {self._read:,} images has a label", need="labels to measure with", do=do)
         if not self._model.scored.any():
-            failed = ", ".join(f"{count:,} {name}" for name, count in self._model.failed.items())
-            raise JobError(f"{where}: no labelled image can be measured ({failed})", need="one or more", do="Check the images")
+            got = f"{where}: no labelled image can be measured: {self._model.left_out}"
+            raise JobError(got, need="one or more", do="Check the images")
 
     def _labelled(self, where: str) -> Iterator[pa.Table]:
         """Image rows with the class in place of the label; those without one are counted and gone."""
@@ -92,8 +106,9 @@ class Study:
         for table in image_rows(data.input, label=data.label, most=data.images):
             truth = class_index(label_texts(table[data.label]), self._labels, where=where)
             named = truth != NO_LABEL
-            self._counts["read"] += len(truth)
-            self._counts["unlabelled"] += int((~named).sum())
+            self._read += len(truth)
+            for key in table["key"].filter(pa.array(~named)).to_pylist():
+                self._unlabelled.add("NO_LABEL", key)
             yield table.drop_columns([data.label]).append_column(TRUTH, pa.array(truth)).filter(pa.array(named))
 
     def _ask(self, block: pa.Table) -> None:
@@ -101,7 +116,7 @@ class Study:
         said, answers = self._model.ask(decoded)
         preprocessing = self._model.artifact.preprocessing
         fresh = mistakes(said, answers, size=preprocessing.size, most=SHOWN)
-        self.worst = heapq.nlargest(SHOWN, [*self.worst, *fresh], key=lambda mistake: mistake.score)
+        self._worst = heapq.nlargest(SHOWN, [*self._worst, *fresh], key=lambda mistake: mistake.score)
         if self._other is not None:
             same = self._other.artifact.preprocessing == preprocessing
             self._other.ask(decoded if same else self._other.decode(block))
@@ -111,13 +126,14 @@ class Study:
         answers = self._model.answers
         metrics = measure(answers, len(self._labels))
         images = Images(
-            read=self._counts["read"],
+            read=self._read,
             measured=len(answers),
-            unlabelled=self._counts["unlabelled"],
-            failed=dict(sorted(self._model.failed.items())),
+            unlabelled=self._unlabelled.counts.total(),
+            failed=dict(sorted(self._model.left_out.counts.items())),
         )
         return {
             "images": images.as_dict(),
+            "left_out_images": self._unlabelled.keys | self._model.left_out.keys,
             **metrics_dict(metrics, self._labels),
             "throughput": self._throughput(),
             "compare": self._comparison(),
@@ -129,8 +145,9 @@ class Study:
                     "answer": self._labels[mistake.answer],
                     "score": number(mistake.score),
                     "truth_score": number(mistake.truth_score),
+                    "picture": thumbnail(mistake.pixels),
                 }
-                for mistake in self.worst
+                for mistake in self._worst
             ],
         }
 

@@ -1,19 +1,21 @@
 """What an evaluation found: one record as JSON, as lines for a screen, and as the folder that holds it.
 
 `subject` says what was measured, by digests and etags, and a folder is of one subject: the same job finds its result there and
-measures nothing, any other is refused. So figures never stand beside a model or images that they are not of. The page is written
-before the JSON, which closes the folder.
+measures nothing, any other is refused. So figures never stand beside a model or images that they are not of. The JSON is written
+first and holds all that the page shows, pictures too, so a page that a kill has cost is drawn by the next run.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import InputMissing, StoreError
+from pipeline.prepare.data import LeftOut
 from pipeline.prepare.metrics import Metrics
 from pipeline.recipe import Folder
 from pipeline.storage import Store, join, open_store
@@ -72,8 +74,10 @@ def number(value: float) -> float | None:
 
 
 def summary(record: Record, where: str) -> dict[str, Any]:
-    """What `nightlabel run --json` prints: everything but the long tables, and where these are."""
-    return {"where": where, **{name: value for name, value in record.items() if name not in ("confusion", "reliability")}}
+    """What `nightlabel run --json` prints: everything but the long tables and the pictures, and where these are."""
+    short = {name: value for name, value in record.items() if name not in ("confusion", "reliability")}
+    mistakes = [{name: value for name, value in one.items() if name != "picture"} for one in record["mistakes"]]
+    return {"where": where, **short, "mistakes": mistakes}
 
 
 def lines(record: Record, where: str) -> Iterator[str]:
@@ -83,7 +87,7 @@ def lines(record: Record, where: str) -> Iterator[str]:
     yield f"top-1   {record['top1']:.2%}"
     yield f"top-5   {record['top5']:.2%}" + (f", for there are only {len(classes)} classes" if len(classes) <= 5 else "")
     yield f"ECE     {record['ece']:.2%}, how far the scores are from the share that is right"
-    yield f"images  {images['measured']:,} measured of {images['read']:,}{_left_out(images)}"
+    yield f"images  {images['measured']:,} measured of {images['read']:,}{_left_out(record)}"
     yield f"img/s   {_rate(speed['decode'])} decode, {_rate(speed['predict'])} predict; {speed['how']}"
     if other is not None:
         yield f"agrees  {other['agreement']:.2%} with {other['digest'][:19]}…, {other['precision']}"
@@ -111,9 +115,9 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
-def _left_out(images: Mapping[str, Any]) -> str:
-    reasons = {"without a label": images["unlabelled"], **images["failed"]}
-    told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+def _left_out(record: Record) -> str:
+    counts = Counter({"NO_LABEL": record["images"]["unlabelled"], **record["images"]["failed"]})
+    told = str(LeftOut(+counts, record["left_out_images"]))
     return f"; left out: {told}" if told else ", none left out"
 
 
@@ -127,8 +131,8 @@ def standing(folder: Folder, subject: Record) -> Record | None:
     data = _read(store, join(folder.uri, RECORD))
     if data is None:
         if _read(store, join(folder.uri, PAGE)) is not None:
-            need = "both or neither, for nothing is overwritten"
-            raise StoreError(f"{folder.uri}: holds {PAGE} without {RECORD}", need=need, do="Take an empty folder")
+            need = "an empty folder, for nothing is overwritten"
+            raise StoreError(f"{folder.uri}: holds {PAGE} without {RECORD}", need=need, do="Name another output.uri")
         return None
     try:
         record = json.loads(data)
@@ -144,15 +148,22 @@ def standing(folder: Folder, subject: Record) -> Record | None:
     return dict(record)
 
 
-def write(folder: Folder, record: Record, page: bytes) -> Record:
-    """Create both objects, and return the record that stands there then: ours, or that of a twin that was faster. Raises
-    StoreError when something else came between."""
+def write(folder: Folder, record: Record) -> Record:
+    """Create the record, and return the one that stands there then: ours, or that of a twin that was faster. Raises StoreError
+    when something else came between."""
     store = open_store(folder.uri, folder.s3)
-    if store.create(join(folder.uri, PAGE), page) and store.create(join(folder.uri, RECORD), as_json(record)):
+    if store.create(join(folder.uri, RECORD), as_json(record)):
         return record
     found = standing(folder, record["subject"])
-    assert found is not None  # something made a create fail, and a page alone is refused
+    assert found is not None  # something made the create fail
     return found
+
+
+def write_page(folder: Folder, draw: Callable[[], bytes]) -> None:
+    """Create the page beside the record if it is not there."""
+    store, uri = open_store(folder.uri, folder.s3), join(folder.uri, PAGE)
+    if _read(store, uri) is None:
+        store.create(uri, draw())
 
 
 def as_json(record: Record) -> bytes:

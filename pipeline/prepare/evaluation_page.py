@@ -17,7 +17,6 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 
-from pipeline.prepare.answer import Mistake
 from pipeline.prepare.evaluation import Record, percent
 from pipeline.prepare.metrics import most_confused, worst_confusions
 
@@ -67,7 +66,7 @@ class Bar:
     title: str
 
 
-def render(record: Record, mistakes: Sequence[Mistake]) -> bytes:
+def render(record: Record) -> bytes:
     """The page."""
     environment = Environment(autoescape=True, trim_blocks=True, loader=PackageLoader("pipeline.prepare", "."))
     environment.filters |= {"percent": percent, "thousands": "{:,}".format, "rate": _rate}
@@ -84,7 +83,6 @@ def render(record: Record, mistakes: Sequence[Mistake]) -> bytes:
             pairs=[(labels[truth], labels[answer], count) for truth, answer, count in worst_confusions(confusion, PAIRS)],
             classes=classes[:TABLE],
             with_images=len(classes),
-            mistakes=[(facts, thumbnail(mistake.pixels)) for facts, mistake in zip(record["mistakes"], mistakes, strict=True)],
         )
         .encode()
     )

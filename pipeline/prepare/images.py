@@ -7,13 +7,13 @@ photographs in 11 GB, twice that for a moment while it is split, and a decode of
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Sampler
 from pipeline.decode import decode
 from pipeline.errors import JobError
 from pipeline.prepare.augment import Change
-from pipeline.prepare.data import NO_LABEL, class_index, image_rows, label_texts
+from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, has_labels, image_rows, label_texts
 from pipeline.preprocess import Preprocess
 from pipeline.preprocessing import Preprocessing
 from pipeline.spec import Input
@@ -47,16 +47,11 @@ class Images:
 
 @dataclass(frozen=True)
 class Found:
-    """What was read: sound images, their labels as text, and those left out, as (key, class, reason)."""
+    """What was read: sound images, their labels as text, and those left out."""
 
     encoded: pa.LargeBinaryArray
     texts: list[str | None]
-    left_out: list[tuple[str, str, str]]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Left out, by class."""
-        return dict(Counter(failure for _, failure, _ in self.left_out))
+    left_out: LeftOut
 
 
 def read_images(wanted: Input, *, label: str | None, unlabelled: bool = False) -> Found:
@@ -66,25 +61,25 @@ def read_images(wanted: Input, *, label: str | None, unlabelled: bool = False) -
     Raises InputError for an input that cannot be read, JobError when nothing is left.
     """
     check = Preprocess(Preprocessing(size=1), max_pixels=MAX_PIXELS, threads=torch.get_num_threads())
+    if label is not None and unlabelled and not has_labels(wanted, label):
+        label = None
     encoded: list[pa.ChunkedArray] = []
     texts: list[str | None] = []
-    left_out: list[tuple[str, str, str]] = []
+    left_out = LeftOut()
     for table in image_rows(wanted, label=label):
+        checked = check(table)
+        left_out.add_failed(checked)
+        keep = pc.is_null(checked["error_class"]).to_numpy()
         named = label_texts(table[label]) if label else [None] * table.num_rows
-        rows = check(table).select(["key", "error_class", "error"]).to_pylist()
-        keep = []
-        for number, (row, text) in enumerate(zip(rows, named, strict=True)):
-            if row["error_class"] is not None:
-                left_out.append((row["key"], row["error_class"], row["error"]))
-            elif text is None and not unlabelled:
-                left_out.append((row["key"], "NO_LABEL", f"no {label}"))
-            else:
-                keep.append(number)
-        encoded.append(table["bytes"].take(pa.array(keep, pa.int64())))
-        texts += [named[number] for number in keep]
+        for number in np.flatnonzero(keep).tolist() if not unlabelled else ():
+            if named[number] is None:
+                left_out.add("NO_LABEL", table["key"][number].as_py())
+                keep[number] = False
+        encoded.append(table["bytes"].filter(pa.array(keep)))
+        texts += [named[number] for number in np.flatnonzero(keep).tolist()]
     if not texts:
         what = "sound image" if unlabelled else "sound image with a label"
-        got = f"{', '.join(wanted.uris)}: no {what} ({len(left_out):,} left out)"
+        got = f"{', '.join(wanted.uris)}: no {what}" + f"; left out: {left_out}" * bool(left_out.counts)
         need = f"images to train on, their labels in {label}" if label else "images to train on"
         raise JobError(got, need=need, do="Check the URI and the label's name")
     whole = pa.chunked_array([chunk for array in encoded for chunk in array.chunks], pa.large_binary()).combine_chunks()
@@ -104,6 +99,15 @@ def find_classes(texts: list[str | None], given: tuple[str, ...], *, where: str)
     return classes
 
 
+def fitting(texts: list[str | None], classes: tuple[str, ...]) -> tuple[str, ...]:
+    """`classes` when the labels are those and all of those, by name or by number; else none."""
+    try:
+        found = class_index(sorted({text for text in texts if text is not None}), classes, where="")
+    except JobError:
+        return ()
+    return classes if len(np.unique(found)) == len(classes) else ()
+
+
 def labelled(found: Found, classes: tuple[str, ...], *, where: str) -> Images:
     """The images with the numbers of their classes. Raises JobError for a label outside `classes`."""
     return Images(found.encoded, class_index(found.texts, classes, where=where))
@@ -111,9 +115,11 @@ def labelled(found: Found, classes: tuple[str, ...], *, where: str) -> Images:
 
 def split(images: Images, share: float, *, seed: int) -> tuple[Images, Images]:
     """(training, validation) images, disjoint, at random; of every class about `share`, rounded, goes to validation, and at least
-    one image in all. Images without a label are all to train on."""
+    one image in all. Images without a label are all to train on, unless not one has a label."""
     order = np.random.default_rng(seed).permutation(len(images))
     labels = images.labels[order]
+    if (labels == NO_LABEL).all():
+        labels = np.zeros_like(labels)
     held = np.zeros(len(order), dtype=bool)
     for value in np.unique(labels[labels != NO_LABEL]):
         mine = np.flatnonzero(labels == value)

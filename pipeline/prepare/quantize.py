@@ -8,7 +8,6 @@ or carry no label are left out and counted; a label that is no class is an error
 from __future__ import annotations
 
 import importlib.metadata
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,10 +18,11 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.artifact import INT8, RECORD, Artifact, Origin, load_artifact, save_artifact, with_files
+from pipeline.describe import file_sizes
 from pipeline.errors import InputMissing, JobError, ModelError
 from pipeline.prepare.calibrate import calibrate, cpu_saturates, quantize, schemes
 from pipeline.prepare.card import folder_name, model_card
-from pipeline.prepare.data import NO_LABEL, class_index, image_rows, label_texts
+from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, image_rows, label_texts
 from pipeline.prepare.gate import BATCH, FLOAT32, Batch, Measurement, best_of, measure
 from pipeline.prepare.onnx_export import to_onnx
 from pipeline.prepare.outcome import Outcome, Say
@@ -62,7 +62,7 @@ def run_job(job: QuantizeJob, *, say: Say, command: str) -> Outcome:
     artifact = with_files({**source.files, INT8: candidates[best.name]}, origin=origin)
     card = model_card(artifact, name=folder_name(job.output.uri), limits=[_LIMIT])
     artifact = save_artifact(artifact, job.output.uri, job.output.s3, card=card)
-    for line in images.warning():
+    for line in images.warnings():
         say(line)
     return _outcome(job, artifact, measured, best)
 
@@ -76,9 +76,14 @@ def _source(job: QuantizeJob) -> Artifact:
 
 def _check_free(job: QuantizeJob, source: Artifact) -> None:
     """Minutes before `save_artifact` would find it: the output must be new, or what an earlier run of this job made."""
+    store = open_store(job.output.uri, job.output.s3)
     try:
-        open_store(job.output.uri, job.output.s3).head(join(job.output.uri, RECORD))
+        store.head(join(job.output.uri, RECORD))
     except InputMissing:
+        for name in file_sizes(job.output.uri, job.output.s3):  # a kill while saving leaves the source's own files
+            if name != INT8 and store.read(join(job.output.uri, name)) != source.files.get(name):
+                got = f"{job.output.uri}: holds another {name}"
+                raise ModelError(got, need=f"nothing, or {source.digest} quantized", do="Take an empty folder") from None
         return
     standing = load_artifact(job.output.uri, job.output.s3, weights=False)
     if not standing.quantized or standing.origin.parents != (source.digest,):
@@ -98,7 +103,7 @@ class _Images:
     measured: int = 0
     overlap: int = 0
     """Measured images that were calibrated with, which flatters a little."""
-    left_out: Counter[str] = field(default_factory=Counter)
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def calibration(self) -> Iterator[np.ndarray]:
         """Raises JobError when not one image is sound."""
@@ -116,7 +121,8 @@ class _Images:
         for table in self._sound(wanted.input, label=wanted.label, most=wanted.images):
             labels = class_index(label_texts(table[wanted.label]), self.source.labels, where=where)
             told = labels != NO_LABEL
-            self.left_out["NO_LABEL"] += int((~told).sum())
+            for key in table["key"].filter(pa.array(~told)).to_pylist():
+                self.left_out.add("NO_LABEL", key)
             self.measured += int(told.sum())
             self.overlap += len(self.calibrated & _names(table.filter(pa.array(told))))
             if told.any():
@@ -126,17 +132,20 @@ class _Images:
         return {
             "calibration": {"uris": list(self.job.calibration.uris), "images": len(self.calibrated)},
             "measured": {"uris": list(self.job.data.input.uris), "images": self.measured, "calibrated": self.overlap},
-            "left_out": dict(+self.left_out),
+            "left_out": dict(self.left_out.counts),
+            "left_out_images": self.left_out.keys,
         }
 
-    def warning(self) -> Iterator[str]:
+    def warnings(self) -> Iterator[str]:
+        if self.left_out.counts:
+            yield f"left out: {self.left_out}"
         if self.overlap:
             yield f"{self.overlap} of {self.measured} measured images were calibrated with, others would judge better"
 
     def _sound(self, wanted: Input, *, label: str | None = None, most: int | None) -> Iterator[pa.Table]:
         prepare = Preprocess(self.source.preprocessing, max_pixels=Limits().max_pixels, threads=self.threads)
         for table in map(prepare, image_rows(wanted, label=label, most=most)):
-            self.left_out.update(table["error_class"].drop_null().to_pylist())
+            self.left_out.add_failed(table)
             sound = table.filter(pc.is_valid(table["pixels"]))
             yield from (sound.slice(at, BATCH) for at in range(0, sound.num_rows, BATCH))
 

@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from pipeline.errors import JobError, ModelError, UnfitError
+from pipeline.errors import JobError, ModelError, StoreError, UnfitError
 from pipeline.prepare.augment import Change
 from pipeline.prepare.checkpoint import BEST, LAST, OneStep, read, replace
 from pipeline.prepare.images import MAX_PIXELS, Images, Order, Visits
@@ -68,7 +68,8 @@ class Place:
     loaders: int = 0
     rank: int = 0
     world: int = 1
-    strategy: Any = "auto"
+    strategy: Callable[[], Any] = lambda: "auto"
+    """Makes one, for each belongs to one trainer, and a distillation has two."""
     plugins: tuple[Any, ...] = ()
     broadcast: Callable[[Any], Any] = lambda value: value
     """What the first worker gives, on all of them."""
@@ -120,13 +121,19 @@ def fit(
 ) -> Result:
     """Train on (training, validation) images, or go on where `folder` says that an earlier start stopped.
 
-    Raises JobError for fewer images than a batch, ModelError when the loss stops being finite.
+    Raises JobError for fewer images than a batch, StoreError when `folder` cannot be made, ModelError when the loss stops being
+    finite.
     """
     training = learner.training_
     wanted = training.batch_size * place.world
     if len(data[0]) < wanted or not len(data[1]):
         got = f"{len(data[0]):,} images to train on and {len(data[1]):,} to validate with"
         raise JobError(got, need=f"a batch of {wanted} and one", do="Give more images or lower training.batch_size")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        got = f"{folder}: {error.strerror}"
+        raise StoreError(got, need="a folder for checkpoints", do="Give another output.uri, or change the rights") from error
     diary, patience = _Diary(say, training.epochs), _Patience(training)
     state = _standing(folder, place)
     if state is not None:
@@ -189,7 +196,7 @@ def _trainer(training: Training, place: Place, folder: Path, callbacks: Sequence
         return pl.Trainer(
             accelerator=place.accelerator,
             devices=1,
-            strategy=place.strategy,
+            strategy=place.strategy(),
             precision=_LIGHTNING[precision_of(training, device)],  # type: ignore[arg-type]
             max_epochs=training.epochs,
             gradient_clip_val=training.gradient_clip or None,

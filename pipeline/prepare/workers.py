@@ -103,13 +103,13 @@ def _worker(config: dict[str, Any]) -> None:
     assert isinstance(job, FinetuneJob | DistillJob)  # the driver has sent it
     torch.set_num_threads(job.workers.cpus_per_worker or 1)
     context = ray.train.get_context()
-    strategy = RayDDPStrategy(find_unused_parameters=job.training.freeze > 0)  # type: ignore[no-untyped-call]
+    frozen = job.training.freeze > 0
     place = Place(
         "gpu" if job.workers.gpus_per_worker else "cpu",
         job.workers.loaders,
         context.get_world_rank(),
         context.get_world_size(),
-        strategy,
+        lambda: RayDDPStrategy(find_unused_parameters=frozen),  # type: ignore[no-untyped-call]
         (RayLightningEnvironment(),),  # type: ignore[no-untyped-call]
         _broadcast,
     )

@@ -1,0 +1,86 @@
+"""The images of a training: read, given their classes, split, and what there is to say of them, on a screen and in the artifact.
+
+Images that cannot be decoded or carry no label are left out, counted and named; an image with an unknown label is an error: the
+one is how collections are, the other a mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import JobError
+from pipeline.prepare.data import NO_LABEL, LeftOut
+from pipeline.prepare.images import Found, Images, find_classes, fitting, labelled, read_images, split
+from pipeline.training import Data
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """(training, validation) images, `facts` for the artifact and `lines` for the screen."""
+
+    images: tuple[Images, Images]
+    classes: tuple[str, ...]
+    facts: dict[str, Any]
+    lines: tuple[str, ...]
+
+
+def read_data(wanted: Data, *, seed: int, known: tuple[str, ...] = ()) -> TrainingData:
+    """Of a training on labels. The classes are those that the job gives, else those `known` to the model to begin from when the
+    labels are exactly these, else those found."""
+    where = _where(wanted.train.uris, wanted.label)
+    train, held = read_images(wanted.train, label=wanted.label), _read_held(wanted)
+    classes = find_classes(train.texts, wanted.classes or fitting(train.texts, known), where=where)
+    return _together(wanted, train, held, classes=classes, seed=seed)
+
+
+def read_taught(wanted: Data, *, seed: int, classes: tuple[str, ...]) -> TrainingData:
+    """Of a training on the answers of a teacher of these classes: images without a label are trained on too, and when no labels
+    are named, those to validate with have none either. Raises JobError for named labels of which none is there."""
+    where = _where(wanted.train.uris, wanted.label)
+    train, held = read_images(wanted.train, label=wanted.label, unlabelled=True), _read_held(wanted)
+    if wanted.label is not None and held is None and not any(train.texts):
+        do = "Name some as data.validation, or set data.label to null: then agreement with the teacher chooses"
+        raise JobError(f"{where}: no image has a label", need="labelled images to choose the best epoch by", do=do)
+    if any(train.texts):
+        find_classes(train.texts, classes, where=where)
+    return _together(wanted, train, held, classes=classes, seed=seed)
+
+
+def _read_held(wanted: Data) -> Found | None:
+    if wanted.validation is None:
+        return None
+    return read_images(wanted.validation, label=wanted.label, unlabelled=wanted.label is None)
+
+
+def _where(uris: tuple[str, ...], label: str | None) -> str:
+    return ", ".join([*uris, *([label] if label else [])])
+
+
+def _together(wanted: Data, train: Found, held: Found | None, *, classes: tuple[str, ...], seed: int) -> TrainingData:
+    images = labelled(train, classes, where=_where(wanted.train.uris, wanted.label))
+    uris = wanted.validation.uris if wanted.validation else ()
+    if held is not None:
+        parts = images, labelled(held, classes, where=_where(uris, wanted.label))
+    else:
+        parts = split(images, wanted.validation_share, seed=seed)
+    left_out = {"train": train.left_out} | ({"validation": held.left_out} if held is not None else {})
+    facts = {
+        "uris": list(wanted.train.uris),
+        "validation_uris": list(uris),
+        "images": {"train": len(parts[0]), "validation": len(parts[1])},
+        "unlabelled": int((parts[0].labels == NO_LABEL).sum()),
+        "left_out": {name: dict(part.counts) for name, part in left_out.items()},
+        "left_out_images": {name: part.keys for name, part in left_out.items()},
+    }
+    return TrainingData(parts, classes, facts, tuple(_lines(facts, left_out, len(classes))))
+
+
+def _lines(facts: dict[str, Any], left_out: dict[str, LeftOut], classes: int) -> Iterator[str]:
+    images, unlabelled = facts["images"], facts["unlabelled"]
+    bare = f" ({unlabelled:,} without a label)" if unlabelled else ""
+    yield f"{images['train']:,} images to train on{bare}, {images['validation']:,} to validate with, {classes:,} classes"
+    for name, part in left_out.items():
+        if part.counts:
+            yield f"left out of {'the training' if name == 'train' else 'the validation'} images: {part}"

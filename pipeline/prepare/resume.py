@@ -1,0 +1,111 @@
+"""A training that is run again: done already, stopped half-way, or new; and what it leaves when it is done.
+
+A finished job finds its artifact and does nothing; one that was killed finds its checkpoints, beside the artifact or in the
+working folder when that is on S3, and goes on. They are removed once the artifact is saved. What else stands in the output's
+folder is found before the training, not after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import RECORD, Artifact, load_artifact, save_artifact
+from pipeline.cut import list_inputs
+from pipeline.describe import file_sizes
+from pipeline.errors import InputMissing, JobError
+from pipeline.prepare.card import folder_name, model_card
+from pipeline.prepare.checkpoint import LAST
+from pipeline.prepare.outcome import Outcome
+from pipeline.prepare.train import Place
+from pipeline.preprocessing import PREPROCESSING_VERSION
+from pipeline.spec import Input
+from pipeline.storage import join, open_store
+from pipeline.training import DistillJob, FinetuneJob
+
+Job = FinetuneJob | DistillJob
+
+
+def job_key(job: Job, parents: list[str]) -> str:
+    """12 hex digits that name a training: the job but for names, places and who trains, the inputs as they are, the parents."""
+    what = job.model_dump(mode="json", exclude={"name", "output", "workers", "model", "teacher", "student"})
+    inputs = [input_ for input_ in (job.data.train, job.data.validation) if input_ is not None]
+    listed = [item for input_ in inputs for item in _listing(input_)]
+    whole = [what, listed, parents, job.workers.count, PREPROCESSING_VERSION]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _listing(wanted: Input) -> list[list[Any]]:
+    return [[item.uri, item.size, item.etag] for item in list_inputs(open_store(wanted.uris[0], wanted.s3), wanted)]
+
+
+def finished(job: Job, key: str, place: Place) -> Outcome | None:
+    """What to say when this very job is done already. The first worker looks, for all: they must not find different things.
+
+    Raises JobError when something else stands in the artifact's place.
+    """
+    there = _standing(job, key) if place.rank == 0 else None
+    if not place.broadcast(there is not None):
+        return None
+    _remove(job, key)  # a kill may have left them
+    return Outcome(()) if there is None else outcome(there, job, ("nothing to do: the artifact is there",))
+
+
+def _standing(job: Job, key: str) -> Artifact | None:
+    uri, s3 = job.output.uri, job.output.s3
+    try:
+        open_store(uri, s3).head(join(uri, RECORD))
+    except InputMissing:
+        names = file_sizes(uri, s3)
+        if names and not any(checkpoints(job, key).rglob(LAST)):  # else a kill while saving may have left them; saving compares
+            got = f"output.uri {uri} holds {', '.join(names)} without {RECORD}"
+            raise JobError(got, need="an empty folder, or the artifact of this very job", do="Give another output.uri") from None
+        return None
+    found = load_artifact(uri, s3, weights=False)
+    if found.origin.data.get("job") != key:
+        got = f"output.uri {uri} holds another artifact, {found.digest[:19]}…"
+        raise JobError(got, need="an empty folder, or the artifact of this very job", do="Give another output.uri")
+    return load_artifact(uri, s3)
+
+
+def checkpoints(job: Job, key: str) -> Path:
+    """The folder for the state of an unfinished training."""
+    uri = job.output.uri.removeprefix("file://").rstrip("/")
+    return Path(f"{job.name}.training" if uri.startswith("s3://") else f"{uri}.training", key).absolute()
+
+
+def checkpoint_line(folder: Path) -> str:
+    return f"checkpoints in {folder} until the model is saved; the same command goes on from them"
+
+
+def close(job: Job, key: str, place: Place, *, made: Callable[[], Artifact], lines: tuple[str, ...]) -> Outcome:
+    """The first worker makes and saves the artifact, with its card, and says so; then all remove their checkpoints."""
+    done = Outcome(())
+    if place.rank == 0:
+        artifact, uri = made(), job.output.uri
+        saved = save_artifact(artifact, uri, job.output.s3, card=model_card(artifact, name=folder_name(uri)))
+        done = outcome(saved, job, lines)
+    place.broadcast(None)  # on a shared disk the first worker has read from theirs until here
+    _remove(job, key)
+    return done
+
+
+def _remove(job: Job, key: str) -> None:
+    folder = checkpoints(job, key)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.parent.rmdir()
+    except OSError:  # absent, or it holds another job's
+        return
+
+
+def outcome(artifact: Artifact, job: Job, lines: tuple[str, ...]) -> Outcome:
+    """The receipt of a training job."""
+    facts = {"where": job.output.uri, "digest": artifact.digest, **asdict(artifact.origin)}
+    tail = (f"where   {job.output.uri}", f"digest  {artifact.digest}", f"next    nightlabel model show {job.output.uri}")
+    return Outcome((*lines, *tail), facts)
