@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn  # noqa: E40
 
 import typer  # noqa: E402
 
-from pipeline import cli_model, cli_nightly  # noqa: E402
+from pipeline import cli_kube, cli_model, cli_nightly  # noqa: E402
 from pipeline.cli_model import AsJson, print_json  # noqa: E402
 from pipeline.errors import EXIT_BUG, Interrupted, NightlabelError  # noqa: E402
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(cli_model.prepare, name="prepare")
 app.add_typer(cli_model.model, name="model")
+app.command()(cli_kube.render)
+app.command()(cli_kube.apply)
 
 JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML; jobs/README.md lists its fields.")]
 Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today or yesterday.")]

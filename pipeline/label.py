@@ -83,6 +83,7 @@ class Driver:
             log, plan = plan_job(job, artifact)
             run = importing.result()
         from pipeline.cluster import cluster
+        from pipeline.keep import kept_logs
 
         self.provenance = Provenance(log.root.rstrip("/").rpartition("/")[2], secrets.token_hex(8), CODE_VERSION)
         before = len(plan.committed)
@@ -90,7 +91,9 @@ class Driver:
             "planned", run=plan.run_id, units=len(plan.units), done=before, bytes=_bytes(plan.units), todo_bytes=_bytes(plan.todo)
         )
         if plan.run_id is not None and plan.todo:
-            with cluster(job), ThreadPoolExecutor(_COMMITTERS) as pool:
+            folder = log.run_key(plan.run_id, f"logs/{self.provenance.attempt}")
+            logs = kept_logs(log.store, folder, self.tally.events, self.tell)
+            with cluster(job), logs, ThreadPoolExecutor(_COMMITTERS) as pool:
                 plan = self._passes(log, plan, pool, partial(run.run_pass, job=job, artifact=artifact))
         return self._finish(log, plan, artifact, before)
 

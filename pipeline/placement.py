@@ -21,6 +21,8 @@ class Kubernetes(Model):
 
     image: Annotated[str, Field(pattern=r"^[a-z0-9][A-Za-z0-9._:/@-]*$")] | None = None
     """Container image with nightlabel, by digest (`name@sha256:…`); `--image` stands in for it."""
+    allow_tags: bool = False
+    """Take an image by tag too, which may be another one tomorrow."""
     namespace: DnsLabel = "default"
     """Namespace of everything that is made."""
     service_account: DnsLabel = "default"

@@ -47,7 +47,9 @@ def test_columns_failures_and_exit_codes_are_documented():
     assert {str(code) for code in codes} <= set(re.findall(r"\d+", table))
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "validate", "demo", "schema", "prepare import", "model show"])
+@pytest.mark.parametrize(
+    "command", ["run", "plan", "validate", "demo", "schema", "prepare import", "model show", "render", "apply"]
+)
 def test_commands_have_help_and_are_documented(command):
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", *command.split(), "--help"], capture_output=True, text=True, check=True

@@ -17,24 +17,26 @@ errors quantity fields placement resources demand rows preprocessing schedule sp
 recipe training complaints jobfile reference storage s3
 modeling_small_stem huggingface resnet artifact describe
 plan cut tar read decode careful preprocess scores engine onnx_engine predict commit report
-start cluster run label
+start cluster run keep label
 generation published delta iceberg publish lease notify nightly
 prepare.extras prepare.outcome prepare.data prepare.metrics prepare.card
 prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate
 prepare.importer prepare.augment prepare.images prepare.learner prepare.checkpoint prepare.train
 prepare.workers prepare.dataset prepare.resume prepare.finetune prepare.distill prepare.digits
 prepare.onnx_export prepare.calibrate prepare.gate prepare.quantize
-demo screen prometheus cli_model cli_nightly cli __main__
+kubetypes pods kuberay cronjob render follow apiserver apply
+demo screen prometheus cli_model cli_nightly cli_kube cli __main__
 """
 LADDER = ROWS.split()
 
 #: Who may import what comes from outside.
 KEEPERS = {
-    "ray": {"cluster", "run", "prepare.workers"},
+    "ray": {"cluster", "keep", "run", "prepare.workers"},
+    "kubernetes": {"apiserver"},
     "lightning": {"prepare.checkpoint", "prepare.learner", "prepare.train"},
     "fsspec": {"storage", "s3"},
     "s3fs": {"storage", "s3"},
-    "typer": {"cli", "cli_model", "cli_nightly"},
+    "typer": {"cli", "cli_kube", "cli_model", "cli_nightly"},
     "deltalake": {"delta"},
     "pyiceberg": {"iceberg"},
     "rich": {"screen", "cli"},

@@ -11,6 +11,7 @@ _EXTRAS = {
     "finetune": ("train", ("lightning",)),
     "distill": ("train", ("lightning",)),
     "quantize": ("int8", ("onnx", "onnxruntime", "onnxscript")),
+    "apply": ("kubernetes", ("kubernetes",)),
     "demo": ("demo", ("lightning", "sklearn")),
 }
 

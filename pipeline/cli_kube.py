@@ -1,0 +1,111 @@
+"""The part of the command line that is about Kubernetes. Prints, like `cli`, which catches and exits."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.errors import Interrupted, JobError, NightlabelError
+from pipeline.pods import Target
+
+if TYPE_CHECKING:
+    from pipeline.apiserver import Api
+    from pipeline.kuberay import RayJob
+    from pipeline.render import Thing, Wish
+    from pipeline.spec import Job
+
+JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML; jobs/README.md lists its fields.")]
+AsTarget = Annotated[
+    Target,
+    typer.Option(help="rayjob: one run. raycronjob: by schedule. cronjob: by schedule, where KubeRay has no RayCronJob."),
+]
+Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today, yesterday, or A..B.")]
+Image = Annotated[str | None, typer.Option(help="Container image by digest, in place of cluster.kubernetes.image.")]
+
+
+def render(job: JobPath, *, target: AsTarget = "rayjob", date: Date = None, image: Image = None) -> None:
+    """Print the job as Kubernetes objects in YAML, for `kubectl apply` or a repository. Starts nothing."""
+    from pipeline.render import Wish, to_yaml
+
+    typer.echo(to_yaml(_things(_load(job, date), job, Wish(target, date, image))), nl=False)
+
+
+def apply(
+    job: JobPath,
+    *,
+    target: AsTarget = "rayjob",
+    date: Date = None,
+    image: Image = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not follow the run to its end.")] = False,
+    scheduled: Annotated[
+        bool, typer.Option("--scheduled", help="As a CronJob's pod does it: the RayJob alone, schedule.if_running as policy.")
+    ] = False,
+) -> None:
+    """Make the job's Kubernetes objects, follow the run and end with its exit code. Ctrl-C leaves it running."""
+    from pipeline.prepare.extras import check_installed
+
+    check_installed("apply")
+    from pipeline.apiserver import Api
+    from pipeline.apply import apply as make
+    from pipeline.render import Wish
+
+    loaded = _load(job, date)
+    things = _things(loaded, job, Wish(target, date, image))
+    things = [thing for thing in things if not scheduled or thing["kind"] == "RayJob"]
+    api = Api()
+    policy = loaded.schedule.if_running if scheduled and loaded.schedule else "refuse"
+    run = make(api, things, if_running=policy, say=_say)
+    if run is not None and not detach:
+        sys.exit(_follow(api, run))
+
+
+def _follow(api: Api, run: RayJob) -> int:
+    where = f"rayjob {run['metadata']['name']} -n {run['metadata']['namespace']}"
+    reader: threading.Thread | None = None
+    try:
+        for progress in api.follow(run):
+            _say(f"{where}: {progress.line()}")
+            if progress.state == "Running" and (reader is None or not reader.is_alive()):
+                reader = threading.Thread(target=_print_log, args=(api, run), daemon=True)
+                reader.start()
+    except Interrupted as error:
+        do = f"The run goes on; the same command follows it again, kubectl delete {where} ends it"
+        raise Interrupted(error.got, signal_number=error.exit_code - 128, do=do) from None
+    if reader is not None:
+        reader.join(timeout=10.0)
+    elif progress.exit_code:
+        typer.echo("\n".join(progress.message.splitlines()[1:]))  # the end of the driver's log, which Ray puts there
+    return progress.exit_code
+
+
+def _print_log(api: Api, run: RayJob) -> None:
+    try:
+        for line in api.logs(run):
+            typer.echo(line)
+    except NightlabelError as error:  # the run's end is known from its status all the same
+        _say(f"log     {error}")
+
+
+def _load(path: Path, date: str | None) -> Job:
+    from pipeline.jobfile import asked_days, load_template
+    from pipeline.spec import Job
+
+    job = load_template(path)
+    if not isinstance(job, Job):
+        raise JobError(f"{path}: kind is {job.kind}", need="label", do="Give a labelling job")
+    asked_days(job, date, name=str(path))  # a date where one is needed, and one that is
+    return job
+
+
+def _things(job: Job, path: Path, wish: Wish) -> list[Thing]:
+    from pipeline.render import render as objects
+
+    return objects(job, path.read_text(encoding="utf-8"), wish)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)

@@ -1,0 +1,58 @@
+"""How a run on Kubernetes stands, read from its RayJob's status, and the exit code that it comes to."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+_EXIT = re.compile(r"failed with exit code (-?\d+)")  # Ray's words, in which KubeRay hands on how the driver ended
+_ENDED = ("Complete", "Failed", "ValidationFailed")
+#: KubeRay's reasons for an end without one. No nodes in time, or a cluster lost: the same command may fare better.
+_REASONS = {"DeadlineExceeded": 5, "ValidationFailed": 2}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """KubeRay's words: `state` is jobDeploymentStatus, `job` jobStatus. `failed` counts the attempts that did."""
+
+    state: str
+    job: str = ""
+    reason: str = ""
+    message: str = ""
+    cluster: str = ""
+    failed: int = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.state in _ENDED
+
+    @property
+    def exit_code(self) -> int:
+        """As `nightlabel run` would have ended; 75 when it did not get so far, 143 when somebody stopped it."""
+        if self.state == "Complete":
+            return 143 if self.job == "STOPPED" else 0
+        told = _EXIT.search(self.message)
+        if told:
+            return int(told[1]) if int(told[1]) >= 0 else 128 - int(told[1])  # a signal's number, below zero
+        return _REASONS.get(self.reason or self.state, 75)
+
+    def line(self) -> str:
+        """What a person wants to know of it."""
+        attempt = f", attempt {self.failed + 1}" if self.failed and not self.ended else ""
+        where = f", cluster {self.cluster}" if self.cluster and not self.ended else ""
+        why = f": {self.reason}" if self.reason else ""
+        told = f": {self.message.splitlines()[0].partition(', last available logs')[0]}" if self.message and self.ended else ""
+        return f"{self.state.lower() or 'created'}{attempt}{where}{why}{told}"
+
+
+def progress_of(ray_job: dict[str, Any]) -> Progress:
+    status = ray_job.get("status") or {}
+    return Progress(
+        state=status.get("jobDeploymentStatus", ""),
+        job=status.get("jobStatus", ""),
+        reason=status.get("reason", ""),
+        message=status.get("message", ""),
+        cluster=status.get("rayClusterName", ""),
+        failed=status.get("failed", 0),
+    )

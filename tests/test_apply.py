@@ -1,0 +1,273 @@
+"""`nightlabel apply` against an API server: it makes everything once, follows through whatever breaks, ends as the run does."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kube_server import ApiServer
+from test_render import DIGEST, GOLDEN, HEAD_ONLY, job_of
+
+from pipeline.apiserver import Api
+from pipeline.apply import apply
+from pipeline.errors import Conflict, JobError, PermissionDenied, Temporary, UnfitError, UnitsLeft
+from pipeline.follow import Progress
+from pipeline.render import Thing, Wish, render
+
+NAME = "nightly-products"
+RAYJOBS = "/apis/ray.io/v1/namespaces/labelling/rayjobs"
+ENTRYPOINT = (
+    "Job entrypoint command failed with exit code {}, last available logs (truncated to 20,000 chars):\nthe end of the log"
+)
+
+
+def things(**wish: Any) -> list[Thing]:
+    text, _ = GOLDEN["rayjob"]
+    asked = Wish(**{"target": "rayjob", "date": "2026-11-01", **wish})
+    return render(job_of(text), text, asked)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
+    with ApiServer() as server:
+        monkeypatch.setenv("KUBECONFIG", server.kubeconfig(tmp_path / "kubeconfig"))
+        yield server
+
+
+@pytest.fixture
+def api(cluster: ApiServer) -> Api:
+    return Api(patience=20.0, pause=0.02)
+
+
+def start(api: Api, wanted: list[Thing], if_running: Any = "refuse") -> Any:
+    return apply(api, wanted, if_running=if_running, say=lambda text: None)
+
+
+def followed(api: Api, run: Any, *steps: Callable[[], None]) -> list[Progress]:
+    """What following tells, while the steps happen, each after the one before it was told."""
+    told: list[Progress] = []
+    left = list(steps)
+    for progress in api.follow(run):
+        told.append(progress)
+        if left:
+            left.pop(0)()
+    return told
+
+
+def test_everything_is_made_once_and_followed_to_its_end(cluster: ApiServer, api: Api):
+    run = start(api, things())
+    assert set(cluster.objects()) == {("serviceaccounts", "nightlabel"), ("configmaps", NAME), ("rayjobs", NAME)}
+    told = followed(
+        api,
+        run,
+        lambda: cluster.status(NAME, "Initializing"),
+        lambda: cluster.status(NAME, "Running", jobStatus="RUNNING"),
+        lambda: cluster.status(NAME, "Retrying", jobStatus="FAILED", failed=1),
+        lambda: cluster.status(NAME, "Running", jobStatus="RUNNING", failed=1),
+        lambda: cluster.status(NAME, "Complete", jobStatus="SUCCEEDED", failed=1),
+    )
+    assert [progress.state for progress in told] == ["", "Initializing", "Running", "Retrying", "Running", "Complete"]
+    assert told[-1].exit_code == 0
+    assert told[4].line() == f"running, attempt 2, cluster {NAME}-abcde"
+
+
+def test_the_same_command_follows_the_run_that_is_under_way(cluster: ApiServer, api: Api):
+    start(api, things())
+    cluster.status(NAME, "Running")
+    said: list[str] = []
+    assert apply(api, things(), if_running="refuse", say=said.append) is not None
+    assert said == [f"RayJob labelling/{NAME} is under way already"]
+    assert cluster.objects()["rayjobs", NAME]["status"]["jobDeploymentStatus"] == "Running"
+
+
+def test_another_run_is_refused_skipped_queued_behind_or_replaced(cluster: ApiServer, api: Api):
+    start(api, things())
+    cluster.status(NAME, "Running")
+    before = cluster.objects()
+    with pytest.raises(Conflict, match=r"for another date or of another job file.*kubectl delete rayjob"):
+        start(api, things(date="2026-11-02"))
+    assert start(api, things(date="2026-11-02"), "skip") is None
+    assert cluster.objects() == before
+    threading.Timer(0.3, lambda: cluster.status(NAME, "Complete", jobStatus="SUCCEEDED")).start()
+    start(api, things(date="2026-11-02"), "queue")
+    assert "2026-11-02" in cluster.objects()["rayjobs", NAME]["spec"]["entrypoint"]
+    cluster.status(NAME, "Running")
+    start(api, things(date="2026-11-03"), "replace")
+    assert "2026-11-03" in cluster.objects()["rayjobs", NAME]["spec"]["entrypoint"]
+    assert "status" not in cluster.objects()["rayjobs", NAME]
+
+
+def test_a_finished_run_makes_room_and_the_job_file_is_the_new_one(cluster: ApiServer, api: Api):
+    start(api, things())
+    cluster.status(NAME, "Failed", message=ENTRYPOINT.format(5))
+    text = GOLDEN["rayjob"][0].replace("top_k: 5", "top_k: 3")
+    start(api, render(job_of(text), text, Wish("rayjob", date="2026-11-01")))
+    assert "status" not in cluster.objects()["rayjobs", NAME]
+    assert "top_k: 3" in cluster.objects()["configmaps", NAME]["data"]["job.yaml"]
+
+
+def test_what_is_not_ours_is_not_touched(cluster: ApiServer, api: Api):
+    stranger = {"metadata": {"name": NAME, "namespace": "labelling"}, "data": {"mine": "1"}}
+    cluster.server.objects["v1/configmaps", "labelling", NAME] = stranger
+    with pytest.raises(Conflict, match=f"ConfigMap labelling/{NAME} stands there and is not of nightlabel"):
+        start(api, things())
+    assert cluster.objects()["configmaps", NAME]["data"] == {"mine": "1"}
+    assert ("rayjobs", NAME) not in cluster.objects()
+
+
+def test_what_others_have_set_beside_ours_stays(cluster: ApiServer, api: Api):
+    start(api, things(target="raycronjob", date="today"))
+    standing = cluster.server.objects["v1/serviceaccounts", "labelling", "nightlabel"]
+    standing.patch({"metadata": {"annotations": {"theirs": "1"}}, "imagePullSecrets": [{"name": "pull"}]})
+    assert start(api, things(target="raycronjob", date="today")) is None
+    account = cluster.objects()["serviceaccounts", "nightlabel"]
+    assert account["imagePullSecrets"] == [{"name": "pull"}]
+    assert set(account["metadata"]["annotations"]) == {"theirs", "eks.amazonaws.com/role-arn"}
+    assert ("raycronjobs", NAME) in cluster.objects()
+
+
+def test_a_cron_job_brings_its_rights(cluster: ApiServer, api: Api):
+    start(api, things(target="cronjob", date="today"))
+    made = {plural for plural, _ in cluster.objects()}
+    assert made == {"serviceaccounts", "configmaps", "roles", "rolebindings", "cronjobs"}
+
+
+def test_watches_that_end_at_once_or_expire_are_begun_again(cluster: ApiServer, api: Api):
+    watches = iter(["", '{"type": "ERROR", "object": {"code": 410, "reason": "Expired", "message": "too old"}}\n', "", ""])
+    cluster.server["watch"] << (lambda: next(watches, "").encode())
+    run = start(api, things())
+    told = followed(api, run, lambda: cluster.status(NAME, "Running"), lambda: cluster.status(NAME, "Complete"))
+    assert [progress.state for progress in told] == ["", "Running", "Complete"]
+
+
+def test_an_api_server_that_is_away_for_a_while_is_waited_for(cluster: ApiServer, api: Api):
+    run = start(api, things())
+
+    def upgrade() -> None:
+        cluster.status(NAME, "Complete", jobStatus="SUCCEEDED")
+        cluster.away()
+        threading.Timer(0.5, cluster.back).start()
+
+    assert [progress.state for progress in followed(api, run, upgrade)][-1] == "Complete"
+
+
+def test_an_api_server_that_stays_away_ends_the_following_and_not_the_run(cluster: ApiServer):
+    api = Api(patience=0.2, pause=0.02)
+    run = start(api, things())
+    with pytest.raises(Temporary, match="The run goes on without us"):
+        followed(api, run, cluster.away)
+    cluster.back()
+    assert ("rayjobs", NAME) in cluster.objects()
+
+
+def test_a_run_that_somebody_deletes_ends_the_following(cluster: ApiServer, api: Api):
+    run = start(api, things())
+    with pytest.raises(UnitsLeft, match="was deleted"):
+        followed(api, run, lambda: cluster.status(NAME, "Running"), lambda: api.delete(run))
+
+
+@pytest.mark.parametrize(
+    ("progress", "code"),
+    [
+        (Progress("Complete", "SUCCEEDED"), 0),
+        (Progress("Complete", "STOPPED"), 143),
+        (Progress("Failed", "FAILED", "AppFailed", ENTRYPOINT.format(4)), 4),
+        (Progress("Failed", "FAILED", "AppFailed", "Job entrypoint command failed with exit code -9. No logs available."), 137),
+        (Progress("Failed", "RUNNING", "DeadlineExceeded", "The RayJob has passed the activeDeadlineSeconds."), 5),
+        (Progress("Failed", "", "PreRunningDeadlineExceeded", "The RayJob has passed the preRunningDeadlineSeconds."), 75),
+        (Progress("Failed", "FAILED", "JobStatusCheckTimeoutExceeded", "no answer"), 75),
+        (Progress("ValidationFailed", "", "ValidationFailed", "wrong"), 2),
+    ],
+)
+def test_exit_codes(progress: Progress, code: int):
+    assert progress.ended
+    assert progress.exit_code == code
+
+
+def refuse(cluster: ApiServer, request: str, code: int, message: str) -> None:
+    answer = {"kind": "Status", "status": "Failure", "code": code, "message": message}
+    cluster.server[request] << code << answer
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "error", "words"),
+    [
+        (401, "Unauthorized", PermissionDenied, "Log in"),
+        (403, 'rayjobs.ray.io is forbidden: User "x" cannot create resource', PermissionDenied, "cannot create resource"),
+        (404, "the server could not find the requested resource", UnfitError, "Install KubeRay"),
+        (404, 'namespaces "labelling" not found', UnfitError, "kubectl create namespace labelling"),
+        (422, "spec.suspend: Invalid value", JobError, "spec.suspend: Invalid value"),
+        (429, "slow down", Temporary, "slow down. Try again"),
+        (500, "etcd is down", Temporary, "etcd is down"),
+    ],
+)
+def test_refusals(cluster: ApiServer, api: Api, *, code: int, message: str, error: type[Exception], words: str):
+    refuse(cluster, f"post {RAYJOBS}", code, message)
+    with pytest.raises(error, match=words) as caught:
+        start(api, things())
+    assert type(caught.value) is error
+
+
+# The command itself
+
+
+@pytest.fixture
+def command(cluster: ApiServer, tmp_path: Path) -> list[str]:
+    job = tmp_path / "job.yaml"
+    job.write_text(HEAD_ONLY.replace("memory: 8GiB}", "memory: 8GiB}, kubernetes: {namespace: labelling}"))
+    return [sys.executable, "-m", "pipeline", "apply", str(job), "--image", DIGEST]
+
+
+def play(cluster: ApiServer, *states: tuple[str, str]) -> None:
+    """The operator, once the RayJob is there: each state when a watch waits for it."""
+    for state, message in states:
+        deadline = time.monotonic() + 30
+        while ("rayjobs", "small") not in cluster.objects() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        cluster.status("small", state, message=message)
+
+
+def test_the_command_prints_the_drivers_log_and_ends_with_its_code(cluster: ApiServer, command: list[str]):
+    pod = {"metadata": {"name": "small-xyz", "namespace": "labelling", "labels": {"job-name": "small"}}}
+    cluster.server.objects["v1/pods", "labelling", "small-xyz"] = pod
+    cluster.server["get /api/v1/namespaces/labelling/pods/small-xyz/log"] << b"run 000001: 4 units to do\nunits left\n"
+    operator = threading.Thread(target=play, args=(cluster, ("Running", ""), ("Failed", ENTRYPOINT.format(5))))
+    operator.start()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    operator.join()
+    assert done.returncode == 5, done.stderr
+    assert done.stderr.splitlines()[-1].endswith("failed: Job entrypoint command failed with exit code 5")
+
+
+def test_the_command_without_rights_or_server(cluster: ApiServer, command: list[str]):
+    refuse(cluster, f"get {RAYJOBS}/small", 403, "rayjobs.ray.io is forbidden")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (77, 1), done.stderr
+    cluster.away()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (75, 1), done.stderr
+    cluster.back()
+
+
+def test_ctrl_c_leaves_the_run_and_says_how_to_go_on(cluster: ApiServer, command: list[str]):
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    assert "created" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "The run goes on; the same command follows it again, kubectl delete rayjob small -n labelling ends it." in said
+    assert ("rayjobs", "small") in cluster.objects()
+
+
+def test_the_pod_of_a_cron_job_makes_the_run_and_nothing_else(cluster: ApiServer, command: list[str]):
+    done = subprocess.run([*command, "--scheduled", "--detach"], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert set(cluster.objects()) == {("rayjobs", "small")}

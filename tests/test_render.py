@@ -1,0 +1,229 @@
+"""Kubernetes objects: as they were, as the API servers take them, restricted, and right for every job."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kubeschema import check, check_kuberay, templates, unrestricted
+
+from pipeline.errors import JobError
+from pipeline.jobfile import parse_job
+from pipeline.pods import object_name
+from pipeline.render import Wish, render, to_yaml
+from pipeline.spec import Job
+
+NIGHTLY = (ROOT / "jobs/nightly-products.yaml").read_text()
+HEAD_ONLY = """
+name: small
+input: {uri: s3://photos/}
+model: {uri: s3://models/m/}
+output: {uri: s3://labels/}
+cluster: {head: {cpus: 4, memory: 8GiB}}
+schedule: {cron: "0 2 * * *", timezone: Europe/Berlin, if_running: queue}
+"""
+DIGEST = "images.example/nightlabel@sha256:" + "5" * 64
+GOLDEN = {
+    "rayjob": (NIGHTLY, Wish("rayjob", date="2026-11-01")),
+    "raycronjob": (NIGHTLY, Wish("raycronjob", date="today")),
+    "cronjob": (NIGHTLY, Wish("cronjob", date="today")),
+    "cronjob-head-only": (HEAD_ONLY, Wish("cronjob", image=DIGEST)),
+}
+
+
+def job_of(text: str, date: str | None = "2026-11-01") -> Job:
+    job = parse_job(text.encode(), date=date)
+    assert isinstance(job, Job)
+    return job
+
+
+def rendered(text: str, wish: Wish) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(to_yaml(render(job_of(text), text, wish))))
+
+
+def with_kind(things: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    (thing,) = [thing for thing in things if thing["kind"] == kind]
+    return thing
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden(name: str):
+    """Regenerate: python tests/test_render.py"""
+    text, wish = GOLDEN[name]
+    assert to_yaml(render(job_of(text), text, wish)) == (ROOT / f"tests/golden/{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_api_servers_take_it_as_it_is(name: str):
+    for thing in rendered(*GOLDEN[name]):
+        check(thing)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_every_pod_is_restricted_and_takes_what_it_asks_for(name: str):
+    pods = [template["spec"] for thing in rendered(*GOLDEN[name]) for template in templates(thing)]
+    assert pods
+    for pod in pods:
+        assert unrestricted(pod) == []
+        for container in pod["containers"]:
+            assert container["securityContext"]["readOnlyRootFilesystem"]
+            assert container["resources"]["requests"] == container["resources"]["limits"]
+            assert {"cpu", "memory", "ephemeral-storage"} <= set(container["resources"]["limits"])
+            assert "@sha256:" in container["image"]
+
+
+def test_the_checks_can_fail():
+    (job,) = [thing for thing in rendered(*GOLDEN["rayjob"]) if thing["kind"] == "RayJob"]
+    wrong = copy.deepcopy(job)
+    wrong["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["nodeSelectors"] = {}
+    with pytest.raises(jsonschema.ValidationError, match="nodeSelectors"):
+        check(wrong)
+    wrong = copy.deepcopy(job)
+    wrong["spec"]["managedBy"] = "ray.io/kuberay-operator"
+    with pytest.raises(AssertionError, match="managedBy"):
+        check(wrong)
+    (cron,) = [thing for thing in rendered(*GOLDEN["cronjob"]) if thing["kind"] == "CronJob"]
+    cron["spec"]["jobTemplate"]["spec"]["backofLimit"] = 1
+    with pytest.raises(kubernetes_validate.ValidationError, match="backofLimit"):
+        check(cron)
+    (pod,) = [template["spec"] for template in templates(cron)]
+    pod["containers"][0]["securityContext"].update(capabilities={"drop": ["NET_RAW"]}, allowPrivilegeEscalation=True)
+    pod["securityContext"]["runAsUser"] = 0
+    assert unrestricted(pod) == ["apply: may be root", "apply: privileges", "apply: capabilities"]
+
+
+def test_what_the_job_says_is_in_the_ray_job():
+    spec = with_kind(rendered(*GOLDEN["rayjob"]), "RayJob")["spec"]
+    head = spec["rayClusterSpec"]["headGroupSpec"]
+    (workers,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == 1
+    pod = workers["template"]["spec"]
+    assert pod["containers"][0]["resources"]["limits"] | {"ephemeral-storage": ""} == {
+        "cpu": "16",
+        "memory": "64Gi",
+        "nvidia.com/gpu": "1",
+        "ephemeral-storage": "",
+    }
+    assert pod["nodeSelector"] == {"karpenter.sh/capacity-type": "spot", "karpenter.k8s.aws/instance-gpu-name": "l4"}
+    assert {toleration["key"] for toleration in pod["tolerations"]} == {"karpenter.sh/capacity-type", "nvidia.com/gpu"}
+    assert "nodeSelector" not in head["template"]["spec"]
+    assert spec["backoffLimit"] == 2
+    assert spec["activeDeadlineSeconds"] > 6 * 3600
+    assert spec["shutdownAfterJobFinishes"]
+    assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    assert spec["submissionMode"] == "K8sJobMode"  # which the schema takes as any text
+    assert spec["entrypoint"] == "nightlabel run /job/job.yaml --date 2026-11-01 --if-running share"
+
+
+def test_one_run_is_for_one_day_whenever_its_attempts_begin():
+    today = datetime.now(ZoneInfo("Europe/Berlin")).date()
+    for text, days in ((HEAD_ONLY, {str(today)}), (HEAD_ONLY.replace("queue}", "queue, catch_up: 3d}"), {"today"})):
+        (job,) = [thing for thing in rendered(text, Wish("rayjob", "today", DIGEST)) if thing["kind"] == "RayJob"]
+        assert job["spec"]["entrypoint"].split()[4] in days
+
+
+def test_secrets_reach_ray_and_nobody_else():
+    text = HEAD_ONLY.replace("memory: 8GiB}", "memory: 8GiB}, kubernetes: {secrets: [s3-keys], suspend: true}")
+    job = with_kind(rendered(text, Wish("rayjob", image=DIGEST)), "RayJob")
+    head, submitter = (job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"], job["spec"]["submitterPodTemplate"])
+    assert head["spec"]["containers"][0]["envFrom"] == [{"secretRef": {"name": "s3-keys"}}]
+    assert "envFrom" not in submitter["spec"]["containers"][0]
+    assert job["spec"]["suspend"]
+    assert job["spec"]["rayClusterSpec"]["workerGroupSpecs"] == []
+    assert "num-cpus" not in job["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]
+
+
+@pytest.mark.parametrize(
+    ("text", "wish", "words"),
+    [
+        (HEAD_ONLY, Wish("rayjob"), "no image; required: cluster.kubernetes.image or --image"),
+        (HEAD_ONLY, Wish("rayjob", image="images.example/nightlabel:latest"), "has no digest"),
+        (HEAD_ONLY.replace("s3://photos/", "photos/"), Wish("rayjob", image=DIGEST), "input.uri is photos/; required: s3://"),
+        (HEAD_ONLY.replace("8GiB", "1GiB"), Wish("rayjob", image=DIGEST), "object_store is 1 GiB of a node's 1 GiB"),
+        (HEAD_ONLY.partition("cluster")[0], Wish("rayjob", image=DIGEST), "no cluster section"),
+        (HEAD_ONLY.partition("schedule")[0], Wish("cronjob", image=DIGEST), "no schedule in the job"),
+    ],
+)
+def test_refusals(text: str, wish: Wish, words: str):
+    with pytest.raises(JobError, match=words.replace("(", r"\(")):
+        render(job_of(text), text, wish)
+
+
+def test_a_tag_is_taken_when_that_is_said():
+    text = HEAD_ONLY.replace("memory: 8GiB}", "memory: 8GiB}, kubernetes: {allow_tags: true}")
+    things = rendered(text, Wish("rayjob", image="images.example/nightlabel:1"))
+    assert with_kind(things, "RayJob")["spec"]["submitterPodTemplate"]["spec"]["containers"][0]["image"].endswith(":1")
+
+
+NAMES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?", fullmatch=True)
+
+
+@given(NAMES, NAMES)
+def test_names_are_rfc_1035_and_differ(one: str, other: str):
+    for name in (one, other):
+        made = object_name(name)
+        assert len(made) <= 36
+        assert made[0].isalpha()
+        assert made[-1] != "-"
+    assert one == other or object_name(one) != object_name(other) or f"job-{one}" == other or f"job-{other}" == one
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    name=NAMES,
+    head=st.tuples(st.integers(1, 64), st.integers(4, 512)),
+    workers=st.none() | st.tuples(st.integers(1, 500), st.integers(2, 192), st.integers(0, 8), st.integers(4, 2048)),
+    kubernetes=st.fixed_dictionaries(
+        {},
+        optional={
+            "spot": st.dictionaries(st.sampled_from(["a/b", "spot", "x.y/z-1"]), st.sampled_from(["", "true", "spot"])),
+            "attempts": st.integers(1, 9),
+            "suspend": st.booleans(),
+            "secrets": st.lists(NAMES, max_size=2, unique=True),
+            "service_account_annotations": st.dictionaries(st.just("eks.amazonaws.com/role-arn"), st.text("abc:/ é", max_size=9)),
+            "ttl": st.sampled_from(["0s", "1h", "1.5s"]),
+        },
+    ),
+    deadline=st.none() | st.sampled_from(["1s", "6h", "0.5s"]),
+    target=st.sampled_from(["rayjob", "raycronjob", "cronjob"]),
+)
+def test_every_job_renders_valid_objects(*, name, head, workers, kubernetes, deadline, target):
+    cluster: dict[str, Any] = {"head": {"cpus": head[0] + 1, "memory": f"{head[1]}GiB"}, "kubernetes": kubernetes}
+    if workers:
+        cluster["workers"] = dict(
+            zip(("count", "cpus", "gpus"), workers[:3], strict=True), memory=f"{workers[3]}GiB", gpu_type="t4"
+        )
+    job = yaml.safe_load(HEAD_ONLY) | {"name": name, "cluster": cluster}
+    job |= {"limits": {"deadline": deadline}} if deadline else {}
+    text = yaml.safe_dump(job)
+    for thing in rendered(text, Wish(target, image=DIGEST)):
+        if thing["apiVersion"] == "ray.io/v1":
+            check_kuberay(thing)
+        for template in templates(thing):
+            assert unrestricted(template["spec"]) == []
+        if thing["kind"] == "ConfigMap":
+            assert thing["data"]["job.yaml"] == text
+
+
+def test_the_command_prints_it(tmp_path: Path):
+    words = [sys.executable, "-m", "pipeline", "render", str(ROOT / "jobs/nightly-products.yaml"), "--date", "2026-11-01"]
+    done = subprocess.run([*words, "--target", "rayjob"], capture_output=True, text=True, check=True)
+    assert done.stdout == (ROOT / "tests/golden/rayjob.yaml").read_text()
+
+
+if __name__ == "__main__":
+    for name, (text, wish) in GOLDEN.items():
+        (ROOT / f"tests/golden/{name}.yaml").write_text(to_yaml(render(job_of(text), text, wish)))
