@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +27,8 @@ from pipeline.errors import ModelError, NightlabelError, Stalled, Temporary
 from pipeline.plan import Part, Unit
 from pipeline.preprocessing import Preprocessing
 from pipeline.rows import TIMINGS
-from pipeline.spec import Input, Job
+from pipeline.spec import S3, Input, Job
+from pipeline.storage import Store, open_store
 
 Stage = Callable[[pa.Table], pa.Table]
 
@@ -87,14 +88,19 @@ def _threads(cpus: float) -> int:
 
 def _read(batch: pa.Table, *, wanted: Input) -> Iterator[pa.Table]:
     from pipeline.read import read_unit
-    from pipeline.storage import open_store
 
     for parts in batch.column("unit").to_pylist():
         unit = Unit(tuple(Part(*fields) for fields in json.loads(parts)))
         since = time.perf_counter()
-        for table in read_unit(open_store(wanted.uris[0], wanted.s3), unit, wanted=wanted):
+        for table in read_unit(_store(wanted.uris[0], wanted.s3), unit, wanted=wanted):
             yield _with_seconds(table, "read", time.perf_counter() - since)
             since = time.perf_counter()
+
+
+@cache
+def _store(uri: str, s3: S3 | None) -> Store:
+    """One a worker process: an S3 client takes 0.1 s to make."""
+    return open_store(uri, s3)
 
 
 def _make_preprocess(job: Job, preprocessing: Preprocessing, careful: bool) -> Stage:

@@ -49,9 +49,8 @@ class S3Store:
     options: S3
     backoff: float = 0.5
     timeouts: tuple[float, float] = (5.0, 60.0)
-    _clients: dict[int, Any] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )  # by process: a fork needs its own
+    # By process: a fork needs its own.
+    _clients: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[object, ...]:
         return S3Store, (self.options, self.backoff, self.timeouts)
@@ -86,10 +85,10 @@ class S3Store:
         try:
             self._retry(fetch.attempt, uri)
         except sdk.ClientError as error:
-            if _status(error) == 412 or fetch.data:
+            if _status(error) == 412 or fetch.size:
                 raise changed(uri) from error
             # 416: a range behind the end is empty, as in a slice
-        return bytes(fetch.data)
+        return b"".join(fetch.pieces)
 
     def create(self, uri: str, data: bytes) -> bool:
         bucket, key = _split(uri)
@@ -122,8 +121,7 @@ class S3Store:
         return {"RequestPayer": "requester"} if self.options.requester_pays else {}
 
     def _filesystem(self) -> Any:
-        found = self._clients.get(os.getpid())
-        if found is not None:
+        if (found := self._clients.get(os.getpid())) is not None:
             return found
         import s3fs  # 1 s of imports, so not before the first request
 
@@ -174,13 +172,14 @@ class _Fetch:
     start: int
     stop: int | None
     etag: str | None
-    data: bytearray = field(default_factory=bytearray)
+    pieces: list[bytes] = field(default_factory=list)
+    size: int = 0
     expected: int = -1
 
     async def attempt(self, client: Any) -> None:
-        if len(self.data) == self.expected:  # the connection broke behind the last byte
+        if self.size == self.expected:  # the connection broke behind the last byte
             return
-        request, at = dict(self.request), self.start + len(self.data)
+        request, at = dict(self.request), self.start + self.size
         if self.etag is not None:
             request["IfMatch"] = f'"{self.etag}"'
         if at or self.stop is not None:  # a range of an empty object is an error
@@ -192,22 +191,23 @@ class _Fetch:
         if etag != (self.etag or etag):  # If-Match is ignored
             raise changed(f"s3://{self.request['Bucket']}/{self.request['Key']}")
         self.etag = etag
-        arrived = len(self.data)
+        arrived, before = self.size, len(self.pieces)
         self.expected = arrived + answer["ContentLength"]
         try:
             async with answer["Body"] as body:
                 async for chunk in body.iter_chunks(CHUNK):
-                    self.data += chunk
+                    self.pieces.append(chunk)
+                    self.size += len(chunk)
         except sdk.FlexibleChecksumError:  # S3 sends a checksum with whole objects; which byte is wrong it does not tell
-            del self.data[arrived:]
+            del self.pieces[before:]
+            self.size = arrived
             raise
-        if len(self.data) != self.expected:
-            raise sdk.IncompleteReadError(actual_bytes=len(self.data), expected_bytes=self.expected)
+        if self.size != self.expected:
+            raise sdk.IncompleteReadError(actual_bytes=self.size, expected_bytes=self.expected)
 
 
 async def _page(client: Any, request: dict[str, Any]) -> dict[str, Any]:
-    page: dict[str, Any] = await client.list_objects_v2(**request)
-    return page
+    return dict(await client.list_objects_v2(**request))
 
 
 def _split(uri: str) -> tuple[str, str]:

@@ -123,12 +123,12 @@ class Disk:
                 raise changed(path)
             end = before.st_size if stop is None else min(stop, before.st_size)
             file.seek(start)
-            data = bytearray()
-            while len(data) < end - start and (chunk := file.read(end - start - len(data))):
+            data = file.read(max(0, end - start))
+            while len(data) < end - start and (chunk := file.read(end - start - len(data))):  # over 2 GiB
                 data += chunk
             if len(data) < end - start or os.fstat(file.fileno()).st_mtime_ns != before.st_mtime_ns:  # written to while read
                 raise changed(path)
-            return bytes(data)
+            return data
 
     def create(self, uri: str, data: bytes) -> bool:
         path = _path(uri)

@@ -52,18 +52,14 @@ class Stream:
 
     def take(self, count: int) -> memoryview:
         """The next `count` bytes, fewer only at the end of the object; a view where they lie in one range."""
-        if count <= len(self._buffer):
-            taken, self._buffer = self._buffer[:count], self._buffer[count:]
-            return taken
-        pieces, have = [self._buffer], len(self._buffer)
-        while have < count and self._flying:
-            piece = memoryview(self._flying.popleft().result())
+        pieces = []
+        while count > len(self._buffer) and self._flying:
+            pieces.append(self._buffer)
+            count -= len(self._buffer)
+            self._buffer = memoryview(self._flying.popleft().result())
             self._fetch()
-            pieces.append(piece)
-            have += len(piece)
-        whole = memoryview(b"".join(pieces)) if len(pieces) > 2 or len(pieces[0]) else pieces[-1]
-        self._buffer = whole[count:]
-        return whole[:count]
+        taken, self._buffer = self._buffer[:count], self._buffer[count:]
+        return memoryview(b"".join([*pieces, taken])) if any(pieces) else taken
 
 
 def members(stream: Stream) -> Iterator[tuple[str, memoryview]]:

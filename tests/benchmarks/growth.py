@@ -1,9 +1,10 @@
 """Where does the driver or the object store stop the growth? The whole way with a model that only waits, on 1 to 32 actors.
 
-    .venv/bin/python tests/benchmarks/growth.py [--actors 1,2,4,8,16,32] [--nodes] [--rate 250] [--seconds 15] [--pixels]
+    .venv/bin/python tests/benchmarks/growth.py [--actors 1,2,4,8,16,32] [--nodes] [--rate 250] [--seconds 15]
+        [--size 32]
 
-Ray, reading, assembling and committing are real; decoding is left out and the model sleeps, `--rate` images a second and actor, so
-that a machine of few cores stands for many. `--nodes` gives every actor a raylet of its own with a made-up GPU, else one
+Ray, reading, assembling and committing are real; decoding is left out and the model sleeps, `--rate` images a second and actor,
+so that a machine of few cores stands for many. `--nodes` gives every actor a raylet of its own with a made-up GPU, else one
 raylet holds them all. `--size 224` sends 150 kB a row through the object store, as labelling does; at 32 a row is 3 kB, which
 leaves Ray's scheduling and the driver to be measured.
 
@@ -60,7 +61,9 @@ class Waiting:
         valid = np.asarray(batch.column("key").is_valid())
         time.sleep(valid.sum() / self.rate)
         ranked = [[{"label_id": 7, "label": "cock", "score": 0.5}] * 5 if known else None for known in valid]
-        columns = {name: batch.column(name) for name in ("unit", "key", "source", "index", "error_class", "error", "width", "height")}
+        columns = {
+            name: batch.column(name) for name in ("unit", "key", "source", "index", "error_class", "error", "width", "height")
+        }
         columns["status"] = pa.array(np.where(valid, "ok", ""), pa.string(), mask=~valid)
         columns["label"] = pa.array(np.where(valid, "cock", ""), pa.string(), mask=~valid)
         columns["label_id"] = pa.array(np.full(len(valid), 7), pa.int32(), mask=~valid)
@@ -120,7 +123,11 @@ def measure(folder: Path, args: argparse.Namespace, actors: int) -> dict[str, An
         "preprocess": {"actors": max(1, actors // 2), "cpus_per_actor": 1},
         "predict": {"actors": actors, "cpus_per_actor": 1, "gpus_per_actor": 1, "batch_size": args.batch},
     }
-    places = {"input": {"uri": str(inputs)}, "model": {"uri": args.model, "precision": "float16"}, "output": {"uri": str(folder / f"out-{actors}")}}
+    places = {
+        "input": {"uri": str(inputs)},
+        "model": {"uri": args.model, "precision": "float16"},
+        "output": {"uri": str(folder / f"out-{actors}")},
+    }
     job.write_text(json.dumps({"kind": "label", "name": "growth", **places, "resources": pools}))
     with raylets(actors, actors if args.nodes else 1):
         cpu = time.process_time()
@@ -152,7 +159,13 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     actors = [row["actors"] for row in rows]
     axes.loglog(actors, [row["ideal"] for row in rows], "--", color="grey", label="every actor busy")
     axes.loglog(actors, [row["steady"] for row in rows], "o-", label="measured")
-    axes.set(xlabel="actors", ylabel="images a second, steady", title=title, xticks=actors, xticklabels=[str(count) for count in actors])
+    axes.set(
+        xlabel="actors",
+        ylabel="images a second, steady",
+        title=title,
+        xticks=actors,
+        xticklabels=[str(count) for count in actors],
+    )
     axes.minorticks_off()
     axes.legend()
     figure.tight_layout()
@@ -183,7 +196,12 @@ def main() -> None:
         (folder / "shard.tar").write_bytes(tar_bytes({f"{number:05d}.jpg": tiny for number in range(SHARD)}))
         for actors in map(int, args.actors.split(",")):
             rows.append(measure(folder, args, actors))
-            print(", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+            print(
+                ", ".join(
+                    f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in rows[-1].items()
+                ),
+                flush=True,
+            )
     stem = f"growth-{args.size}" + "-nodes" * args.nodes
     write_result(stem, {"rows": rows})
     plot(rows, HERE / "results" / f"{stem}.png", "a waiting model on " + ("raylets of its own" if args.nodes else "one raylet"))

@@ -1,15 +1,12 @@
-"""How fast are the two ends of the way by themselves: reading shards, and assembling and committing rows?
+"""How fast is reading by itself?
 
     .venv/bin/python tests/benchmarks/rates.py read [--processes 2] [--shards 8] [--megabytes 64] [--runs 5]
     .venv/bin/python tests/benchmarks/rates.py latency [--first-byte 0.15] [--rate 87]
-    .venv/bin/python tests/benchmarks/rates.py commit [--rows 20000] [--units 20] [--runs 3]
 
 read: processes that read tars from a SeaweedFS on this machine into image rows, in turn with as many that fetch the same objects
 whole and drop them; together, in MB/s.
-latency: one reader of tars on a store that answers as S3 is known to, `--first-byte` seconds until the first byte and `--rate` MB/s
-on one connection, by the number of ranges under way at once. The store only sleeps.
-commit: the driver's part on one core: blocks of prediction rows from memory → units put together, serialised, created on
-disk. In rows/s, with the most memory that it took.
+latency: one reader of tars on a store that answers as S3 is known to, `--first-byte` seconds until the first byte and `--rate`
+MB/s on one connection, by the number of ranges under way at once. The store only sleeps.
 
 Each writes tests/benchmarks/results/rates-<what>.json.
 """
@@ -19,33 +16,35 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
 MEMBER = 110_000  # bytes, as the photographs have on average
-BLOCK = 891  # rows, as a 128 MiB block of 224 × 224 crops holds
+
+
+@cache
+def client(endpoint: str) -> Any:
+    import botocore.session
+
+    return botocore.session.get_session().create_client("s3", endpoint_url=endpoint)
 
 
 def fetch(uri: str, endpoint: str) -> int:
     """What a plain client does: one GET, read to its end."""
-    import botocore.session
-
     bucket, _, key = uri.removeprefix("s3://").partition("/")
-    client = botocore.session.get_session().create_client("s3", endpoint_url=endpoint)
-    body = client.get_object(Bucket=bucket, Key=key)["Body"]
+    body = client(endpoint).get_object(Bucket=bucket, Key=key)["Body"]
     size = 0
     while chunk := body.read(2**20):
         size += len(chunk)
@@ -56,11 +55,11 @@ def read(uri: str, endpoint: str) -> int:
     """What our read task does."""
     from pipeline.plan import Part, Unit
     from pipeline.read import read_unit
+    from pipeline.run import _store
     from pipeline.spec import S3, Input
-    from pipeline.storage import open_store
 
     wanted = Input(uri=uri, s3=S3(endpoint=endpoint, region="us-east-1"))
-    store = open_store(uri, wanted.s3)
+    store = _store("s3://", wanted.s3)
     item = store.head(uri)
     rows = 0
     for table in read_unit(store, Unit((Part(item.uri, item.etag, item.size),)), wanted=wanted):
@@ -144,75 +143,19 @@ def measure_latency(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def blocks(units: list[str], rows: int) -> Iterator[pa.Table]:
-    """Prediction rows as they come from the actors: blocks of units that are read side by side, four at a time."""
-    from pipeline.rows import TOPK
-
-    ranked = [[{"label_id": at, "label": f"class {at}", "score": 1 / (at + 1)} for at in range(5)]] * BLOCK
-    topk = pa.array(ranked, TOPK)
-    for group in range(0, len(units), 4):
-        for start in range(0, rows, BLOCK):
-            for unit in units[group : group + 4]:
-                count = min(BLOCK, rows - start)
-                yield _block(unit, start, count, topk)
-        for unit in units[group : group + 4]:
-            end = _block(unit, rows, 1, topk)
-            yield end.set_column(1, "key", pa.nulls(1, pa.string())).set_column(4, "status", pa.nulls(1, pa.string()))
-
-
-def _block(unit: str, start: int, count: int, topk: pa.Array) -> pa.Table:
-    from pipeline.label import SEAMS
-
-    numbers = np.arange(start, start + count)
-    text = pa.array([f"{number:08d}" for number in numbers])
-    same = {name: pa.array([value] * count) for name, value in (("s", f"s3://photos/{unit}.tar"), ("ok", "ok"), ("l", "class 0"))}
-    nothing = pa.nulls(count, pa.string())
-    sizes = pa.array(np.full(count, 500), pa.int32())
-    columns = {"unit": pa.array([unit] * count), "key": text, "source": same["s"], "index": pa.array(numbers), "status": same["ok"]}
-    columns |= {"label": same["l"], "label_id": pa.array(np.zeros(count), pa.int32()), "score": pa.array(np.ones(count), pa.float32())}
-    columns |= {"topk": topk[:count], "error_class": nothing, "error": nothing, "width": sizes, "height": sizes}
-    return pa.table(columns | {f"_{seam}_s": pa.array(np.ones(count), pa.float32()) for seam in SEAMS})
-
-
-def measure_commit(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from models import small_artifact
-
-    from pipeline.label import Driver
-    from pipeline.spec import Job
-
-    rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model = small_artifact(folder)
-        for number in range(args.runs):
-            driver, log, units = planned(folder / f"{number}", model, args.units, Job, Driver)
-            ready = list(blocks([unit.id for unit in units], args.rows))
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            since, cpu = time.perf_counter(), time.process_time()
-            driver.drain(log, units, iter(ready))
-            seconds, cpu = time.perf_counter() - since, time.process_time() - cpu
-            images = args.rows * args.units
-            row = {"rows_s": images / seconds, "rows_core_s": images / cpu, "more_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
-            rows.append(row)
-            print(row, flush=True)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["read", "latency", "commit"])
+    parser.add_argument("what", choices=["read", "latency"])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--megabytes", type=int, default=64, help="of a shard")
     parser.add_argument("--first-byte", type=float, default=0.15, help="seconds")
     parser.add_argument("--rate", type=float, default=87.0, help="MB/s of one connection")
-    parser.add_argument("--rows", type=int, default=20_000, help="of a unit")
-    parser.add_argument("--units", type=int, default=20)
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
     from result import write_result
 
-    rows = {"read": measure_read, "latency": measure_latency, "commit": measure_commit}[args.what](args)
+    rows = {"read": measure_read, "latency": measure_latency}[args.what](args)
     medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]} if args.what != "latency" else {}
     print(medians or "")
     write_result(f"rates-{args.what}", {"rows": rows} | ({"median": medians} if medians else {}))

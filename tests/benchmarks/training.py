@@ -121,7 +121,7 @@ def distill(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         folder,
         "teacher",
         data,
-        network={"depth": 50, "stem": "small"},
+        network={"depth": 50, "stem": args.stem},
         preprocessing=SMALL,
         training=training,
         workers=workers(args),
@@ -130,7 +130,7 @@ def distill(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for seed in range(args.seeds):
         common = {
-            "network": {"stem": "small"},
+            "network": {"stem": args.stem},
             "preprocessing": SMALL,
             "training": training | {"seed": seed},
             "workers": workers(args),
@@ -201,6 +201,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--shards", type=int, default=6, help="of CIFAR-10's six, 5,000 images each")
+    parser.add_argument(
+        "--stem", choices=["small", "standard"], default="small", help="of distill; standard takes a tenth of the time"
+    )
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--gpus", type=int, choices=[0, 1], default=0)
     parser.add_argument("--cpus", type=int, help="cores that a training uses; without it, all")
