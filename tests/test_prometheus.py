@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import http.server
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import yaml
@@ -133,6 +136,50 @@ def test_a_failed_run_keeps_the_last_success(tmp_path, error, code):
     assert after["last_success_timestamp_seconds"] == before["last_success_timestamp_seconds"]
     assert after["run_start_timestamp_seconds"] > before["run_start_timestamp_seconds"]
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.fixture(params=["prometheus-pushgateway", "prometheus-node-exporter"])
+def collector(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """A real one: (what a run tells, where Prometheus reads)."""
+    if shutil.which(request.param) is None:
+        pytest.skip(f"{request.param} is absent (Debian: the same)")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [request.param, f"--web.listen-address={address}", "--log.level=error"]
+    if request.param == "prometheus-node-exporter":
+        command += ["--collector.disable-defaults", "--collector.textfile", f"--collector.textfile.directory={tmp_path}"]
+    to = str(tmp_path) if request.param == "prometheus-node-exporter" else f"http://{address}"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        yield to, f"http://{address}/metrics"
+        process.kill()
+
+
+def scraped(url: str) -> dict[str, float]:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                text = answer.read().decode()
+            return values("".join(re.findall(r"^(?:# \w+ )?nightlabel_.*\n", text, re.MULTILINE)))
+        except URLError:
+            if time.monotonic() > deadline:
+                raise
+            threading.Event().wait(0.05)
+
+
+def test_a_real_collector_keeps_what_a_failed_run_does_not_tell(collector):
+    to, url = collector
+    assert scraped(url) == {}
+    with Metrics(to, JOB, say=silence) as telling:
+        telling.account.images_per_second = 3.0
+    before = scraped(url)
+    with pytest.raises(Conflict), Metrics(to, JOB, say=silence):
+        raise Conflict("x")
+    after = scraped(url)
+    assert set(before) == set(after) == set(values(ENDED.text()))
+    assert (before["exit_code"], after["exit_code"]) == (0, 6)
+    kept = ("last_success_timestamp_seconds", "images_per_second")
+    assert [after[name] for name in kept] == [before[name] for name in kept]
 
 
 def test_what_cannot_be_told_is_a_line_and_no_error(gateway, tmp_path, monkeypatch):
