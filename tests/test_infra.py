@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -259,19 +259,23 @@ def test_labels_are_created_under_a_condition_and_over_tls():
     assert rules["OnlyOverTls"]["Resource"] == ["arn:aws:s3:::bucket", "arn:aws:s3:::bucket/*"]
 
 
-@pytest.fixture(scope="module")
-def guarded(s3: Seaweed) -> Iterator[str]:
+def guarded_bucket(s3: Seaweed, *more: dict[str, Any]) -> str:
     """A bucket with objects and the policy, less what the server has not: the header as a condition, TLS; its roles are users."""
     name = s3.bucket()
     policy = json.loads(filled("bucket-policy.json", MY_BUCKET=name, MY_ACCOUNT="000000000000").replace(":role/", ":user/"))
-    policy["Statement"] = [rule for rule in policy["Statement"] if rule["Sid"] != "OnlyOverTls"]
-    for rule in policy["Statement"]:
-        rule.pop("Condition", None)
-    s3.client.put_bucket_policy(Bucket=name, Policy=json.dumps(policy))
+    rules = [
+        {key: rule[key] for key in rule if key != "Condition"} for rule in policy["Statement"] if rule["Sid"] != "OnlyOverTls"
+    ]
+    rules += [{**rule, "Resource": f"arn:aws:s3:::{name}/*"} for rule in more]
+    s3.client.put_bucket_policy(Bucket=name, Policy=json.dumps(policy | {"Statement": rules}))
     for key in ("photos/x.tar", "models/m", "labels/l.parquet", "payroll/p"):
         s3.put(f"s3://{name}/{key}", b"x")
-    yield name
-    s3.client.delete_bucket_policy(Bucket=name)
+    return name
+
+
+@pytest.fixture(scope="module")
+def guarded(s3: Seaweed) -> str:
+    return guarded_bucket(s3)
 
 
 ASKED: dict[str, Callable[[Any, str], Any]] = {
@@ -304,9 +308,21 @@ def test_a_real_server_grants_what_a_run_needs_and_no_more(s3, guarded, who):
         client.head_object(Bucket=guarded, Key="models/model.int8.onnx")
 
 
+def test_nothing_is_deleted_whatever_else_is_granted(s3):
+    everything = {"Sid": "Careless", "Effect": "Allow", "Principal": "*", "Action": "s3:*"}
+    bucket = guarded_bucket(s3, everything)
+    for who in NOBODIES:
+        client = s3.client_of(who)
+        assert ASKED["read what is not its own"](client, bucket)
+        with pytest.raises(ClientError, match="AccessDenied"):
+            ASKED["delete a label"](client, bucket)
+
+
 def test_a_real_server_keeps_the_lifecycle(s3):
     name, wanted = s3.bucket(), json.loads((INFRA / "aws/lifecycle.json").read_text())
     s3.client.put_bucket_lifecycle_configuration(Bucket=name, LifecycleConfiguration=wanted)
     kept = s3.client.get_bucket_lifecycle_configuration(Bucket=name)["Rules"]
     assert sorted(kept, key=lambda rule: rule["ID"]) == sorted(wanted["Rules"], key=lambda rule: rule["ID"])
+    states = botocore.session.get_session().get_service_model("s3").shape_for("ExpirationStatus").enum
+    assert {rule["Status"] for rule in kept} == {"Enabled"} < set(states)
     assert not [rule for rule in kept if "Expiration" in rule and rule["Filter"]["Prefix"] != "logs/"]
