@@ -148,19 +148,42 @@ def blocks(kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", (INFRA / "README.md").read_text(), re.DOTALL)
 
 
-def test_the_readmes_jobs_are_jobs(tmp_path):
+def test_the_readmes_first_job_fits_the_laptops_cluster(tmp_path):
     from pipeline.jobfile import load_label_job
 
-    laptop, changes = blocks("yaml")
     path = tmp_path / "job.yaml"
-    path.write_text(laptop)
+    path.write_text(blocks("yaml")[0])
     worker = documents("compose.yaml")[0]["services"]["worker"]
     assert load_label_job(path).resources.cpus <= 2 * worker["deploy"]["replicas"]
+
+
+def test_two_nights_of_the_readmes_job_fit_the_namespace(tmp_path):
+    from pipeline.jobfile import load_label_job
+    from pipeline.render import Wish, render
+
     nightly = yaml.safe_load((ROOT / "jobs/nightly-products.yaml").read_text())
-    for section, fields in yaml.safe_load(changes).items():
+    for section, fields in yaml.safe_load(blocks("yaml")[1]).items():
         nightly[section] |= fields
+    path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(nightly))
-    assert load_label_job(path, date="2026-11-01").cluster.kubernetes.namespace == "nightlabel"
+    job = load_label_job(path, date="2026-11-01")
+    things = render(job, path.read_text(), Wish("rayjob", "2026-11-01"))
+    assert {thing["metadata"]["namespace"] for thing in things} == {"labelling"}
+    spec = things[-1]["spec"]
+    groups = [spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]]
+    pods = [group["template"]["spec"] for group in groups] + [spec["submitterPodTemplate"]["spec"]]
+    accounts = {document["metadata"]["name"] for document in documents("kubernetes/namespace.yaml")[1:2]}
+    assert {pod["serviceAccountName"] for pod in pods} == accounts
+    quota = documents("kubernetes/namespace.yaml")[2]["spec"]["hard"]
+    for name in ("cpu", "memory", "nvidia.com/gpu"):
+        night = sum(_amount(pod["containers"][0]["resources"]["requests"].get(name, "0")) for pod in pods)
+        assert 2 * night <= _amount(quota[f"requests.{name}"]) < 3 * night
+
+
+def _amount(text: str) -> float:
+    """A quantity of Kubernetes, as far as they occur here."""
+    number, unit = re.fullmatch(r"([\d.]+)(m|Mi|Gi|)", text).groups()
+    return float(number) * {"": 1, "m": 0.001, "Mi": 2**20, "Gi": 2**30}[unit]
 
 
 def test_the_readmes_command_fills_every_file_in(tmp_path):
@@ -182,11 +205,11 @@ def test_the_readmes_command_fills_every_file_in(tmp_path):
 def test_kubernetes_takes_it(name):
     for document in documents(name):
         kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
-        assert document["metadata"].get("namespace", document["metadata"]["name"]) == "nightlabel"
+        assert document["metadata"].get("namespace", document["metadata"]["name"]) == "labelling"
 
 
 def test_the_namespace_is_closed_but_for_what_is_named():
-    policies = {document["metadata"]["name"]: document["spec"] for document in documents("kubernetes/namespace.yaml")[3:]}
+    policies = {document["metadata"]["name"]: document["spec"] for document in documents("kubernetes/namespace.yaml")[4:]}
     assert policies["closed"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     rules = [rule for spec in policies.values() for rule in spec.get("ingress", ())]
     assert all("from" in rule for rule in rules)
@@ -195,7 +218,7 @@ def test_the_namespace_is_closed_but_for_what_is_named():
 def test_kuberay_values_are_the_charts():
     values = documents("kuberay-values.yaml")[0]
     assert set(values) <= set(CHART.split())
-    assert values["watchNamespace"] == ["nightlabel"]
+    assert values["watchNamespace"] == ["labelling"]
     assert {"name": "RayCronJob", "enabled": True} in values["featureGates"]
     container = {"name": "operator", "image": "operator", "resources": values["resources"]}
     spec = {"containers": [container], "securityContext": values["podSecurityContext"]}
