@@ -67,16 +67,17 @@ def run(
     job: JobPath, *, date: Dates = None, if_running: IfRunning = None, as_json: AsJson = False, metrics: MetricsTo = None
 ) -> None:
     """Do what the job says: label, finetune, distill, quantize or evaluate; go on where an earlier run stopped."""
-    from pipeline.jobfile import load_template, one_day
+    from pipeline.jobfile import asked_day, at_day, load_template
     from pipeline.prometheus import Metrics
     from pipeline.spec import Job
 
     template = load_template(job)
     telling = Metrics(metrics, template, say=_say)
     if not isinstance(template, Job):
-        command = shlex.join(["nightlabel", "run", str(job), *(["--date", date] if date else [])])
+        day = asked_day(template, date, name=str(job))
+        command = shlex.join(["nightlabel", "run", str(job), *(["--date", day] if day else [])])
         with telling:
-            _run_preparation(one_day(template, date, name=str(job)), as_json=as_json, command=command)
+            _run_preparation(at_day(template, day, name=str(job)), as_json=as_json, command=command)
     from pipeline.nightly import asked
 
     days = asked(template, date, name=str(job))

@@ -82,10 +82,15 @@ def parse_job(raw: bytes, *, name: str = "job", date: str | None = None) -> AnyJ
 
 def one_day(job: Filled, date: str | None, *, name: str = "job") -> Filled:
     """The job of the one day that `--date` names. Raises JobError: none, several, or none given where the job needs one."""
+    return at_day(job, asked_day(job, date, name=name), name=name)
+
+
+def asked_day(job: BaseModel, date: str | None, *, name: str = "job") -> str | None:
+    """The one day that `--date` names, or None. Raises JobError when it names none or several."""
     days = asked_days(job, date, name=name)
     if len(days) > 1:
         raise JobError(f"{name}: --date {date} is {len(days)} days", need="one", do="Give a day; runs of labelling take several")
-    return at_day(job, days[0], name=name)
+    return days[0]
 
 
 def asked_days(job: BaseModel, date: str | None, *, name: str = "job") -> tuple[str | None, ...]:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from test_finetune import HERE, QUICK, job, make
 from trainings import SIDES, SMALL, picture, tiny_artifact, tiny_network, write_shards
 
-from pipeline.artifact import load_artifact, save_artifact
+from pipeline.artifact import build, load_artifact, save_artifact
 from pipeline.errors import JobError
 from pipeline.prepare.distill import Distil, run_job
 from pipeline.preprocessing import Preprocessing
@@ -48,6 +48,8 @@ def test_teacher_and_both_students_stand_side_by_side(tmp_path: Path, teacher: s
     train = write_shards(tmp_path / "in", 96, classes=3)
     more = {"distillation": {"features": 0.5}, "training": QUICK | {"epochs": 8}}
     wanted = distill_job(train, tmp_path / "out", teacher, student={"uri": student}, **more)
+    from transformers import AutoModelForImageClassification
+
     said: list[str] = []
     done = run_job(wanted, say=said.append, command="nightlabel run d.yaml")
     assert "training the student without the teacher" in said
@@ -64,6 +66,9 @@ def test_teacher_and_both_students_stand_side_by_side(tmp_path: Path, teacher: s
         "training the student without the teacher"
     )
     assert not (tmp_path / "out.training").exists()
+    theirs, images = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval(), torch.rand(2, 3, 16, 16)
+    with torch.inference_mode():
+        assert torch.allclose(theirs(images).logits, build(made)(images), atol=1e-4)
     assert run_job(wanted, say=said.append, command="x").lines[0] == "nothing to do: the artifact is there"
 
 
@@ -157,7 +162,6 @@ def test_what_does_not_go_together_is_one_sentence(tmp_path: Path, teacher: str,
 def test_the_loss_is_that_of_the_paper_and_the_teacher_sees_its_own_normalisation(tmp_path: Path):
     import torch.nn.functional as F
 
-    from pipeline.artifact import build
     from pipeline.prepare.learner import Normalise
 
     theirs = Preprocessing(size=16, crop_pct=1.0, mean=(0.1, 0.2, 0.3), std=(0.3, 0.4, 0.5))

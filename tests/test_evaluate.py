@@ -235,14 +235,17 @@ def test_a_gpu_that_is_absent_is_one_sentence(tmp_path: Path, model: str):
 def test_to_s3_through_the_command_line(tmp_path: Path, model: str, s3):
     out = f"s3://{s3.bucket()}/exam"
     content = job(model, shard(tmp_path / "in", LABELS), out).model_dump(mode="json", exclude_unset=True)
-    content["output"]["s3"] = s3.options.model_dump()
+    content["output"] = {"uri": f"{out}/{{date}}", "s3": s3.options.model_dump()}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(content))
-    words = [sys.executable, "-m", "pipeline", "run", str(tmp_path / "job.yaml"), "--json"]
+    words = [sys.executable, "-m", "pipeline", "run", str(tmp_path / "job.yaml"), "--json", "--date", "yesterday"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     facts = json.loads(done.stdout)
-    assert (facts["where"], facts["top1"]) == (out, RIGHT / 8)
+    day = facts["where"].removeprefix(f"{out}/")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", day)
+    assert facts["top1"] == RIGHT / 8
+    out += f"/{day}"
     record = json.loads(open_store(out, s3.options).read(f"{out}/evaluation.json"))
-    assert record["command"] == f"nightlabel run {tmp_path}/job.yaml"
+    assert record["command"] == f"nightlabel run {tmp_path}/job.yaml --date {day}"
     assert b"<!doctype html>" in open_store(out, s3.options).read(f"{out}/evaluation.html")
 
 

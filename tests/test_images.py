@@ -87,8 +87,9 @@ def test_split_is_a_partition_with_a_share_of_every_class(count: int, classes: i
 
 def test_a_list_of_what_is_left_out_is_bounded():
     left_out = LeftOut()
-    for number in range(1000):
-        left_out.add("TRUNCATED", str(number))
+    for number in range(0, 1000, 40):
+        left_out.add("TRUNCATED", [str(number + more) for more in range(40)])
+    left_out.add("NO_LABEL", [])
     assert str(left_out) == "1,000 TRUNCATED (0, 1, 2, …)"
     assert len(left_out.keys["TRUNCATED"]) == 50
 

@@ -32,16 +32,16 @@ class LeftOut:
     counts: Counter[str] = field(default_factory=Counter)
     keys: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, reason: str, key: str) -> None:
-        self.counts[reason] += 1
-        if self.counts[reason] <= _LISTED:
-            self.keys.setdefault(reason, []).append(key)
+    def add(self, reason: str, keys: Sequence[str]) -> None:
+        if keys:
+            self.keys.setdefault(reason, []).extend(keys[: max(0, _LISTED - self.counts[reason])])
+            self.counts[reason] += len(keys)
 
     def add_failed(self, decoded: pa.Table) -> None:
         """Those of a block from `preprocess` that have no pixels."""
         failed = decoded.filter(pc.is_valid(decoded["error_class"]))
-        for reason, key in zip(failed["error_class"].to_pylist(), failed["key"].to_pylist(), strict=True):
-            self.add(reason, key)
+        for reason in pc.unique(failed["error_class"]).to_pylist():
+            self.add(reason, failed["key"].filter(pc.equal(failed["error_class"], reason)).to_pylist())
 
     def __str__(self) -> str:
         """`2 TRUNCATED (a, b), 57 NO_LABEL (c, d, e, …)`; empty for none."""

@@ -69,6 +69,7 @@ def _together(wanted: Data, train: Found, held: Found | None, *, classes: tuple[
     facts = {
         "uris": list(wanted.train.uris),
         "validation_uris": list(uris),
+        "label": wanted.label,
         "images": {"train": len(parts[0]), "validation": len(parts[1])},
         "unlabelled": int((parts[0].labels == NO_LABEL).sum()),
         "left_out": {name: dict(part.counts) for name, part in left_out.items()},

@@ -107,8 +107,7 @@ class Study:
             truth = class_index(label_texts(table[data.label]), self._labels, where=where)
             named = truth != NO_LABEL
             self._read += len(truth)
-            for key in table["key"].filter(pa.array(~named)).to_pylist():
-                self._unlabelled.add("NO_LABEL", key)
+            self._unlabelled.add("NO_LABEL", table["key"].filter(pa.array(~named)).to_pylist())
             yield table.drop_columns([data.label]).append_column(TRUTH, pa.array(truth)).filter(pa.array(named))
 
     def _ask(self, block: pa.Table) -> None:

@@ -71,10 +71,10 @@ def read_images(wanted: Input, *, label: str | None, unlabelled: bool = False) -
         left_out.add_failed(checked)
         keep = pc.is_null(checked["error_class"]).to_numpy()
         named = label_texts(table[label]) if label else [None] * table.num_rows
-        for number in np.flatnonzero(keep).tolist() if not unlabelled else ():
-            if named[number] is None:
-                left_out.add("NO_LABEL", table["key"][number].as_py())
-                keep[number] = False
+        if not unlabelled:
+            bare = keep & [text is None for text in named]
+            left_out.add("NO_LABEL", table["key"].filter(pa.array(bare)).to_pylist())
+            keep &= ~bare
         encoded.append(table["bytes"].filter(pa.array(keep)))
         texts += [named[number] for number in np.flatnonzero(keep).tolist()]
     if not texts:

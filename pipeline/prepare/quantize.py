@@ -121,8 +121,7 @@ class _Images:
         for table in self._sound(wanted.input, label=wanted.label, most=wanted.images):
             labels = class_index(label_texts(table[wanted.label]), self.source.labels, where=where)
             told = labels != NO_LABEL
-            for key in table["key"].filter(pa.array(~told)).to_pylist():
-                self.left_out.add("NO_LABEL", key)
+            self.left_out.add("NO_LABEL", table["key"].filter(pa.array(~told)).to_pylist())
             self.measured += int(told.sum())
             self.overlap += len(self.calibrated & _names(table.filter(pa.array(told))))
             if told.any():
