@@ -53,16 +53,17 @@ class Api:
             raise Conflict(f"{title(thing)} stands there and is not of nightlabel", need="a free name", do=do)
         return standing
 
-    def put(self, thing: Thing) -> None:
-        """Make it, or make what stands there like it; fields that others have set beside ours stay."""
+    def put(self, thing: Thing) -> str:
+        """Make it, or make what stands there like it; fields that others have set beside ours stay. Says which it was."""
         if self.create(thing):
-            return
+            return "made"
         standing = self.find(thing)
         if standing is not None:
             meta = {**standing["metadata"], **{key: value for key, value in thing["metadata"].items() if key != "annotations"}}
             meta["annotations"] = {**standing["metadata"].get("annotations", {}), **thing["metadata"].get("annotations", {})}
             with _explained(f"change {title(thing)}"):
                 self._call("replace", thing, thing["metadata"]["name"], {**standing, **thing, "metadata": meta})
+        return "updated"
 
     def create(self, thing: Thing) -> bool:
         """False when something stands there."""

@@ -34,9 +34,11 @@ def apply(api: Api, things: list[Thing], *, if_running: Policy, say: Say) -> Ray
             api.delete(run)
     for thing in things:
         if thing is not run:
-            api.put(thing)
+            say(f"{title(thing)}: {api.put(thing)}")
     if run is not None and not api.create(run):
         raise Temporary(f"{title(run)} was made by somebody else just now", do="Apply again to follow it")
+    if run is not None:
+        say(f"{title(run)}: made")
     return run
 
 

@@ -127,11 +127,13 @@ def _spec(job: Job, cluster: Cluster, site: Site, entrypoint: str) -> RayJobSpec
 
 def _cluster(job: Job, cluster: Cluster, site: Site) -> RayClusterSpec:
     head, workers, store = cluster.head, cluster.workers, job.resources.object_store
-    own = min(store, head.memory // 4) if workers else store  # of a head that has workers only the driver reads blocks
+    # Beside workers only the driver reads blocks on the head. 75 MiB is Ray's least.
+    own = max(75 * 2**20, min(store, head.memory // 4)) if workers else store
     template = ray_pod(site, Size(head.cpus, head.memory, object_store=own), job_file=True)
     template["spec"]["containers"][0]["ports"] = [{"name": name, "containerPort": port} for name, port in _PORTS.items()]
     params = {"object-store-memory": str(own), **({"num-cpus": "0"} if workers else {})}
     return {
+        # By the version KubeRay knows that it can probe over HTTP; else it calls wget, which a small image lacks.
         "rayVersion": importlib.metadata.version("ray"),
         "authOptions": {"mode": "token"},
         "headGroupSpec": {"rayStartParams": params, "template": template},

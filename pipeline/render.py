@@ -20,8 +20,6 @@ from pipeline.spec import Job
 
 Thing = RayJob | RayCronJob | CronJob | ConfigMap | ServiceAccount | Role | RoleBinding
 
-_LEAST_STORE = 75 * 2**20  # Ray refuses to start with less
-
 
 @dataclass(frozen=True)
 class Wish:
@@ -84,9 +82,9 @@ def _cluster(job: Job) -> Cluster:
             raise JobError(f"{field} is {uri}", need="s3://, which pods reach too", do="Put it into a bucket")
     cluster = job.cluster
     store, node = job.resources.object_store, cluster.workers or cluster.head
-    if not _LEAST_STORE <= store <= node.memory // 2:
+    if store > node.memory // 2:
         got = f"resources.object_store is {store / 2**30:.3g} GiB of a node's {node.memory / 2**30:.3g} GiB"
-        raise JobError(got, need="75 MiB to half of the memory, of which it is a part", do="Change the one or the other")
+        raise JobError(got, need="half of the memory at most, of which it is a part", do="Change the one or the other")
     return cluster
 
 

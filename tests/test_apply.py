@@ -243,6 +243,7 @@ def test_the_command_prints_the_drivers_log_and_ends_with_its_code(cluster: ApiS
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     operator.join()
     assert done.returncode == 5, done.stderr
+    assert done.stdout == "run 000001: 4 units to do\nunits left\n"
     assert done.stderr.splitlines()[-1].endswith("failed: Job entrypoint command failed with exit code 5")
 
 
@@ -259,7 +260,8 @@ def test_the_command_without_rights_or_server(cluster: ApiServer, command: list[
 def test_ctrl_c_leaves_the_run_and_says_how_to_go_on(cluster: ApiServer, command: list[str]):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr
-    assert "created" in process.stderr.readline()
+    while "created" not in process.stderr.readline():
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130

@@ -218,6 +218,26 @@ def test_every_job_renders_valid_objects(*, name, head, workers, kubernetes, dea
             assert thing["data"]["job.yaml"] == text
 
 
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_pods_commands_are_commands_of_ours(name: str, tmp_path: Path):
+    """They get as far as the job file, which is not there."""
+    absent = str(tmp_path / "absent.yaml")
+    for thing in rendered(*GOLDEN[name]):
+        spec = thing.get("spec", {})
+        commands = [
+            container["command"] for pod in templates(thing) for container in pod["spec"]["containers"] if "command" in container
+        ]
+        commands += [entry.split() for entry in (spec.get("entrypoint"), spec.get("jobTemplate", {}).get("entrypoint")) if entry]
+        for program, *words in commands:
+            assert program == "nightlabel"
+            called = [absent if word == "/job/job.yaml" else word for word in words]
+            done = subprocess.run([sys.executable, "-m", "pipeline", *called], capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stderr) == (
+                2,
+                f"nightlabel: {absent}: No such file or directory; required: a job file in YAML. Give the path of a job file.\n",
+            )
+
+
 def test_the_command_prints_it(tmp_path: Path):
     words = [sys.executable, "-m", "pipeline", "render", str(ROOT / "jobs/nightly-products.yaml"), "--date", "2026-11-01"]
     done = subprocess.run([*words, "--target", "rayjob"], capture_output=True, text=True, check=True)
