@@ -151,7 +151,7 @@ def _wait(server: Seaweed) -> None:
 def _free_ports() -> int:
     """A port P such that P..P+3 and P+10000..P+10003 are free now."""
     while True:
-        first = random.randrange(20_000, 30_000)
+        first = random.randrange(11_000, 22_000)  # with GRPC still below 32,768, from where the system gives ports to clients
         try:
             for port in (*range(first, first + 4), *range(first + GRPC, first + GRPC + 4)):
                 with socket.socket() as probe:
