@@ -168,6 +168,6 @@ def _cron_job(job: Job, site: Site, template: PodTemplate, schedule: Schedule, *
             "timeZone": schedule.timezone,
             "concurrencyPolicy": _CONCURRENCY[schedule.if_running],
             "suspend": site.settings.suspend,
-            "jobTemplate": {"metadata": {"labels": site.labels}, "spec": spec},
+            "jobTemplate": {"metadata": site.pod_meta(), "spec": spec},
         },
     }

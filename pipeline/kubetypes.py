@@ -102,6 +102,28 @@ class Toleration(TypedDict):
     operator: Literal["Exists"]
 
 
+class Expression(TypedDict):
+    key: str
+    operator: Literal["NotIn"]
+    values: list[str]
+
+
+class NodeTerm(TypedDict):
+    matchExpressions: list[Expression]
+
+
+class NodeTerms(TypedDict):
+    nodeSelectorTerms: list[NodeTerm]
+
+
+class NodeAffinity(TypedDict):
+    requiredDuringSchedulingIgnoredDuringExecution: NodeTerms
+
+
+class Affinity(TypedDict):
+    nodeAffinity: NodeAffinity
+
+
 class PodSpec(TypedDict):
     serviceAccountName: str
     automountServiceAccountToken: bool
@@ -109,6 +131,7 @@ class PodSpec(TypedDict):
     securityContext: PodSecurity
     imagePullSecrets: NotRequired[list[Named]]
     nodeSelector: NotRequired[Strings]
+    affinity: NotRequired[Affinity]
     tolerations: NotRequired[list[Toleration]]
     containers: list[Container]
     volumes: list[Volume]

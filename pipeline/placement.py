@@ -30,7 +30,9 @@ class Kubernetes(Model):
     service_account_annotations: dict[LabelKey, str] = Field(default={})
     """Make the account, with these: `eks.amazonaws.com/role-arn` or `iam.gke.io/gcp-service-account`."""
     labels: dict[LabelKey, LabelValue] = Field(default={})
-    """More labels for every object and pod, such as `kueue.x-k8s.io/queue-name`."""
+    """More labels for every object, such as `kueue.x-k8s.io/queue-name`."""
+    pod_labels: dict[LabelKey, LabelValue] = Field(default={})
+    """More labels for every pod, such as `azure.workload.identity/use: "true"`."""
     secrets: tuple[DnsLabel, ...] = ()
     """Secrets whose keys become environment variables of the pods; by name, the values never stand in a job file."""
     pull_secrets: tuple[DnsLabel, ...] = ()
@@ -40,7 +42,7 @@ class Kubernetes(Model):
     gpu_label: LabelKey = "cloud.google.com/gke-accelerator"
     """Node label that holds `workers.gpu_type`; off GKE `nvidia.com/gpu.product` or `karpenter.k8s.aws/instance-gpu-name`."""
     spot: dict[LabelKey, LabelValue] = Field(default={})
-    """Labels of spot nodes, for the workers; taints of these keys are tolerated, such as `cloud.google.com/gke-spot: "true"`."""
+    """Labels of spot nodes, such as `karpenter.sh/capacity-type: spot`; workers go there, taints or not, the head does not."""
     attempts: Count = 2
     """How many clusters may be tried, each with its own `limits.deadline`. Two that overlap only share the work."""
     scratch: Bytes = 16 * 2**30

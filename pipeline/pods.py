@@ -10,7 +10,20 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pipeline.kubetypes import Container, Demand, EmptyDir, Meta, PodSpec, PodTemplate, Seccomp, Strings, Volume
+from pipeline.kubetypes import (
+    Container,
+    Demand,
+    EmptyDir,
+    Expression,
+    Meta,
+    NodeTerms,
+    PodMeta,
+    PodSpec,
+    PodTemplate,
+    Seccomp,
+    Strings,
+    Volume,
+)
 from pipeline.placement import Kubernetes
 from pipeline.quantity import text
 
@@ -32,13 +45,15 @@ class Site:
     image: str
     settings: Kubernetes
 
-    @property
-    def labels(self) -> Strings:
-        ours = {"app.kubernetes.io/name": "nightlabel", "app.kubernetes.io/instance": self.name}
-        return {**self.settings.labels, **ours, "app.kubernetes.io/managed-by": "nightlabel"}
-
     def meta(self, name: str = "") -> Meta:
-        return {"name": name or self.name, "namespace": self.settings.namespace, "labels": self.labels}
+        return {"name": name or self.name, "namespace": self.settings.namespace, "labels": self._labels(self.settings.labels)}
+
+    def pod_meta(self) -> PodMeta:
+        return {"labels": self._labels(self.settings.pod_labels)}
+
+    def _labels(self, more: Strings) -> Strings:
+        ours = {"app.kubernetes.io/name": "nightlabel", "app.kubernetes.io/instance": self.name}
+        return {**more, **ours, "app.kubernetes.io/managed-by": "nightlabel"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +97,8 @@ def container(name: str, site: Site, size: Size, *, command: list[str] | None = 
 
 
 def pod(site: Site, only: Container, *, scratch: int = 2**30, job_file: bool = False, spot: bool = False) -> PodTemplate:
-    """A pod of one container. `job_file`: with the job at JOB_FILE; `spot`: on the nodes that cluster.kubernetes.spot names."""
+    """A pod of one container. `job_file`: with the job at JOB_FILE; `spot`: on the nodes that cluster.kubernetes.spot names, and
+    else on none of them."""
     settings = site.settings
     spec: PodSpec = {
         "serviceAccountName": settings.service_account,
@@ -104,10 +120,14 @@ def pod(site: Site, only: Container, *, scratch: int = 2**30, job_file: bool = F
         spec["nodeSelector"] = selector
     if spot and settings.spot:
         spec["tolerations"] = [{"key": key, "operator": "Exists"} for key in settings.spot]
+    elif settings.spot:  # not every cluster taints its spot nodes
+        others: list[Expression] = [{"key": key, "operator": "NotIn", "values": [value]} for key, value in settings.spot.items()]
+        terms: NodeTerms = {"nodeSelectorTerms": [{"matchExpressions": others}]}
+        spec["affinity"] = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}}
     if job_file:
         spec["volumes"].append({"name": "job", "configMap": {"name": site.name}})
         only["volumeMounts"].append({"name": "job", "mountPath": JOB_FOLDER, "readOnly": True})
-    return {"metadata": {"labels": site.labels}, "spec": spec}
+    return {"metadata": site.pod_meta(), "spec": spec}
 
 
 def ray_pod(

@@ -6,7 +6,9 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shards import write_tars
@@ -14,6 +16,7 @@ from test_run import job, label
 
 from pipeline import keep
 from pipeline.errors import UnitsLeft
+from pipeline.storage import open_store
 
 
 def kept(out: Path) -> tuple[list[str], list[str]]:
@@ -38,29 +41,35 @@ def test_logs_of_a_run_are_in_its_folder(tmp_path, model, on_ray, monkeypatch):
     assert len(list((tmp_path / "out").glob("*/runs/*/logs/*"))) == 1
 
 
-def test_logs_of_a_run_that_failed_too_and_none_unasked(tmp_path, model, on_ray, monkeypatch):
-    write_tars(tmp_path / "in", shards=1, images=3)
-    wanted = job(tmp_path / "in", model, tmp_path / "out", limits={"deadline": "0.01s"})
-    with pytest.raises(UnitsLeft):
-        label(wanted)
-    assert not list((tmp_path / "out").glob("*/runs/*/logs"))
+def told(tmp_path: Path, collect: Callable[[], dict[str, bytes]], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What a run that fails tells while its logs are kept."""
+    monkeypatch.setattr(keep, "_collect", collect)
+    events: list[dict[str, Any]] = [{"event": "planned"}]
+
+    def tell(event: str, **fields: Any) -> None:
+        events.append({"event": event, **fields})
+
+    with pytest.raises(UnitsLeft), keep.kept_logs(open_store(str(tmp_path)), str(tmp_path / "logs"), events, tell):
+        raise UnitsLeft("the deadline has passed")
+    return events
+
+
+def test_logs_of_a_run_that_failed_are_kept_too_and_none_unasked(tmp_path, monkeypatch):
+    assert told(tmp_path, lambda: {"node.tar.gz": b"1"}, monkeypatch) == [{"event": "planned"}]
+    assert not (tmp_path / "logs").exists()
     monkeypatch.setenv("NIGHTLABEL_KEEP_LOGS", "1")
-    with pytest.raises(UnitsLeft):
-        label(wanted)
-    assert kept(tmp_path / "out")[0][0] == "planned"
+    events = told(tmp_path, lambda: {"node.tar.gz": b"1"}, monkeypatch)
+    assert [json.loads(line) for line in (tmp_path / "logs/events.jsonl").read_text().splitlines()] == events
+    assert (tmp_path / "logs/node.tar.gz").read_bytes() == b"1"
 
 
-def test_logs_that_cannot_be_kept_fail_nothing(tmp_path, model, on_ray, monkeypatch):
+def test_logs_that_cannot_be_kept_do_not_hide_how_the_run_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("NIGHTLABEL_KEEP_LOGS", "1")
 
     def broken() -> dict[str, bytes]:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(keep, "_collect", broken)
-    write_tars(tmp_path / "in", shards=1, images=3)
-    receipt = label(job(tmp_path / "in", model, tmp_path / "out"))
-    assert receipt.exit_code == 0
-    assert [event["error"] for event in receipt.events if event["event"] == "logs"] == ["no space left on device"]
+    assert told(tmp_path, broken, monkeypatch)[-1]["error"] == "no space left on device"
 
 
 def test_packed_logs_are_bounded_and_the_drivers_come_first(tmp_path, monkeypatch):

@@ -120,6 +120,8 @@ def test_what_the_job_says_is_in_the_ray_job():
     assert pod["nodeSelector"] == {"karpenter.sh/capacity-type": "spot", "karpenter.k8s.aws/instance-gpu-name": "l4"}
     assert {toleration["key"] for toleration in pod["tolerations"]} == {"karpenter.sh/capacity-type", "nvidia.com/gpu"}
     assert "nodeSelector" not in head["template"]["spec"]
+    (term,) = head["template"]["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"].values()
+    assert term == [{"matchExpressions": [{"key": "karpenter.sh/capacity-type", "operator": "NotIn", "values": ["spot"]}]}]
     assert spec["backoffLimit"] == 2
     assert spec["activeDeadlineSeconds"] > 6 * 3600
     assert spec["shutdownAfterJobFinishes"]
