@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
+from programs import get, serving, wait_for
 
 from pipeline import prometheus
+from pipeline.errors import Conflict
+from pipeline.prometheus import Metrics
+from pipeline.spec import Job
 
 MONITORING = ROOT / "infra/monitoring"
 TOLD = {f"nightlabel_{name}" for name in prometheus._FAMILIES}
@@ -51,6 +55,28 @@ def test_prometheus_takes_its_file_and_the_alerts():
 
 def test_every_alert_fires_where_it_must_and_only_there():
     promtool("test", "rules", "alerts.test.yaml")
+
+
+def test_a_conflict_wakes_whoever_is_on_call(tmp_path):
+    """The whole way, with our files: a run that ends with 6, a Pushgateway, Prometheus, the alert."""
+    config = content("prometheus.yaml")
+    config["global"] = {"scrape_interval": "200ms", "scrape_timeout": "200ms", "evaluation_interval": "200ms"}
+    config["rule_files"] = [str(MONITORING / "alerts.yaml")]
+    job = {"name": "nightly", "input": {"uri": "in"}, "model": {"uri": "m"}, "output": {"uri": "o"}}
+    with serving("prometheus-pushgateway") as gateway:
+        wait_for(lambda: get(f"http://{gateway}/-/ready"))
+        config["scrape_configs"] = [config["scrape_configs"][0] | {"static_configs": [{"targets": [gateway]}]}]
+        path = tmp_path / "prometheus.yaml"
+        path.write_text(yaml.safe_dump(config))
+        with serving("prometheus", f"--config.file={path}", f"--storage.tsdb.path={tmp_path}/data") as server:
+            with pytest.raises(Conflict), Metrics(f"http://{gateway}", Job.model_validate(job), say=pytest.fail):
+                raise Conflict("another run's object stands there")
+            firing = wait_for(lambda: _firing(f"http://{server}/api/v1/alerts"))
+    assert firing == [{"alertname": "NightlabelConflict", "severity": "page", "job": "nightlabel", "name": "nightly"}]
+
+
+def _firing(url: str) -> list[dict[str, str]]:
+    return [alert["labels"] for alert in json.loads(get(url))["data"]["alerts"] if alert["state"] == "firing"]
 
 
 def test_every_alert_is_tried_both_ways_and_says_what_to_do():

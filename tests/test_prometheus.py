@@ -9,16 +9,14 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import pytest
 import yaml
 from conftest import ROOT
+from programs import get, serving, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 from shards import write_tars
 
@@ -50,11 +48,6 @@ class Gateway(http.server.ThreadingHTTPServer):
         self.status = status
         self.posts: list[tuple[str, str]] = []
         super().__init__(("127.0.0.1", 0), _Handler)
-
-    def wait_for(self, posts: int) -> None:
-        deadline = time.monotonic() + 30
-        while len(self.posts) < posts and time.monotonic() < deadline:
-            threading.Event().wait(0.001)
 
     @property
     def url(self) -> str:
@@ -108,7 +101,7 @@ def test_a_run_tells_a_pushgateway_from_start_to_end(gateway, monkeypatch):
         observe("planned", {"units": 7, "done": 2})
         observe("rows", {"images": 10, "failed": 3})
         observe("commit", {})
-        gateway.wait_for(3)
+        wait_for(lambda: len(gateway.posts) >= 3)
     assert seen == ["planned", "rows", "commit"]
     assert {path for path, _ in gateway.posts} == {"/metrics/job/nightlabel/name/nightly"}
     first, last = values(gateway.posts[0][1]), values(gateway.posts[-1][1])
@@ -141,30 +134,15 @@ def test_a_failed_run_keeps_the_last_success(tmp_path, error, code):
 @pytest.fixture(params=["prometheus-pushgateway", "prometheus-node-exporter"])
 def collector(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, str]]:
     """A real one: (what a run tells, where Prometheus reads)."""
-    if shutil.which(request.param) is None:
-        pytest.skip(f"{request.param} is absent (Debian: the same)")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [request.param, f"--web.listen-address={address}", "--log.level=error"]
-    if request.param == "prometheus-node-exporter":
-        command += ["--collector.disable-defaults", "--collector.textfile", f"--collector.textfile.directory={tmp_path}"]
-    to = str(tmp_path) if request.param == "prometheus-node-exporter" else f"http://{address}"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        yield to, f"http://{address}/metrics"
-        process.kill()
+    textfiles = ("--collector.disable-defaults", "--collector.textfile", f"--collector.textfile.directory={tmp_path}")
+    reads_files = request.param == "prometheus-node-exporter"
+    with serving(request.param, *(textfiles if reads_files else ())) as address:
+        wait_for(lambda: get(f"http://{address}/metrics"))
+        yield str(tmp_path) if reads_files else f"http://{address}", f"http://{address}/metrics"
 
 
 def scraped(url: str) -> dict[str, float]:
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
-                text = answer.read().decode()
-            return values("".join(re.findall(r"^(?:# \w+ )?nightlabel_.*\n", text, re.MULTILINE)))
-        except URLError:
-            if time.monotonic() > deadline:
-                raise
-            threading.Event().wait(0.05)
+    return values("".join(re.findall(r"^(?:# \w+ )?nightlabel_.*\n", get(url), re.MULTILINE)))
 
 
 def test_a_real_collector_keeps_what_a_failed_run_does_not_tell(collector):
@@ -200,7 +178,7 @@ def test_the_last_word_is_tried_again(gateway, monkeypatch):
     telling = Metrics(gateway.url, JOB, say=silence)
 
     def mend() -> None:
-        gateway.wait_for(4)
+        wait_for(lambda: len(gateway.posts) >= 4)
         gateway.status = 200
 
     mending = threading.Thread(target=mend)
