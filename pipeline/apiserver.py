@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import yaml
 from kubernetes import client, config, watch
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
@@ -36,9 +37,12 @@ class Api:
         self._patience, self._pause = patience, pause
         try:
             _configure()
-        except config.ConfigException as error:
+        except (config.ConfigException, yaml.YAMLError, TypeError, AttributeError, KeyError, ValueError, OSError) as error:
+            # The client checks little of a file before it reads in it.
             need = "a kubeconfig, or a pod with a service account"
-            raise UnfitError(f"no way to a Kubernetes cluster ({error})", need=need, do="Set KUBECONFIG") from None
+            raise UnfitError(
+                f"no way to a Kubernetes cluster ({str(error).splitlines()[0]})", need=need, do="Set KUBECONFIG"
+            ) from None
         self._core, self._custom = client.CoreV1Api(), client.CustomObjectsApi()
 
     def find(self, thing: Thing) -> dict[str, Any] | None:

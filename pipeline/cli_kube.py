@@ -91,13 +91,14 @@ def _print_log(api: Api, run: RayJob) -> None:
 
 
 def _load(path: Path, date: str | None) -> Job:
-    from pipeline.jobfile import asked_days, load_template
+    from pipeline.jobfile import asked_days, at_day, load_template
     from pipeline.spec import Job
 
     job = load_template(path)
     if not isinstance(job, Job):
         raise JobError(f"{path}: kind is {job.kind}", need="label", do="Give a labelling job")
-    asked_days(job, date, name=str(path))  # a date where one is needed, and one that is
+    for day in asked_days(job, date, name=str(path))[:1]:
+        at_day(job, day, name=str(path))  # a job that needs a date has one
     return job
 
 

@@ -257,6 +257,17 @@ def test_the_command_without_rights_or_server(cluster: ApiServer, command: list[
     cluster.back()
 
 
+@pytest.mark.parametrize("content", ["", "a: [", "text", "current-context: x\ncontexts: []\n", None])
+def test_a_kubeconfig_that_leads_nowhere(content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "kubeconfig"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    with pytest.raises(UnfitError, match="no way to a Kubernetes cluster") as caught:
+        Api()
+    assert "\n" not in str(caught.value)
+
+
 def test_ctrl_c_leaves_the_run_and_says_how_to_go_on(cluster: ApiServer, command: list[str]):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr

@@ -240,6 +240,18 @@ def test_the_pods_commands_are_commands_of_ours(name: str, tmp_path: Path):
             )
 
 
+def test_the_command_asks_for_a_date_and_for_a_job_that_labels():
+    for words, said in (
+        (["jobs/nightly-products.yaml"], "{date}, which needs a date"),
+        (["jobs/nightly-products.yaml", "--date", "2026-13-01"], "--date is '2026-13-01'; required"),
+        (["jobs/demo-model.yaml"], "kind is finetune; required: label"),
+    ):
+        command = [sys.executable, "-m", "pipeline", "render", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        assert done.returncode == 2
+        assert said in done.stderr
+
+
 def test_the_command_prints_it(tmp_path: Path):
     words = [sys.executable, "-m", "pipeline", "render", str(ROOT / "jobs/nightly-products.yaml"), "--date", "2026-11-01"]
     done = subprocess.run([*words, "--target", "rayjob"], capture_output=True, text=True, check=True)
