@@ -124,7 +124,7 @@ def test_a_folder_that_is_taken_is_found_before_the_training(tmp_path: Path, sta
     (tmp_path / "out.training").write_text("a file where the checkpoints belong")
     for path in out.iterdir():
         path.unlink()
-    with pytest.raises(StoreError, match=r"out\.training/.*: Not a directory; required: a folder for checkpoints"):
+    with pytest.raises(StoreError, match=r"out\.training/.*: Not a directory; required: a place for checkpoints"):
         make(wanted)
 
 

@@ -12,7 +12,8 @@ import torch
 from pydantic import ValidationError
 from trainings import SMALL, accuracy, picture, tiny_network
 
-from pipeline.errors import JobError, ModelError, UnfitError
+from pipeline.errors import JobError, ModelError, StoreError, Temporary, UnfitError
+from pipeline.prepare.checkpoint import replace
 from pipeline.prepare.images import Images
 from pipeline.prepare.learner import CrossEntropy, Learner, balanced_weights, decay_groups, warmup_cosine
 from pipeline.prepare.train import Place, Result, fit
@@ -91,6 +92,19 @@ def test_a_kill_costs_an_epoch_and_changes_nothing(tmp_path: Path):
     again, said = trained(tmp_path / "b", longer)
     assert said == ["resuming: 5 of at most 5 epochs done"]
     assert same(again, undisturbed)
+
+
+def test_checkpoints_that_are_damaged_gone_or_cannot_be_written_are_one_sentence(tmp_path: Path):
+    settings = QUICK.model_copy(update={"epochs": 1})
+    trained(tmp_path, settings)
+    (tmp_path / "best.ckpt").unlink()
+    with pytest.raises(Temporary, match=r"best\.ckpt: somebody has removed it\. Run again: either another run"):
+        trained(tmp_path, settings)
+    (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:5000])
+    with pytest.raises(StoreError, match=r"last\.ckpt: cannot be read \(.*\); required: a checkpoint as .* Remove /.* and begin"):
+        trained(tmp_path, settings)
+    with pytest.raises(StoreError, match=r"/dev/full/x/last\.ckpt: Not a directory; required: a place for checkpoints"):
+        replace(Path("/dev/full/x/last.ckpt"), b"")
 
 
 def test_a_loaded_network_trains_its_norms_and_a_stopped_training_stays_stopped(tmp_path: Path):

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from pipeline.errors import StoreError, Temporary
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -22,15 +27,38 @@ class OneStep(TorchCheckpointIO):
         replace(Path(path), buffer.getvalue())
 
 
+def make_folder(folder: Path) -> None:
+    """For checkpoints; before the training, for whoever cannot write there wants to know now. Raises StoreError."""
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def replace(path: Path, content: bytes) -> None:
-    """Write a file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file in one step. Raises StoreError when that cannot be."""
     part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        os.replace(part, path)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint, its tensors on the CPU."""
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    """A checkpoint, its tensors on the CPU. Raises StoreError when it cannot be read, Temporary when it is gone."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        do = "Run again: either another run of this job has finished and its model is there, or the training starts anew"
+        raise Temporary(f"{path}: somebody has removed it", do=do) from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        got = f"{path}: cannot be read ({str(error).partition('. ')[0]})"
+        raise StoreError(got, need="a checkpoint as it was written", do=f"Remove {path.parent} and begin anew") from error
     return state
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        do = "Give another output.uri, change the rights or free some space; the same command goes on from the last epoch"
+        raise StoreError(f"{path}: {error.strerror}", need="a place for checkpoints", do=do) from error

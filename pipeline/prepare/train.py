@@ -24,9 +24,9 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from pipeline.errors import JobError, ModelError, StoreError, UnfitError
+from pipeline.errors import JobError, ModelError, UnfitError
 from pipeline.prepare.augment import Change
-from pipeline.prepare.checkpoint import BEST, LAST, OneStep, read, replace
+from pipeline.prepare.checkpoint import BEST, LAST, OneStep, make_folder, read, replace
 from pipeline.prepare.images import MAX_PIXELS, Images, Order, Visits
 from pipeline.prepare.learner import Learner, precision_of
 from pipeline.prepare.outcome import Say
@@ -121,19 +121,15 @@ def fit(
 ) -> Result:
     """Train on (training, validation) images, or go on where `folder` says that an earlier start stopped.
 
-    Raises JobError for fewer images than a batch, StoreError when `folder` cannot be made, ModelError when the loss stops being
-    finite.
+    Raises JobError for fewer images than a batch, ModelError when the loss stops being finite, and for `folder` what
+    `checkpoint` raises.
     """
     training = learner.training_
     wanted = training.batch_size * place.world
     if len(data[0]) < wanted or not len(data[1]):
         got = f"{len(data[0]):,} images to train on and {len(data[1]):,} to validate with"
         raise JobError(got, need=f"a batch of {wanted} and one", do="Give more images or lower training.batch_size")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        got = f"{folder}: {error.strerror}"
-        raise StoreError(got, need="a folder for checkpoints", do="Give another output.uri, or change the rights") from error
+    make_folder(folder)
     diary, patience = _Diary(say, training.epochs), _Patience(training)
     state = _standing(folder, place)
     if state is not None:
