@@ -106,7 +106,8 @@ class Limits(Model):
     max_pixels: Annotated[Pixels, between(in_pixels, "1px", "1000GP")] = 100 * 10**6
     """Images with more pixels, by their header, become TOO_LARGE rows and are never decoded."""
     decode_timeout: Annotated[Seconds, between(in_seconds, "0.1s", "1d")] = 30.0
-    """Careful mode: an image that takes longer becomes a DECODE_TIMEOUT row."""
+    """Careful mode: an image that takes longer becomes a DECODE_TIMEOUT row. After ten in a row an image gets a tenth of it, or
+    1 s, until one is decoded."""
     decode_memory: Annotated[Bytes, between(in_bytes, "16MiB", "1024TiB")] = 2 * 2**30
     """Careful mode: a decoder that needs more becomes a DECODER_CRASH row."""
     deadline: Annotated[Seconds, between(in_seconds, "0.1s", "366d")] | None = None

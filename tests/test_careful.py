@@ -83,6 +83,19 @@ def test_a_hang_is_killed():
         assert error.value.failure == "DECODE_TIMEOUT"
 
 
+def test_after_many_hangs_in_a_row_patience_is_short_until_an_image_is_decoded(monkeypatch):
+    monkeypatch.setattr("pipeline.careful._PATIENCE", 2)
+    monkeypatch.setattr("pipeline.careful._LEAST_S", 0.02)
+    decoder = CarefulDecoder(DECODE, CarefulLimits(timeout_s=0.6, memory_bytes=2**28))
+    waited = []
+    for command in (b"hang", b"hang", b"hang", b"no image", b"hang"):
+        with pytest.raises(BadImage) as error:
+            decoder(command)
+        waited.append(error.value.message.rpartition("within ")[2])
+    assert waited[:3] == ["0.6 s", "0.6 s", "0.06 s"]
+    assert waited[4] == "0.6 s"
+
+
 def test_a_child_that_dies_between_images_is_replaced(careful):
     pid = int(careful(b"pid"))
     with ends(pid):
