@@ -149,14 +149,14 @@ def _plan_lines(planned: Plan, facts: dict[str, Any]) -> Iterator[str]:
 @app.command()
 def validate(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     """Does the job's output hold together: every footer, every count, every manifest, no input labelled twice."""
-    from pipeline.commit import validate as check
     from pipeline.jobfile import load_label_job
-    from pipeline.start import fingerprint, load_model, open_log
+    from pipeline.start import load_model, open_log
+    from pipeline.verify import validate as check
 
     loaded = load_label_job(job, date=date)
     artifact = load_model(loaded, weights=False)
     log = open_log(loaded, artifact)
-    footers, problems = check(log, fingerprint=fingerprint(artifact, loaded))
+    footers, problems = check(log)
     rows, ok, failed = (sum(getattr(footer, name) for footer in footers) for name in ("rows_in", "ok", "failed"))
     if as_json:
         print_json({"where": log.root, "units": len(footers), "rows_in": rows, "ok": ok, "failed": failed, "problems": problems})

@@ -1,44 +1,25 @@
 """Rows of a unit → one Parquet object by one conditional create. The create is the commit.
 
 Serialised in memory first and put once: no rename, no marker, no lock, never an overwrite, never a delete. Whoever comes second
-looks at what stands there; the same unit of another run is as good as ours, since both label the same pinned input.
+looks at what stands there; the same unit of another run is as good as ours, since both label the same pinned input. A unit that
+is given up gets a tombstone by the same create, so it is either committed or split, and never both.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import Conflict, InputMissing
-from pipeline.plan import Log, Unit
-from pipeline.rows import OUTPUT_SCHEMA_VERSION, PREDICTION
-from pipeline.storage import RangeFile
-
-_FOOTER = b"nightlabel"
-
-
-@dataclass(frozen=True)
-class Footer:
-    """What the object of a unit says of itself, in its Parquet metadata. `rows_in = ok + failed`, or it was not written."""
-
-    unit: str
-    fingerprint: str
-    rows_in: int
-    ok: int
-    failed: int
-    failures: Mapping[str, int] = field(default_factory=dict)
-    inputs: tuple[tuple[str, str, int], ...] = ()
-    attempt: str = ""
-    code: str = ""
-    schema: int = OUTPUT_SCHEMA_VERSION
+from pipeline.errors import Conflict, JobError
+from pipeline.footer import Footer, tombstone
+from pipeline.log import Log
+from pipeline.rows import PREDICTION, TIMINGS
+from pipeline.unit import Unit
 
 
 @dataclass(frozen=True)
@@ -60,7 +41,7 @@ class UnitBuffer:
         self.error: tuple[str, str] | None = None
 
     def add(self, table: pa.Table) -> None:
-        """Takes prediction rows of the unit, the end row among them."""
+        """Takes prediction rows of the unit, the end row among them, with the columns of rows.TIMINGS."""
         ends = pc.is_null(table.column("key"))
         if pc.any(ends).as_py():
             end = table.filter(ends).slice(0, 1).to_pylist()[0]
@@ -74,17 +55,37 @@ class UnitBuffer:
         self._seen.update(indexes)
         self._tables.append(table)
 
+    def __len__(self) -> int:
+        """Rows so far."""
+        return len(self._seen)
+
     @property
     def complete(self) -> bool:
         return self.expected is not None and (self.error is not None or len(self._seen) == self.expected)
 
+    def failed(self) -> int:
+        """Failed rows so far."""
+        return sum(pc.sum(pc.equal(table.column("status"), "failed")).as_py() or 0 for table in self._tables)
+
+    def seconds(self) -> dict[str, float]:
+        """By seam, what these rows took, once each."""
+        sums = dict.fromkeys(TIMINGS, 0.0)
+        for table in self._tables:
+            for seam, name in TIMINGS.items():
+                sums[seam] += pc.sum(table.column(name)).as_py() or 0.0
+        return sums
+
     def table(self) -> pa.Table:
-        """All rows in order, in the columns of rows.PREDICTION, then optional and kept ones."""
-        whole = pa.concat_tables(
-            [table for table in self._tables if table.num_rows] or self._tables[:1], promote_options="permissive"
-        )
+        """All rows in order, in the columns of rows.PREDICTION, then optional and kept ones. Raises JobError when kept columns
+        have types that do not go together."""
+        tables = [table for table in self._tables if table.num_rows] or self._tables[:1]
+        try:
+            whole = pa.concat_tables(tables, promote_options="permissive")
+        except pa.ArrowException as error:
+            need, do = "one type for each kept column of a unit", "Write the files alike, or leave the column out of input.keep"
+            raise JobError(f"inputs of one unit differ: {error}", need=need, do=do) from error
         whole = whole.sort_by("index")
-        extra = [name for name in whole.column_names if name not in PREDICTION.names]
+        extra = [name for name in whole.column_names if name not in PREDICTION.names and name not in TIMINGS.values()]
         schema = pa.schema([*PREDICTION, *(whole.schema.field(name) for name in extra)])
         return whole.select([*PREDICTION.names, *extra]).cast(schema)
 
@@ -107,97 +108,30 @@ def serialise(table: pa.Table, unit: Unit, provenance: Provenance) -> tuple[byte
         attempt=provenance.attempt,
         code=provenance.code,
     )
-    table = table.replace_schema_metadata({_FOOTER: json.dumps(asdict(footer))})
     sink = BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    pq.write_table(table.replace_schema_metadata(footer.metadata), sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue(), footer
 
 
 def commit_unit(log: Log, unit: Unit, table: pa.Table, provenance: Provenance) -> tuple[Footer, bool]:
-    """(what stands there now, whether it is ours). Raises Conflict: something else stands there; Temporary: try again."""
+    """(what stands there now, whether it is ours); what stands may be a tombstone. Raises Conflict: something else stands there;
+    Temporary: try again."""
     data, footer = serialise(table, unit, provenance)
     key = log.data_key(unit.id)
     if log.store.create(key, data):
         return footer, True
-    standing = read_footer(log, unit.id)
-    if standing.unit != unit.id or standing.fingerprint != provenance.fingerprint or standing.rows_in != footer.rows_in:
+    standing = log.footer(unit.id)
+    told = (standing.unit, standing.fingerprint, footer.rows_in if standing.split else standing.rows_in)
+    if told != (unit.id, provenance.fingerprint, footer.rows_in):
         got = f"{key}: holds {standing.rows_in} rows of unit {standing.unit}, fingerprint {standing.fingerprint}"
         need = f"{footer.rows_in} rows of unit {unit.id}, fingerprint {provenance.fingerprint}"
         raise Conflict(got, need=need, do="Find out who wrote it and move it away")
     return standing, standing.attempt == provenance.attempt  # ours when a reply was lost on the way
 
 
-def read_footer(log: Log, unit_id: str) -> Footer:
-    """The footer of a committed unit. Raises InputMissing when there is no object, Conflict when it is not one of ours."""
-    key = log.data_key(unit_id)
-    try:
-        metadata = pq.read_metadata(RangeFile(log.store, log.store.head(key)))
-        fields = json.loads((metadata.metadata or {})[_FOOTER])
-        fields["inputs"] = tuple((uri, etag, size) for uri, etag, size in fields["inputs"])
-        footer = Footer(**fields)
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        do = "Find out who wrote it and move it away"
-        raise Conflict(f"{key}: not a unit of nightlabel ({error})", need="a Parquet file with its account", do=do) from error
-    if (
-        metadata.num_rows != footer.rows_in
-        or footer.ok + footer.failed != footer.rows_in
-        or sum(footer.failures.values()) != footer.failed
-    ):
-        raise Conflict(
-            f"{key}: {metadata.num_rows} rows, its account says {footer}", need="an account that adds up", do="Move it away"
-        )
-    return footer
-
-
-def verify(log: Log, units: Iterable[Unit], *, fingerprint: str) -> Iterator[Footer]:
-    """The footer of every unit, read back and held against the plan. Raises what `read_footer` raises, or Conflict."""
-    with ThreadPoolExecutor(16) as pool:
-        wanted = list(units)
-        for unit, footer in zip(wanted, pool.map(lambda unit: read_footer(log, unit.id), wanted), strict=True):
-            if footer.unit != unit.id or footer.fingerprint != fingerprint:
-                got = f"{log.data_key(unit.id)}: holds unit {footer.unit}, fingerprint {footer.fingerprint}"
-                raise Conflict(got, need=f"fingerprint {fingerprint}", do="Move it away and run again")
-            yield footer
-
-
-def validate(log: Log, *, fingerprint: str) -> tuple[list[Footer], list[str]]:
-    """Does an output hold together? (footers of all units, what is wrong with them in sentences, nothing when all is well):
-    every object is a sound unit, no input is in two of them, and every finished run's manifest says what its units say."""
-    problems: list[str] = []
-    footers: dict[str, Footer] = {}
-    for unit_id in sorted(log.committed()):
-        try:
-            footers[unit_id] = read_footer(log, unit_id)
-        except (Conflict, InputMissing) as error:  # anything else says nothing about the output
-            problems.append(str(error))
-            continue
-        if footers[unit_id].unit != unit_id or footers[unit_id].fingerprint != fingerprint:
-            problems.append(
-                f"{log.data_key(unit_id)}: its account is of unit {footers[unit_id].unit}, {footers[unit_id].fingerprint}."
-            )
-    planned: dict[tuple[object, ...], str] = {}
-    for run in log.runs():
-        for unit in run.units:
-            for part in unit.parts if unit.id in footers else ():
-                other = planned.setdefault((*part.input, part.start), unit.id)
-                if other != unit.id:
-                    problems.append(f"{part.uri}: labelled twice, in units {other} and {unit.id}.")
-        if run.finished:
-            problems += _check_manifest(log, run.id, [footers.get(unit.id) for unit in run.units])
-    unplanned = footers.keys() - set(planned.values())
-    problems += [f"{log.data_key(unit_id)}: in no plan." for unit_id in sorted(unplanned)]
-    return list(footers.values()), problems
-
-
-def _check_manifest(log: Log, run_id: str, footers: list[Footer | None]) -> list[str]:
-    key = log.run_key(run_id, "manifest.json")
-    counts = json.loads(log.store.read(key))["rows"]
-    missing = sum(footer is None for footer in footers)
-    if missing:
-        return [f"{key}: {missing} of its {len(footers)} units have no object."]
-    sums = {
-        name: sum(getattr(footer, field) for footer in footers)
-        for name, field in (("in", "rows_in"), ("ok", "ok"), ("failed", "failed"))
-    }
-    stated = {name: counts[name] for name in sums}
-    return [] if sums == stated else [f"{key}: states {stated}, its units hold {sums}."]
+def retire_unit(log: Log, unit: Unit, *, schema: pa.Schema, why: str, provenance: Provenance) -> bool:
+    """Puts a tombstone where `unit` would be committed, so that its inputs can go into other units. False: it was committed
+    before. Raises what `commit_unit` raises."""
+    inputs = tuple(part.input for part in unit.parts)
+    footer = Footer(unit.id, provenance.fingerprint, inputs=inputs, attempt=provenance.attempt, code=provenance.code, split=why)
+    return log.store.create(log.data_key(unit.id), tombstone(footer, schema)) or bool(log.footer(unit.id).split)

@@ -7,15 +7,15 @@ border means reading the tar. Without opening shards the number of images is unk
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import InputMissing, JobError
-from pipeline.plan import Part, Unit
+from pipeline.errors import InputError, InputMissing, JobError, NightlabelError, PermissionDenied
 from pipeline.spec import Input
 from pipeline.storage import Object, RangeFile, Store, glob_prefix
+from pipeline.unit import Part, Unit
 
 UNIT_BYTES = 256 * 2**20  # about 2,400 photographs of 110 kB; a unit lost to a crash is a minute of one GPU at most
 BUNDLE = 2_000  # loose images of a unit: at 100 ms for a first byte and 16 connections, 13 s of latency
@@ -80,20 +80,24 @@ def _cut_parquet(store: Store, wanted: Input, listing: Sequence[Object], *, piec
     size = min(UNIT_BYTES, max(1, sum(item.size for item in listing) // pieces))
     small = [Part(item.uri, item.etag, item.size) for item in listing if item.size <= 2 * size]
     units = _join(small, most=max(1, len(listing) // pieces), size=size)
-    for item in listing:
-        if item.size > 2 * size:
+    large = [item for item in listing if item.size > 2 * size]
+    unfit: list[JobError] = []
+    for item in large:
+        try:
             units += _split_rows(store, wanted, item, size=size)
+        except (InputError, PermissionDenied, JobError, pa.ArrowException, OSError) as error:
+            # One unit, whose reading says what is wrong while the rest is labelled.
+            units.append(Unit((Part(item.uri, item.etag, item.size),)))
+            unfit += [error] if isinstance(error, JobError) else []
+    if unfit and len(unfit) == len(large):
+        raise unfit[0]  # no file is as the job says: better said now than after Ray has started
     return units
 
 
 def _split_rows(store: Store, wanted: Input, item: Object, *, size: int) -> list[Unit]:
     """Row groups of one file joined to about `size` bytes each."""
-    try:
-        footer = pq.read_metadata(RangeFile(store, item))
-        check_columns(footer.schema.to_arrow_schema(), wanted, item.uri)
-    except (pa.ArrowException, OSError):
-        # Broken: one unit, whose reading says what is wrong while the rest is labelled.
-        return [Unit((Part(item.uri, item.etag, item.size),))]
+    footer = pq.read_metadata(RangeFile(store, item))
+    check_columns(footer.schema.to_arrow_schema(), wanted, item.uri)
     together = max(1, footer.num_row_groups // -(-item.size // size))
     units: list[Unit] = []
     stop = 0
@@ -118,3 +122,14 @@ def check_columns(schema: pa.Schema, wanted: Input, uri: str) -> None:
         raise JobError(
             f"{uri}: column {wanted.image_column} is {kind}", need=need, do="Name another image_column, or encode the images"
         )
+
+
+def kept_fields(store: Store, wanted: Input, inputs: Iterable[Object]) -> list[pa.Field]:
+    """Name and type of the kept columns, as the first of the Parquet files that can be read has them; text in tars."""
+    for item in inputs if wanted.format == "parquet" and wanted.keep else ():
+        try:
+            schema = pq.read_schema(RangeFile(store, item))
+            return [schema.field(name) for name in wanted.keep]
+        except (NightlabelError, pa.ArrowException, OSError, KeyError):
+            continue  # it may be the broken one
+    return [pa.field(name, pa.string()) for name in wanted.keep]

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.attempt import Observer
 from pipeline.errors import JobError
 from pipeline.jobfile import load_job, load_label_job
-from pipeline.label import Driver, Observer
+from pipeline.label import Driver
 from pipeline.prepare import finetune
 from pipeline.prepare.digits import pack_digits
 from pipeline.report import Receipt

@@ -100,6 +100,7 @@ class UnitsLeft(NightlabelError):
 
 class Conflict(NightlabelError):
     exit_code = 6
+    error_class = "CONFLICT"
 
 
 class Temporary(NightlabelError):

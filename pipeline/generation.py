@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 
 from pipeline.errors import InputMissing
-from pipeline.plan import Log
+from pipeline.log import Log
 from pipeline.storage import Object, Store, join
 
 _OBJECT = re.compile(r"/generations/(\d{6})/data/([0-9a-f]{32})\.parquet$")

@@ -16,8 +16,8 @@ from pipeline.cut import list_inputs
 from pipeline.errors import EXIT_BUG, InputMissing, Interrupted, JobError, NightlabelError
 from pipeline.jobfile import asked_days, at_day
 from pipeline.lease import Office
+from pipeline.log import Log
 from pipeline.notify import account, tell
-from pipeline.plan import Log
 from pipeline.publish import Published, publish
 from pipeline.report import Receipt
 from pipeline.schedule import WAIT_S, looked_back

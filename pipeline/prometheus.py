@@ -141,7 +141,7 @@ class Metrics:
         """Takes the driver's events."""
         account = self.account
         account.moved = time.time()
-        if event == "planned":
+        if event in ("planned", "replanned"):
             account.planned, account.done = fields["units"], fields["done"]
         elif event == "rows":
             account.ok += fields["images"] - fields["failed"]

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import StoreError, Temporary, UnfitError
 from pipeline.generation import listing, newest
-from pipeline.plan import Log
+from pipeline.log import Log
 from pipeline.published import Changed, File, Table
 from pipeline.spec import Job, Publish
 from pipeline.storage import Object, RangeFile, Store, join

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cut import IMAGE_SUFFIXES, check_columns, root_of
-from pipeline.errors import InputError, NightlabelError, PermissionDenied, ShardError
-from pipeline.plan import Part, Unit
+from pipeline.errors import InputError, JobError, NightlabelError, PermissionDenied, ShardError
 from pipeline.rows import IMAGE, Failure, UnitError
 from pipeline.spec import Input
 from pipeline.storage import Object, RangeFile, Store
 from pipeline.tar import Stream, members
+from pipeline.unit import Part, Unit
 
 BATCH_ROWS = 64
 BATCH_BYTES = 16 * 2**20  # 64 photographs of 110 kB are 7 MB; larger images make smaller batches
@@ -43,6 +43,7 @@ def read_unit(store: Store, unit: Unit, *, wanted: Input) -> Iterator[pa.Table]:
         for part in unit.parts if wanted.format != "images" else ():
             source = _read_tar(store, part, wanted) if wanted.format == "webdataset" else _read_parquet(store, part, wanted)
             for table in source:
+                _check_like(table.schema, schema if rows else table.schema, part.uri)
                 yield _numbered(table, unit.id, rows)
                 rows, schema = rows + table.num_rows, table.schema
         if wanted.format == "images":
@@ -55,6 +56,14 @@ def read_unit(store: Store, unit: Unit, *, wanted: Input) -> Iterator[pa.Table]:
     if error is not None:
         end |= {"error_class": error.error_class, "error": str(error)}
     yield pa.Table.from_pylist([end], schema=schema)
+
+
+def _check_like(schema: pa.Schema, before: pa.Schema, uri: str) -> None:
+    """Raises JobError when kept columns have other types than in the files before: the rows of a unit are one table."""
+    for column, known in zip(schema, before, strict=True):
+        if column.type != known.type:
+            do = "Write the files alike, or leave the column out of input.keep"
+            raise JobError(f"{uri}: column {column.name} is {column.type}", need=f"{known.type}, as in the file before", do=do)
 
 
 def _numbered(table: pa.Table, unit_id: str, first: int) -> pa.Table:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipeline.errors import InputError
 from pipeline.rows import UnitError
 from pipeline.spec import Job
 
@@ -119,9 +120,11 @@ class Receipt:
 
 
 def exit_code(trouble: tuple[UnitTrouble, ...], *, left: bool, share: float, limit: float) -> int:
-    """Broken inputs first, then rights, then what may pass by itself, then units that never arrived, then too many failures."""
+    """A stranger's object, then broken inputs, rights, what is unfit, what may pass by itself, what did not arrive; and
+    when no unit is left, too many failures."""
     classes = {item.error_class for item in trouble}
     if left:
-        by_class = ((set(UnitError.__members__), 3), ({"PERMISSION_DENIED"}, 77), ({"UNFIT"}, 2), ({"TEMPORARY"}, 75))
+        broken = {*UnitError.__members__, InputError.error_class}
+        by_class = (({"CONFLICT"}, 6), (broken, 3), ({"PERMISSION_DENIED"}, 77), ({"UNFIT"}, 2), ({"TEMPORARY"}, 75))
         return next((code for names, code in by_class if classes & names), 5)
     return 4 if share > limit else 0

@@ -11,7 +11,7 @@ is the number of rows the unit has, and its `error_class`, when set, is the unit
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +50,13 @@ PREDICTION = pa.schema(
         pa.field("height", pa.int32()),
     ]
 )
+
+
+def output_schema(*, embedding: int | None, probabilities: int | None, kept: Iterable[pa.Field]) -> pa.Schema:
+    """The columns of a committed object; `embedding` and `probabilities` are the lengths of these vectors, or None."""
+    optional = [] if embedding is None else [pa.field("embedding", pa.list_(pa.float32(), embedding))]
+    optional += [] if probabilities is None else [pa.field("probabilities", pa.list_(pa.float16(), probabilities))]
+    return pa.schema([*PREDICTION, *optional, *kept])
 
 
 class Failure(enum.StrEnum):

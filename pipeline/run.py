@@ -7,11 +7,10 @@ driver runs another one over the units that did not arrive. So retries are few a
 from __future__ import annotations
 
 import json
-import queue
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import astuple
 from functools import cache, partial
 from typing import Any
@@ -24,21 +23,23 @@ from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from pipeline.artifact import Artifact
 from pipeline.cluster import connect
 from pipeline.errors import ModelError, NightlabelError, Stalled, Temporary
-from pipeline.plan import Part, Unit
 from pipeline.preprocessing import Preprocessing
 from pipeline.rows import TIMINGS
 from pipeline.spec import S3, Input, Job
 from pipeline.storage import Store, open_store
+from pipeline.unit import Part, Unit
+from pipeline.watch import losses, watched
 
 Stage = Callable[[pa.Table], pa.Table]
 
 STALL_S = 600.0  # no block for so long means a hung pool (ray#62746); a 128 MiB block takes 50 s at 18 img/s
+_CAREFUL_ROWS = 8  # of a block in careful mode: hanging images come through by and by, so that the watch sees the pass live
 _ACTOR: dict[str, Any] = {"max_restarts": 2, "max_task_retries": 1}  # Ray's default is to retry for ever, a poison image with it
 
 
 def chain(units: list[Unit], job: Job, artifact: Artifact, *, careful: bool = False) -> ray.data.Dataset:
     """read → preprocess → predict over units: a lazy dataset of prediction rows, every unit closed by its end row."""
-    pools, rows = job.resources, _block_bytes(job, artifact) // (3 * artifact.preprocessing.size**2)
+    pools, rows = job.resources, _block_bytes(job, artifact, careful) // (3 * artifact.preprocessing.size**2)
     items = [{"unit": json.dumps([astuple(part) for part in unit.parts])} for unit in units]
     with warnings.catch_warnings():
         # Finite retries have no other way in than the keyword arguments that 2.60 deprecates (2.61 is not admitted).
@@ -77,8 +78,10 @@ def chain(units: list[Unit], job: Job, artifact: Artifact, *, careful: bool = Fa
         )
 
 
-def _block_bytes(job: Job, artifact: Artifact) -> int:
-    """One forward batch of pixels at least, 4 MiB to 128 MiB: 27 to 891 crops of 224 × 224."""
+def _block_bytes(job: Job, artifact: Artifact, careful: bool) -> int:
+    """One forward batch of pixels at least, 4 MiB to 128 MiB: 27 to 891 crops of 224 × 224; few in careful mode."""
+    if careful:
+        return _CAREFUL_ROWS * 3 * artifact.preprocessing.size**2
     return max(2**22, min(2**27, job.resources.predict.batch_size * 3 * artifact.preprocessing.size**2))
 
 
@@ -152,47 +155,30 @@ def _with_seconds(table: pa.Table, seam: str, seconds: float) -> pa.Table:
     return table.append_column(TIMINGS[seam], share)
 
 
-def run_pass(units: list[Unit], job: Job, artifact: Artifact, *, careful: bool = False) -> Iterator[pa.Table]:
-    """Prediction rows of `units` as their blocks finish, in any order; blocks may be missing, that is the driver's to see.
+def run_pass(
+    units: list[Unit], job: Job, artifact: Artifact, *, careful: bool = False, lost: list[str] | None = None
+) -> Generator[pa.Table | None, None, None]:
+    """Prediction rows of `units` as their blocks finish, in any order, and None for a second without one. Blocks may be missing,
+    that is the driver's to see; what they were lost to is added to `lost`, a line each.
 
-    Raises Temporary when the pass dies, and Stalled when nothing arrives for STALL_S seconds; what hung is gone then.
+    Raises Temporary when the pass dies, and Stalled when nothing arrives for so long that something must hang; that is gone then.
     """
-    DataContext.get_current().target_max_block_size = _block_bytes(job, artifact)
+    DataContext.get_current().target_max_block_size = _block_bytes(job, artifact, careful)
+    # Each image of a block may hang, and its successor wait for a new child, which imports torch.
+    stall_s = max(STALL_S, 2 * _CAREFUL_ROWS * (job.limits.decode_timeout + 30)) if careful else STALL_S
     dataset = chain(units, job, artifact, careful=careful)
+
+    def start() -> Generator[pa.Table, None, None]:
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+
+    blocks = watched(start, stall_s=stall_s, explain=_reason)
     try:
-        yield from _watched(lambda: iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow")))
+        with losses(lost if lost is not None else []), closing(blocks):
+            yield from blocks
     except Stalled:
         ray.shutdown()  # the only end of a hung worker, which else would keep its CPUs from the next pass
         connect(job)
         raise
-
-
-def _watched(start: Callable[[], Iterator[pa.Table]]) -> Iterator[pa.Table]:
-    """The items of an iterator that runs in a thread of its own, so that a hung pool can be left and no signal waits."""
-    done = object()
-    arrived: queue.Queue[Any] = queue.Queue(maxsize=8)
-    left = threading.Event()
-
-    def consume() -> None:
-        try:
-            for table in start():
-                if left.is_set():
-                    return
-                arrived.put(table)
-            arrived.put(done)
-        except BaseException as error:  # noqa: BLE001  # raised again below, in the thread that can do something about it
-            arrived.put(error)
-
-    threading.Thread(target=consume, daemon=True).start()
-    try:
-        while (item := arrived.get(timeout=STALL_S)) is not done:
-            if isinstance(item, BaseException):
-                raise _reason(item) from item
-            yield item
-    except queue.Empty:
-        raise Stalled(f"no block arrived for {STALL_S:g} s", do="Run again; what is committed stays") from None
-    finally:
-        left.set()
 
 
 def _reason(error: BaseException) -> BaseException:

@@ -46,7 +46,7 @@ class Screen:
             self._console.print(Text(text))
 
     def observe(self, event: str, fields: dict[str, Any]) -> None:
-        """Takes the driver's events: planned, pass, rows, commit, trouble, verified."""
+        """Takes the driver's events: planned, pass, rows, commit, trouble, split, replanned, verified."""
         if event == "planned":
             self._planned(fields)
         elif event == "pass":
@@ -61,8 +61,13 @@ class Screen:
             self._images, self._failed = self._images + fields["images"], self._failed + fields["failed"]
         elif event == "commit":
             self._done, self._unit_images = self._done + 1, self._unit_images + fields["rows"]
-        elif event == "trouble" and fields["error_class"] != "LOST":  # what was lost comes again in the next pass
-            self._console.print(Text(f"{fields['error_class']}: {fields['error']}", style="red"))
+        elif event in ("trouble", "split"):
+            self._images, self._failed = self._images - fields["dropped"], self._failed - fields["dropped_failed"]
+            # What was lost, or may pass by itself, comes again in the next pass.
+            if event == "trouble" and fields["error_class"] not in ("LOST", "TEMPORARY"):
+                self._console.print(Text(f"{fields['error_class']}: {fields['error']}", style="red"))
+        elif event == "replanned":
+            self._units += fields["units"] - fields["before"]
         if self._live is not None and self._live.is_started:
             self._live.update(Text(self._line()))
 

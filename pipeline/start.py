@@ -9,15 +9,19 @@ import os
 from functools import partial
 
 from pipeline.artifact import Artifact, load_artifact
-from pipeline.cut import cut, list_inputs
-from pipeline.errors import InputMissing, ModelError
+from pipeline.commit import Provenance, retire_unit
+from pipeline.cut import cut, kept_fields, list_inputs
+from pipeline.errors import InputMissing, ModelError, StoreError
+from pipeline.jobfile import dump_job
+from pipeline.log import Log
 from pipeline.onnx_engine import check_int8
-from pipeline.plan import Log, Part, Plan, make_plan
+from pipeline.plan import Plan, make_plan
 from pipeline.preprocessing import PREPROCESSING_VERSION
 from pipeline.recipe import Start
-from pipeline.rows import OUTPUT_SCHEMA_VERSION
+from pipeline.rows import OUTPUT_SCHEMA_VERSION, output_schema
 from pipeline.spec import Job, ModelSource
 from pipeline.storage import Object, Store, join, open_store
+from pipeline.unit import Part, Unit
 
 # Ray reads some of these when it is imported. What the user has set stays.
 _RAY_ENVIRONMENT = {
@@ -71,7 +75,35 @@ def plan_job(job: Job, artifact: Artifact, *, write: bool = True) -> tuple[Log, 
     store = open_store(job.input.uris[0], job.input.s3)
     listing = list_inputs(store, job.input)
     cutter = partial(cut, store, job.input, tasks=job.resources.read.tasks)
-    return log, make_plan(log, listing, cutter, present=partial(_present, store), write=write)
+
+    def retire(unit: Unit) -> bool:
+        return not write or split_unit(log, unit, job, artifact, why="one of its inputs was replaced or is gone")
+
+    return log, make_plan(log, listing, cutter, present=partial(_present, store), retire=retire, write=write)
+
+
+def split_unit(log: Log, unit: Unit, job: Job, artifact: Artifact, *, why: str) -> bool:
+    """Gives the inputs of a unit free for other units, for good. False: it was committed before."""
+    store = open_store(job.input.uris[0], job.input.s3)
+    output, architecture = job.output, artifact.architecture
+    schema = output_schema(
+        embedding=architecture.features if output.embeddings else None,
+        probabilities=architecture.classes if output.probabilities else None,
+        kept=kept_fields(store, job.input, [Object(part.uri, part.size, part.etag) for part in unit.parts]),
+    )
+    return retire_unit(log, unit, schema=schema, why=why, provenance=Provenance(log.fingerprint, "", CODE_VERSION))
+
+
+def begin(log: Log, run_id: str, job: Job) -> None:
+    """Stores the job beside the plan, and sees at once that what is there is never written over: all that a run promises rests on
+    that, and a server that does not know If-None-Match says nothing. Raises StoreError when it is not so."""
+    key, content = log.run_key(run_id, "spec.yaml"), dump_job(job)
+    if log.store.create(key, content) and log.store.create(key, content):
+        where = (
+            (job.output.s3.endpoint or os.environ.get("AWS_ENDPOINT_URL") or "AWS S3") if key.startswith("s3://") else "the disk"
+        )
+        need = "a store that creates an object only if it is absent (If-None-Match: *)"
+        raise StoreError(f"{key}: {where} created it twice", need=need, do="Update the server, or write the output elsewhere")
 
 
 def _present(store: Store, part: Part) -> bool:

@@ -22,7 +22,7 @@ ERROR = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>scripted</Message>
 class Fault:
     """What to do to one request. `method` and `path` (a part of path and query) choose it; None and "" take any."""
 
-    kind: Literal["status", "reset", "hang", "delay", "truncate", "stall", "corrupt", "lost"]
+    kind: Literal["status", "reset", "hang", "delay", "truncate", "stall", "corrupt", "lost", "overwrite"]
     method: str | None = None
     path: str = ""
     status: int = 503
@@ -33,6 +33,7 @@ class Fault:
     """truncate, stall, corrupt: bytes of the body that arrive before it happens."""
     seconds: float = 0.0
     """delay: before the request is passed on."""
+    # overwrite: as a server does that does not know If-None-Match, it answers a refused create with 200.
 
     def fits(self, method: str, path: str) -> bool:
         return self.method in (None, method) and self.path in path
@@ -101,7 +102,7 @@ class FaultProxy:
     async def _answer(self, fault: Fault | None, request: bytes, writer: asyncio.StreamWriter) -> str:
         """Answer or not; "hang" when the client shall wait until it has had enough."""
         kind = fault.kind if fault else "none"
-        if fault is None or kind in ("truncate", "stall", "corrupt", "lost"):
+        if fault is None or kind in ("truncate", "stall", "corrupt", "lost", "overwrite"):
             answer = await self._forward(request)
         elif kind == "status":
             body = ERROR % fault.code.encode()
@@ -120,6 +121,8 @@ class FaultProxy:
             cut = answer.index(b"\r\n\r\n") + 4 + fault.after
             rest = bytes([answer[cut] ^ 0xFF]) + answer[cut + 1 :] if kind == "corrupt" else b""
             answer = answer[:cut] + rest
+        if kind == "overwrite" and b" 412 " in answer.split(b"\r\n", 1)[0]:
+            answer = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
         writer.write(answer)
         await writer.drain()
         return "hang" if kind in ("hang", "stall") else "done"

@@ -16,8 +16,8 @@ ROWS = """
 errors quantity fields placement resources demand rows preprocessing schedule spec
 recipe training complaints jobfile reference storage s3
 modeling_small_stem huggingface resnet artifact describe
-plan cut tar read decode careful preprocess scores engine onnx_engine predict commit report
-start cluster run keep label
+unit footer log plan cut tar read decode careful preprocess scores engine onnx_engine predict commit verify report
+attempt committer start watch cluster run keep label
 generation published delta iceberg publish lease notify nightly
 prepare.extras prepare.outcome prepare.data prepare.metrics prepare.card
 prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate

@@ -23,7 +23,7 @@ from test_run import job
 from pipeline import generation
 from pipeline.errors import JobError, StoreError
 from pipeline.jobfile import parse_job
-from pipeline.plan import Log
+from pipeline.log import Log
 from pipeline.publish import Published, publish
 from pipeline.rows import PREDICTION
 from pipeline.spec import Job

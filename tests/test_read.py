@@ -15,11 +15,11 @@ from shards import picture, tar_bytes, write_parquet
 
 from pipeline.cut import cut, list_inputs
 from pipeline.errors import InputMissing, JobError, ShardError
-from pipeline.plan import Part, Unit
 from pipeline.read import read_unit
 from pipeline.spec import Input
 from pipeline.storage import Disk, Object
 from pipeline.tar import Stream, members
+from pipeline.unit import Part, Unit
 
 STORE = Disk()
 
@@ -246,3 +246,17 @@ def test_a_name_that_is_not_utf8_is_spelt_out(tmp_path):
     store = Disk()
     with Stream(store, store.head(str(tmp_path / "a.tar"))) as stream:
         assert [name for name, _ in members(stream)] == ["caf\\xe9.jpg"]
+
+
+def test_files_of_one_unit_whose_kept_columns_differ_are_told_apart(tmp_path):
+    parts = []
+    for name, labels in (("a", [1, 2]), ("b", ["one", "two"])):
+        pq.write_table(pa.table({"key": ["x", "y"], "image": [b"1", b"2"], "label": labels}), tmp_path / f"{name}.parquet")
+        item = Disk().head(str(tmp_path / f"{name}.parquet"))
+        parts.append(Part(item.uri, item.etag, item.size))
+    wanted = Input(uri=str(tmp_path), format="parquet", keep=("label",))
+    end = list(read_unit(Disk(), Unit(tuple(parts)), wanted=wanted))[-1].to_pylist()[-1]
+    assert (end["error_class"], end["key"]) == ("UNFIT", None)
+    assert "b.parquet: column label is string; required: int64" in end["error"]
+    for part in parts:
+        assert list(read_unit(Disk(), Unit((part,)), wanted=wanted))[-1].to_pylist()[-1]["error_class"] is None

@@ -22,14 +22,14 @@ from shards import picture, tar_bytes, write_parquet, write_tars
 
 from pipeline import run
 from pipeline.cluster import _check_fits
-from pipeline.commit import validate
 from pipeline.errors import Conflict, InputMissing, Interrupted, JobError, ModelError, UnitsLeft
 from pipeline.label import Driver
 from pipeline.report import Receipt
 from pipeline.rows import PREDICTION
 from pipeline.spec import Job
-from pipeline.start import fingerprint, load_model, open_log
+from pipeline.start import load_model, open_log
 from pipeline.storage import open_store
+from pipeline.verify import validate
 
 LIGHT = {
     "read": {"cpus_per_task": 0.1},
@@ -65,8 +65,7 @@ def files(folder: str | Path) -> dict[str, int]:
 
 
 def problems(wanted: Job) -> list[str]:
-    artifact = load_model(wanted, weights=False)
-    return validate(open_log(wanted, artifact), fingerprint=fingerprint(artifact, wanted))[1]
+    return validate(open_log(wanted, load_model(wanted, weights=False)))[1]
 
 
 def labels(rows: pa.Table) -> dict[str, str]:
@@ -262,11 +261,32 @@ def test_an_image_that_hangs_costs_one_row(tmp_path, model, on_ray, monkeypatch)
     monkeypatch.setattr(run, "_make_preprocess", poison.make_preprocess)
     monkeypatch.setattr(run, "STALL_S", 20.0)
     write_tars(tmp_path / "in", shards=1, images=4)
-    (tmp_path / "in/poison.tar").write_bytes(tar_bytes({"a.jpg": picture(1), "hang.jpg": b"hang\n"}))
+    sound = {f"{number}.jpg": picture(number) for number in range(20)}
+    (tmp_path / "in/poison.tar").write_bytes(tar_bytes({"hang.jpg": b"hang\n", **sound}))
     limits = {"max_failed": "100%", "decode_timeout": "2s"}
-    receipt = label(job(tmp_path / "in", model, tmp_path / "out", limits=limits))
-    assert (receipt.exit_code, receipt.rows_in, receipt.failures) == (0, 6, {"DECODE_TIMEOUT": 1})
+    told: list[tuple[str, int]] = []
+    driver = Driver(
+        job(tmp_path / "in", model, tmp_path / "out", limits=limits),
+        observe=lambda event, fields: told.append((event, fields.get("careful", fields.get("images", 0)))),
+        started=time.perf_counter(),
+    )
+    receipt = driver.label()
+    assert (receipt.exit_code, receipt.rows_in, receipt.failures) == (0, 25, {"DECODE_TIMEOUT": 1})
     assert receipt.passes >= 2
+    blocks = [images for event, images in told[told.index(("pass", True)) :] if event == "rows" and images]
+    assert max(blocks) <= 8, "a thousand hanging images in one block would look like a pass that hangs"
+
+
+def test_what_ray_lost_a_unit_to_is_told(tmp_path, model, on_ray, monkeypatch):
+    import poison
+
+    monkeypatch.setattr(run, "_make_predict", poison.make_predict)
+    write_tars(tmp_path / "in", shards=2, images=3)
+    (tmp_path / "in/bad.tar").write_bytes(tar_bytes({"cursed.jpg": picture(1), "sound.jpg": picture(2)}))
+    receipt = label(job(tmp_path / "in", model, tmp_path / "out"))
+    assert (receipt.exit_code, receipt.rows_in, receipt.passes) == (5, 6, 3)
+    (left,) = receipt.trouble
+    assert left.error.endswith("bad.tar: its rows did not all arrive; ValueError: cursed indeed.")
 
 
 def test_two_drivers_share_the_work(tmp_path, model, on_ray):

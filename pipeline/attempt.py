@@ -1,0 +1,134 @@
+"""What one attempt at a run did: events as they happen, and sums for the receipt.
+
+Labels, rows and seconds are summed when a unit is committed, not when its rows arrive, so that what a receipt says is what the
+Parquet files hold: rows of a pass that broke off come again, and of a unit that another driver committed first ours are dropped.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.artifact import Artifact
+from pipeline.commit import UnitBuffer
+from pipeline.footer import Footer
+from pipeline.plan import Plan
+from pipeline.report import Receipt, UnitTrouble, exit_code
+from pipeline.rows import TIMINGS
+from pipeline.spec import Job
+from pipeline.unit import Unit
+
+Observer = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass
+class Attempt:
+    """`started` as of time.perf_counter; `observe(event, fields)` is told what happens."""
+
+    started: float
+    observe: Observer
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    first: float | None = None
+    last: float = 0.0
+    first_rows: int = 0
+    arrived: int = 0
+    rows: int = 0
+    written: int = 0
+    passes: int = 0
+    seams: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMINGS, 0.0))
+    labels: Counter[str] = field(default_factory=Counter)
+    trouble: dict[str, UnitTrouble] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    @property
+    def steady_rate(self) -> float | None:
+        """Images a second from the end of the first block to that of the last; None when there is only one."""
+        if self.first is None or self.last <= self.first:
+            return None
+        return max(0, self.arrived - self.first_rows) / (self.last - self.first)
+
+    def tell(self, event: str, **fields: Any) -> None:
+        if event != "rows":
+            self.events.append({"event": event, "t": round(time.time(), 3), **fields})
+        self.observe(event, fields)
+
+    def take_block(self, table: pa.Table) -> None:
+        """A block of prediction rows has arrived."""
+        status = table.column("status")
+        images = len(status) - status.null_count
+        self.last = time.perf_counter()
+        if images and self.first is None:
+            self.first, self.first_rows = self.last, images
+        self.arrived += images
+        self.tell("rows", images=images, failed=pc.sum(pc.equal(status, "failed")).as_py() or 0)
+
+    def take_commit(self, footer: Footer, rows: pa.Table, seconds: Mapping[str, float], *, ours: bool) -> None:
+        """A unit is committed: by us, or its rows stood there already."""
+        self.trouble.pop(footer.unit, None)
+        self.written += ours
+        if ours:
+            self.rows += footer.rows_in
+            self.seams = {seam: self.seams[seam] + spent for seam, spent in seconds.items()}
+            counts = pc.value_counts(rows.column("label").drop_null())
+            self.labels.update({item["values"]: item["counts"] for item in counts.to_pylist()})
+        self.tell("commit", unit=footer.unit, rows=footer.rows_in, failed=footer.failed, ours=ours)
+
+    def blame(self, unit: Unit, error_class: str, error: str, *, buffer: UnitBuffer | None = None) -> None:
+        """The unit did not come through. What arrived of it, in `buffer`, is dropped and comes again."""
+        self.trouble[unit.id] = UnitTrouble(unit.id, tuple(part.uri for part in unit.parts[:10]), error_class, error)
+        dropped, failed = (len(buffer), buffer.failed()) if buffer is not None else (0, 0)
+        self.arrived -= dropped
+        self.tell("trouble", unit=unit.id, error_class=error_class, error=error, dropped=dropped, dropped_failed=failed)
+
+    def drop(self, unit: Unit, why: str, buffer: UnitBuffer) -> None:
+        """The unit was split while its rows were on their way; they come again in other units."""
+        self.arrived -= len(buffer)
+        self.tell("split", unit=unit.id, why=why, dropped=len(buffer), dropped_failed=buffer.failed())
+
+    def receipt(self, job: Job, plan: Plan, artifact: Artifact, footers: Iterable[Footer], *, where: str, before: int) -> Receipt:
+        """`footers` of all units that are done, read back; `before` of them were done when this attempt began."""
+        done, failures = list(footers), Counter[str]()
+        for footer in done:
+            failures.update(footer.failures)
+        left = {unit.id for unit in plan.todo}
+        rows, failed = sum(footer.rows_in for footer in done), sum(footer.failed for footer in done)
+        self.tell("verified", units=len(done), rows=rows, failed=failed, left=len(left))
+        trouble = tuple(item for item in self.trouble.values() if item.unit in left)
+        share = failed / rows if rows else 0.0
+        return Receipt(
+            job=job.name,
+            where=where,
+            fingerprint=where.rstrip("/").rpartition("/")[2],
+            artifact=artifact.digest,
+            precision=job.model.precision,
+            run=plan.run_id,
+            units=len(plan.units),
+            units_done=len(done),
+            units_before=before,
+            rows_in=rows,
+            ok=sum(footer.ok for footer in done),
+            failed=failed,
+            failures=dict(sorted(failures.items())),
+            labels=dict(self.labels),
+            labelled_now=self.rows,
+            written=self.written,
+            seconds=self.seconds,
+            first_seconds=None if self.first is None else self.first - self.started,
+            images_per_second=self.steady_rate,
+            seam_seconds=self.seams if self.passes else {},
+            passes=self.passes,
+            trouble=trouble,
+            exit_code=exit_code(trouble, left=bool(left), share=share, limit=job.limits.max_failed),
+            events=tuple(self.events),
+        )

@@ -1,0 +1,79 @@
+"""Conditional creates in flight beside the pass. What one fails with is its own unit's trouble; the other units go on."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Self
+
+import pyarrow as pa
+
+from pipeline.attempt import Attempt
+from pipeline.commit import Provenance, UnitBuffer, commit_unit
+from pipeline.errors import JobError, NightlabelError, Temporary
+from pipeline.footer import Footer
+from pipeline.log import Log
+from pipeline.unit import Unit
+
+_THREADS = 4  # each waits for the store, not for a core
+_IN_FLIGHT = 2 * _THREADS
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    footer: Footer
+    ours: bool
+    rows: pa.Table
+
+
+class Committer:
+    """Takes units whose rows are all there. Use as a context manager: at its end what is in flight is waited for."""
+
+    def __init__(self, log: Log, provenance: Provenance, attempt: Attempt) -> None:
+        self.log, self.provenance, self.attempt = log, provenance, attempt
+        self.committed: set[str] = set()
+        self._pool = ThreadPoolExecutor(_THREADS)
+        self._flying: deque[tuple[Unit, UnitBuffer, Future[_Outcome]]] = deque()
+        self._failures = 0  # in a row
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def take(self, unit: Unit, buffer: UnitBuffer) -> None:
+        """Commits the unit, or blames it for the error that it arrived with. Raises Temporary when so many creates have failed
+        in a row that the store is at fault, and the work of this pass would be for nothing."""
+        if buffer.error is not None:
+            self.attempt.blame(unit, *buffer.error, buffer=buffer)
+            return
+        self._flying.append((unit, buffer, self._pool.submit(self._commit, unit, buffer)))
+        self.settle(_IN_FLIGHT)
+        if self._failures >= _IN_FLIGHT:
+            self._failures = 0
+            raise Temporary(
+                f"{_IN_FLIGHT} units in a row could not be committed", do="Look at the output's store, then run again"
+            )
+
+    def settle(self, most: int = 0) -> None:
+        """Waits until at most `most` creates are in flight."""
+        while len(self._flying) > most:
+            unit, buffer, future = self._flying.popleft()
+            try:
+                outcome = future.result()
+            except NightlabelError as error:
+                self._failures += not isinstance(error, JobError)
+                self.attempt.blame(unit, error.error_class, str(error), buffer=buffer)
+                continue
+            self._failures = 0
+            if outcome.footer.split:  # another driver has put its inputs into other units: the next plan knows them
+                self.attempt.drop(unit, outcome.footer.split, buffer)
+                continue
+            self.committed.add(unit.id)
+            self.attempt.take_commit(outcome.footer, outcome.rows, buffer.seconds(), ours=outcome.ours)
+
+    def _commit(self, unit: Unit, buffer: UnitBuffer) -> _Outcome:
+        rows = buffer.table()
+        return _Outcome(*commit_unit(self.log, unit, rows, self.provenance), rows)

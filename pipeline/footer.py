@@ -1,0 +1,77 @@
+"""What the object of a unit says of itself, in its Parquet metadata: the account of its rows, or that there are none and why.
+
+An object without rows that says `split` is a tombstone: it stands where the unit would have been committed, so that nobody can
+commit it any more and its inputs are free for other units. It has the columns of the rest, so whoever reads the folder passes
+over it. Its size is a multiple of TOMBSTONE_BYTES: a listing tells which objects might be one, and only these are opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import Conflict
+from pipeline.rows import OUTPUT_SCHEMA_VERSION
+from pipeline.storage import RangeFile, Store
+from pipeline.unit import Input
+
+TOMBSTONE_BYTES = 4096
+_KEY = b"nightlabel"
+_MAGIC = b"PAR1"
+
+
+@dataclass(frozen=True)
+class Footer:
+    """`rows_in = ok + failed`, or it was not written. `split`: why this is a tombstone, empty for a unit that is committed."""
+
+    unit: str
+    fingerprint: str
+    rows_in: int = 0
+    ok: int = 0
+    failed: int = 0
+    failures: Mapping[str, int] = field(default_factory=dict)
+    inputs: tuple[Input, ...] = ()
+    attempt: str = ""
+    code: str = ""
+    schema: int = OUTPUT_SCHEMA_VERSION
+    split: str = ""
+
+    @property
+    def metadata(self) -> dict[bytes, str]:
+        """For `Table.replace_schema_metadata`."""
+        return {_KEY: json.dumps(asdict(self))}
+
+
+def tombstone(footer: Footer, schema: pa.Schema) -> bytes:
+    """A Parquet file of no rows, padded behind its first four bytes, where without rows nothing points to."""
+    sink = BytesIO()
+    pq.ParquetWriter(sink, schema.with_metadata(footer.metadata)).close()
+    data = sink.getvalue()
+    return _MAGIC + bytes(-len(data) % TOMBSTONE_BYTES) + data[len(_MAGIC) :]
+
+
+def read_footer(store: Store, key: str) -> Footer:
+    """What a unit's object says. Raises InputMissing when there is no object, Conflict when it is not one of ours."""
+    try:
+        metadata = pq.read_metadata(RangeFile(store, store.head(key)))
+        fields = json.loads((metadata.metadata or {})[_KEY])
+        fields["inputs"] = tuple((uri, etag, size) for uri, etag, size in fields["inputs"])
+        footer = Footer(**fields)
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        do = "Find out who wrote it and move it away"
+        raise Conflict(f"{key}: not a unit of nightlabel ({error})", need="a Parquet file with its account", do=do) from error
+    if (
+        metadata.num_rows != footer.rows_in
+        or footer.ok + footer.failed != footer.rows_in
+        or sum(footer.failures.values()) != footer.failed
+        or (footer.split and footer.rows_in)
+    ):
+        raise Conflict(
+            f"{key}: {metadata.num_rows} rows, its account says {footer}", need="an account that adds up", do="Move it away"
+        )
+    return footer

@@ -1,0 +1,173 @@
+"""Everything under `<output.uri>/<fingerprint>`: the log of plans, and the objects of units.
+
+The plans of one output form a log, `runs/000001/plan.parquet`, `runs/000002/…`: each is created only if absent, by a driver that
+has read all plans before it. The price is one small read per earlier run. Plans stay in Arrow, and of each only what touches
+the inputs in question, so a thousand nights cost a second and not a minute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import Conflict, InputMissing, StoreError
+from pipeline.footer import TOMBSTONE_BYTES, Footer, read_footer
+from pipeline.storage import Object, Store, join
+from pipeline.unit import Input, Part, Unit
+
+_PLAN = pa.schema(
+    [
+        ("unit", pa.string()),
+        ("uri", pa.string()),
+        ("etag", pa.string()),
+        ("size", pa.int64()),
+        ("start", pa.int64()),
+        ("stop", pa.int64()),
+    ]
+)
+_CONNECTIONS = 16
+
+
+@dataclass(frozen=True)
+class Run:
+    """One entry of the log: a table of the parts of its units, and whether its manifest says that they are all there.
+    `whole` is the number of its units, also where the table holds only some of them."""
+
+    id: str
+    parts: pa.Table
+    whole: int
+    finished: bool
+
+    @property
+    def inputs(self) -> set[Input]:
+        return set(zip(*(self.parts.column(name).to_pylist() for name in ("uri", "etag", "size")), strict=True))
+
+    @property
+    def units(self) -> list[Unit]:
+        """Raises StoreError when an id does not follow from the inputs."""
+        parts: dict[str, list[Part]] = {}
+        for unit, *fields in zip(*(self.parts.column(name).to_pylist() for name in _PLAN.names), strict=True):
+            parts.setdefault(unit, []).append(Part(*fields))
+        units = [Unit(tuple(items)) for items in parts.values()]
+        if any(unit.id != name for unit, name in zip(units, parts, strict=True)):
+            raise StoreError(f"plan {self.id}: unit ids do not follow from the inputs", need="an intact plan", do="Restore it")
+        return units
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What stands at the keys of units: committed, or split and never to be committed."""
+
+    committed: frozenset[str]
+    split: frozenset[str]
+
+
+class Log:
+    """The runs and data objects of one output and fingerprint."""
+
+    def __init__(self, store: Store, root: str) -> None:
+        self.store, self.root = store, root
+
+    @property
+    def fingerprint(self) -> str:
+        return self.root.rstrip("/").rpartition("/")[2]
+
+    def run_key(self, run_id: str, name: str) -> str:
+        return join(self.root, "runs", run_id, name)
+
+    def data_key(self, unit_id: str) -> str:
+        return join(self.root, "data", f"{unit_id}.parquet")
+
+    def footer(self, unit_id: str) -> Footer:
+        """What stands at a unit's key. Raises InputMissing or Conflict."""
+        return read_footer(self.store, self.data_key(unit_id))
+
+    def objects(self) -> dict[str, Object]:
+        """What stands under data/, by unit id."""
+        found = ((item.uri.rpartition("/")[2], item) for item in self._list("data"))
+        return {name.removesuffix(".parquet"): item for name, item in found if name.endswith(".parquet")}
+
+    def standing(self, ids: Collection[str]) -> Standing:
+        """What became of these units. One listing, and a look into each object that has the size of a tombstone."""
+        objects = self.objects() if ids else {}
+        there = frozenset(unit_id for unit_id in ids if unit_id in objects)
+        suspects = [unit_id for unit_id in there if objects[unit_id].size % TOMBSTONE_BYTES == 0]
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            split = frozenset(unit_id for unit_id, gone in zip(suspects, pool.map(self._is_split, suspects), strict=True) if gone)
+        return Standing(there - split, split)
+
+    def _is_split(self, unit_id: str) -> bool:
+        try:
+            return bool(self.footer(unit_id).split)
+        except Conflict:  # something else stands there, which verification will name
+            return False
+
+    def runs(self, uris: pa.Array | None = None) -> list[Run]:
+        """All runs, oldest first; with `uris`, of each only the units that hold one of these inputs."""
+        keys = [item.uri for item in self._list("runs") if item.uri.split("/")[-2].isdigit()]
+        finished = {key.split("/")[-2] for key in keys if key.endswith("/manifest.json")}
+        plans = [key for key in keys if key.endswith("/plan.parquet")]
+        span = pc.min_max(uris).as_py() if uris is not None else {}
+
+        def load(key: str) -> Run:
+            run_id = key.split("/")[-2]
+            parts, whole = _load(self.store.read(key), uri=key, uris=uris, span=(span.get("min"), span.get("max")))
+            return Run(run_id, parts, whole, run_id in finished)
+
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            return list(pool.map(load, plans))
+
+    def append(self, units: Iterable[Unit], *, after: list[Run]) -> str | None:
+        """A new plan as the next entry; its run id, or None when another driver was faster (read the log again)."""
+        run_id = f"{int(after[-1].id) + 1 if after else 1:06d}"
+        return run_id if self.store.create(self.run_key(run_id, "plan.parquet"), _dump(units)) else None
+
+    def _list(self, folder: str) -> list[Object]:
+        try:
+            return list(self.store.list(join(self.root, folder) + "/"))
+        except InputMissing:  # nothing was written yet
+            return []
+
+
+def _dump(units: Iterable[Unit]) -> bytes:
+    rows = [(unit.id, part.uri, part.etag, part.size, part.start, part.stop) for unit in units for part in unit.parts]
+    columns = zip(*rows, strict=True) if rows else ([] for _ in _PLAN)
+    sink = BytesIO()
+    pq.write_table(
+        pa.table([list(column) for column in columns], schema=_PLAN), sink, compression="zstd", write_page_checksum=True
+    )
+    return sink.getvalue()
+
+
+def _load(data: bytes, *, uri: str, uris: pa.Array | None, span: tuple[str | None, str | None]) -> tuple[pa.Table, int]:
+    """(parts of the units that hold one of `uris`, which lie within `span`; number of all units)."""
+    try:
+        file = pq.ParquetFile(BytesIO(data), page_checksum_verification=True)
+        if uris is not None and not _may_hold(file.metadata, span):
+            return _PLAN.empty_table(), 0
+        table = file.read(_PLAN.names)
+        whole = pc.count_distinct(table.column("unit")).as_py()
+        if uris is not None:
+            held = table.filter(pc.is_in(table.column("uri"), value_set=uris)).column("unit")
+            table = table.filter(pc.is_in(table.column("unit"), value_set=held.unique()))
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise StoreError(
+            f"{uri}: not a plan ({error})", need="an intact plan", do="Restore it, or label into another output"
+        ) from error
+    return table, whole
+
+
+def _may_hold(metadata: pq.FileMetaData, span: tuple[str | None, str | None]) -> bool:
+    """By the smallest and largest URI of each row group: another night's plan is not even decompressed."""
+    first, last = span
+    if first is None or last is None:
+        return False
+    column = _PLAN.get_field_index("uri")
+    statistics = [metadata.row_group(group).column(column).statistics for group in range(metadata.num_row_groups)]
+    return any(known is None or not known.has_min_max or (known.min <= last and first <= known.max) for known in statistics)

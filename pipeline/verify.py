@@ -1,0 +1,86 @@
+"""Does what stands add up: the units of a run before its manifest, a whole output for `nightlabel validate`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+from pipeline.errors import Conflict, InputMissing
+from pipeline.footer import Footer
+from pipeline.log import Log, Run
+from pipeline.unit import Input, Part, Unit
+
+
+def verify(log: Log, units: Iterable[Unit]) -> Iterator[Footer]:
+    """The footer of every unit, read back and held against the plan. Raises what `Log.footer` raises, or Conflict."""
+    with ThreadPoolExecutor(16) as pool:
+        wanted = list(units)
+        for unit, footer in zip(wanted, pool.map(lambda unit: log.footer(unit.id), wanted), strict=True):
+            if footer.unit != unit.id or footer.fingerprint != log.fingerprint or footer.split:
+                holds = "a tombstone" if footer.split else f"unit {footer.unit}"
+                got = f"{log.data_key(unit.id)}: holds {holds}, fingerprint {footer.fingerprint}"
+                raise Conflict(got, need=f"rows of this unit, fingerprint {log.fingerprint}", do="Move it away and run again")
+            yield footer
+
+
+def validate(log: Log) -> tuple[list[Footer], list[str]]:
+    """Does an output hold together? (footers of all units, what is wrong with them in sentences, nothing when all is well):
+    every object is a sound unit or a tombstone, no input is in two units, and every finished run's manifest says what its units
+    say."""
+    footers, problems = _footers(log)
+    committed = {unit_id: footer for unit_id, footer in footers.items() if not footer.split}
+    planned: set[str] = set()
+    owners: dict[Input, set[tuple[float, float, str]]] = defaultdict(set)
+    for run in log.runs():
+        units = run.units
+        planned.update(unit.id for unit in units)
+        for unit in units:
+            for part in unit.parts if unit.id in committed else ():
+                owners[part.input].add(_rows(part, unit.id))
+        if run.finished:
+            problems += _check_manifest(log, run, [committed.get(unit.id) for unit in units])
+    for (uri, _, _), held in owners.items():
+        rows = sorted(held)
+        problems += [
+            f"{uri}: labelled twice, in units {one} and {other}."
+            for (_, stop, one), (start, _, other) in pairwise(rows)
+            if start < stop
+        ]
+    problems += [f"{log.data_key(unit_id)}: in no plan." for unit_id in sorted(footers.keys() - planned)]
+    return list(committed.values()), problems
+
+
+def _footers(log: Log) -> tuple[dict[str, Footer], list[str]]:
+    footers: dict[str, Footer] = {}
+    problems: list[str] = []
+    for unit_id in sorted(log.objects()):
+        try:
+            footer = footers[unit_id] = log.footer(unit_id)
+        except (Conflict, InputMissing) as error:  # anything else says nothing about the output
+            problems.append(str(error))
+            continue
+        if footer.unit != unit_id or footer.fingerprint != log.fingerprint:
+            problems.append(f"{log.data_key(unit_id)}: its account is of unit {footer.unit}, {footer.fingerprint}.")
+    return footers, problems
+
+
+def _rows(part: Part, unit_id: str) -> tuple[float, float, str]:
+    return part.start or 0, math.inf if part.stop is None else part.stop, unit_id
+
+
+def _check_manifest(log: Log, run: Run, footers: list[Footer | None]) -> list[str]:
+    key = log.run_key(run.id, "manifest.json")
+    counts = json.loads(log.store.read(key))["rows"]
+    missing = sum(footer is None for footer in footers)
+    if missing:
+        return [f"{key}: {missing} of its {len(footers)} units have no object."]
+    sums = {
+        name: sum(getattr(footer, field) for footer in footers)
+        for name, field in (("in", "rows_in"), ("ok", "ok"), ("failed", "failed"))
+    }
+    stated = {name: counts[name] for name in sums}
+    return [] if sums == stated else [f"{key}: states {stated}, its units hold {sums}."]

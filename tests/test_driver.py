@@ -1,0 +1,318 @@
+"""The driver without Ray: passes are scripted, the store is the disk. What does it do when units break, creates fail, another
+driver is faster, nothing arrives?"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from faults import Fault, fault_proxy
+
+from pipeline import start
+from pipeline.errors import Stalled, StoreError, Temporary, UnitsLeft
+from pipeline.label import TRIES, Driver
+from pipeline.log import Log
+from pipeline.plan import Plan
+from pipeline.report import Receipt
+from pipeline.rows import PREDICTION, TIMINGS
+from pipeline.spec import Job
+from pipeline.start import load_model, plan_job
+from pipeline.storage import Disk
+from pipeline.unit import Unit
+from pipeline.verify import validate
+
+ROWS = 3  # of each input
+SECONDS = dict.fromkeys(TIMINGS.values(), 0.5)  # of each row
+
+Answer = Callable[[Unit], "tuple[str, str] | None"]
+
+
+def sound(unit: Unit) -> None:
+    return None
+
+
+def broken(name: str, error_class: str) -> Answer:
+    """Units with this input arrive with an error."""
+    return lambda unit: (error_class, f"{name} is it") if any(Path(part.uri).name == name for part in unit.parts) else None
+
+
+def arrival(unit: Unit, error: tuple[str, str] | None = None, *, rows: int | None = None) -> pa.Table:
+    """A block of all rows of a unit, ROWS for each input, and its end; or of the first `rows` of them without it."""
+    keys = [(Path(part.uri).name, number) for part in unit.parts for number in range(ROWS)]
+    ok = {"unit": unit.id, "status": "ok", **SECONDS}
+    found = [
+        {**ok, "key": f"{name}/{number}", "source": name, "index": index, "label": name}
+        for index, (name, number) in enumerate(keys)
+    ]
+    end = {"unit": unit.id, "index": len(found), "error_class": error and error[0], "error": error and error[1]}
+    schema = pa.schema(
+        [
+            ("unit", pa.string()),
+            *(column.with_nullable(True) for column in PREDICTION),
+            *((name, pa.float32()) for name in SECONDS),
+        ]
+    )
+    return pa.Table.from_pylist([*([] if error else found), end] if rows is None else found[:rows], schema=schema)
+
+
+@dataclass
+class Passes:
+    """Stands in for `run.run_pass`. `answer` gives a unit's error, or None; `lose` says which units do not arrive at all."""
+
+    answer: Answer = sound
+    lose: Callable[[Unit], bool] = lambda unit: False
+    before: Callable[[], object] = lambda: None
+    """Called once, when the first pass has begun."""
+    because: str = ""
+    seen: list[list[Unit]] = field(default_factory=list)
+    careful: list[bool] = field(default_factory=list)
+
+    def __call__(self, units: list[Unit], *, careful: bool, lost: list[str]):
+        self.seen.append(units)
+        self.careful.append(careful)
+        if len(self.seen) == 1:
+            self.before()
+        for unit in units:
+            if self.lose(unit):
+                lost += [self.because] if self.because else []
+            else:
+                yield arrival(unit, self.answer(unit))
+            yield None
+
+
+class FailingDisk(Disk):
+    """A disk whose first `times` creates of units fail."""
+
+    def __init__(self, error: Exception, *, times: int) -> None:
+        object.__setattr__(self, "error", error)
+        object.__setattr__(self, "left", Counter({"all": times}))
+
+    def create(self, uri: str, data: bytes) -> bool:
+        if "/data/" in uri and self.left["all"] > 0:  # type: ignore[attr-defined]
+            self.left["all"] -= 1  # type: ignore[attr-defined]
+            raise self.error  # type: ignore[attr-defined]
+        return super().create(uri, data)
+
+
+@pytest.fixture
+def begin(tmp_path, model):
+    """Makes `shards` inputs, two of them to a unit when there are eight, and a driver that has planned."""
+
+    def make(shards: int = 8, **fields: object) -> tuple[Driver, Log, Plan]:
+        (tmp_path / "in").mkdir(exist_ok=True)
+        for number in range(shards):
+            if not (path := tmp_path / f"in/{number}.tar").exists():
+                path.write_bytes(b"x" * 100)
+        content = {"name": "test", "input": {"uri": str(tmp_path / "in")}, "model": {"uri": model}}
+        content |= {"output": {"uri": str(tmp_path / "out")}, "resources": {"read": {"tasks": 1}}}
+        job = Job.model_validate(content | fields)
+        driver = Driver(job, observe=lambda event, fields: None, started=time.perf_counter())
+        driver.artifact = load_model(job, weights=False)
+        return driver, *plan_job(job, driver.artifact)
+
+    return make
+
+
+def finish(driver: Driver, log: Log, plan: Plan, run_pass: Callable[..., object]) -> Receipt:
+    before = len(plan.committed)
+    return driver._finish(log, driver.passes(log, plan, run_pass), before)  # type: ignore[arg-type]
+
+
+def rows_of(log: Log) -> list[str]:
+    return [key for path in Path(log.root, "data").glob("*.parquet") for key in pq.read_table(path).column("key").to_pylist()]
+
+
+def all_rows(*names: int) -> list[str]:
+    return sorted(f"{name}.tar/{number}" for name in names for number in range(ROWS))
+
+
+def test_a_unit_is_never_committed_beside_its_pieces(begin):
+    """Driver A splits a joined unit, for one of its inputs is broken, while driver B holds it with all its rows."""
+    a, log, plan = begin()
+    b, _, same = begin()
+    assert same == plan
+    first = Passes(broken("1.tar", "TAR_CORRUPT"))
+    receipts = []
+    second = Passes(before=lambda: receipts.append(finish(a, log, plan, first)))
+    receipts.append(finish(b, log, same, second))
+    assert (receipts[0].exit_code, receipts[1].exit_code) == (3, 0)
+    assert [[Path(part.uri).name for part in unit.parts] for unit in second.seen[1]] == [["1.tar"]], "B goes on with A's plan"
+    assert sorted(rows_of(log)) == all_rows(*range(8))
+    assert validate(log)[1] == []
+    assert receipts[0].labelled_now + receipts[1].labelled_now == 8 * ROWS
+
+
+def test_an_input_that_is_replaced_frees_its_neighbour_and_a_slow_driver_gives_way(begin, tmp_path):
+    slow, log, plan = begin()
+
+    def replace_and_run() -> None:
+        (tmp_path / "in/1.tar").write_bytes(b"other bytes")
+        fast, _, newer = begin()
+        assert newer.run_id != plan.run_id
+        assert finish(fast, log, newer, Passes()).exit_code == 0
+
+    receipt = finish(slow, log, plan, Passes(before=replace_and_run))
+    assert receipt.exit_code == 0
+    assert receipt.labelled_now == 0
+    assert sorted(rows_of(log)) == all_rows(*range(8))
+    assert validate(log)[1] == []
+
+
+def test_a_tombstone_has_the_columns_of_the_others_and_says_why(begin, tmp_path):
+    driver, log, plan = begin(output={"uri": str(tmp_path / "out"), "embeddings": True})
+    finish(driver, log, plan, Passes(broken("1.tar", "TAR_CORRUPT")))
+    tombs = [path for path in Path(log.root, "data").iterdir() if pq.read_metadata(path).num_rows == 0]
+    assert len(tombs) == 1
+    assert pq.read_schema(tombs[0]).names == [*PREDICTION.names, "embedding"]
+    assert log.standing([tombs[0].stem]).split == {tombs[0].stem}
+    assert "TAR_CORRUPT" in log.footer(tombs[0].stem).split
+
+
+def test_duckdb_and_pandas_read_a_folder_with_a_tombstone(begin):
+    driver, log, plan = begin()
+    finish(driver, log, plan, Passes(broken("1.tar", "TAR_CORRUPT")))
+    assert duckdb.sql(f"select count(*), count(distinct key) from '{log.root}/data/*.parquet'").fetchall() == [(21, 21)]
+    assert len(pd.read_parquet(f"{log.root}/data")) == 21
+
+
+@pytest.mark.parametrize(
+    ("error_class", "code", "passes"), [("TAR_CORRUPT", 3, 2), ("UNFIT", 2, 2), ("PERMISSION_DENIED", 77, 2)]
+)
+def test_only_the_culprit_is_left(begin, error_class, code, passes):
+    driver, log, plan = begin()
+    receipt = finish(driver, log, plan, Passes(broken("5.tar", error_class)))
+    assert (receipt.exit_code, receipt.passes, receipt.rows_in) == (code, passes, 7 * ROWS)
+    assert [(item.inputs, item.error_class) for item in receipt.trouble] == [((plan.units[2].parts[1].uri,), error_class)]
+
+
+def test_what_is_lost_again_and_again_is_split_too_and_says_why(begin):
+    driver, log, plan = begin()
+    passes = Passes(lose=lambda unit: any("3.tar" in part.uri for part in unit.parts), because="ValueError: cannot be")
+    receipt = finish(driver, log, plan, passes)
+    assert (receipt.exit_code, receipt.passes, receipt.rows_in) == (5, 2 * TRIES, 7 * ROWS)
+    (left,) = receipt.trouble
+    assert (left.error_class, len(left.inputs)) == ("LOST", 1)
+    assert left.error.endswith("3.tar: its rows did not all arrive; ValueError: cannot be.")
+    assert passes.careful == [False, False, True] * 2
+
+
+def test_a_store_that_is_away_costs_no_unit_its_shape(begin):
+    driver, log, plan = begin()
+    receipt = finish(driver, log, plan, Passes(lambda unit: ("TEMPORARY", "the store does not answer")))
+    assert (receipt.exit_code, receipt.passes, receipt.units, len(log.runs())) == (75, TRIES, 4, 1)
+
+
+@pytest.mark.parametrize("error", [Temporary("the pass ended early"), Stalled("nothing arrived")])
+def test_a_pass_that_dies_is_temporary(begin, error):
+    driver, log, plan = begin()
+
+    def dies(units: list[Unit], *, careful: bool, lost: list[str]):
+        yield arrival(units[0], rows=2)
+        raise error
+
+    receipt = finish(driver, log, plan, dies)
+    assert (receipt.exit_code, receipt.rows_in, {item.error_class for item in receipt.trouble}) == (75, 0, {"TEMPORARY"})
+    assert receipt.passes <= TRIES
+
+
+def test_one_failed_create_is_its_own_units_trouble(begin):
+    driver, log, plan = begin()
+    log.store = FailingDisk(Temporary("no answer"), times=1)
+    passes = Passes()
+    receipt = finish(driver, log, plan, passes)
+    assert (receipt.exit_code, receipt.rows_in) == (0, 8 * ROWS)
+    assert [len(units) for units in passes.seen] == [4, 1]
+
+
+@pytest.mark.parametrize(("error", "code"), [(Temporary("no answer"), 75), (StoreError("no room"), 2)])
+def test_a_store_that_takes_nothing_ends_the_run(begin, error, code):
+    driver, log, plan = begin(3)
+    log.store = FailingDisk(error, times=10**9)
+    receipt = finish(driver, log, plan, Passes())
+    assert (receipt.exit_code, receipt.rows_in) == (code, 0)
+    assert receipt.passes <= TRIES
+
+
+def test_a_pass_is_left_when_one_create_after_the_other_fails(begin):
+    driver, log, plan = begin(40, resources={"read": {"tasks": 10}})
+    assert len(plan.units) == 40
+    log.store = FailingDisk(Temporary("no answer"), times=12)
+    taken: Counter[int] = Counter()
+
+    def counted(units: list[Unit], *, careful: bool, lost: list[str]):
+        for unit in units:
+            taken[careful] += 1
+            yield arrival(unit)
+
+    receipt = finish(driver, log, plan, counted)
+    assert (receipt.exit_code, receipt.rows_in) == (0, 40 * ROWS)
+    assert sum(taken.values()) < 80, "work went on for a store that takes nothing"
+
+
+def test_a_deadline_ends_a_run_in_which_nothing_arrives(begin):
+    driver, log, plan = begin(limits={"deadline": "0.1s"})
+    ended = []
+
+    def hangs(units: list[Unit], *, careful: bool, lost: list[str]):
+        try:
+            while True:
+                time.sleep(0.01)
+                yield None
+        finally:
+            ended.append(True)
+
+    with pytest.raises(UnitsLeft, match="4 units left"):
+        driver.passes(log, plan, hangs)
+    assert ended, "the pass goes on without its driver"
+
+
+def test_what_comes_twice_counts_once(begin):
+    driver, log, plan = begin()
+    told: Counter[str] = Counter()
+    driver.attempt.observe = lambda event, fields: told.update(
+        {"shown": fields.get("images", 0) - fields.get("dropped", 0)} if event in ("rows", "trouble") else {}
+    )
+
+    def twice(units: list[Unit], *, careful: bool, lost: list[str]):
+        for unit in units:
+            if driver.attempt.passes == 1:
+                yield arrival(unit, rows=4)
+            else:
+                yield arrival(unit)
+        if driver.attempt.passes == 2:
+            yield arrival(units[0])  # a task that ran again
+
+    receipt = finish(driver, log, plan, twice)
+    rows = [row for path in Path(log.root, "data").iterdir() for row in pq.read_table(path).to_pylist()]
+    assert receipt.labels == Counter(row["label"] for row in rows)
+    assert (receipt.labelled_now, receipt.rows_in, receipt.seam_seconds["read"]) == (len(rows), len(rows), len(rows) / 2)
+    assert told["shown"] == len(rows) + 2 * ROWS, "the screen may count what a task repeats, and no more"
+
+
+def test_a_large_unit_is_split_by_and_by(begin):
+    driver, log, plan = begin(160)
+    assert len(plan.units[0].parts) == 40
+    receipt = finish(driver, log, plan, Passes(broken("7.tar", "TAR_NO_EOF")))
+    assert (receipt.rows_in, len(receipt.trouble), receipt.passes) == (159 * ROWS, 1, 3)
+    assert receipt.units < 25
+
+
+def test_a_store_that_overwrites_is_refused_before_anything_is_labelled(begin, s3):
+    with fault_proxy(s3.port) as proxy:
+        options = {"endpoint": proxy.endpoint, "region": "us-east-1"}
+        driver, log, plan = begin(output={"uri": f"s3://{s3.bucket()}/out", "s3": options})
+        start.begin(log, plan.run_id, driver.job)
+        start.begin(log, plan.run_id, driver.job)  # as a resume does: what stands there is not created again
+        driver, log, plan = begin(output={"uri": f"s3://{s3.bucket()}/out", "s3": options})
+        proxy.script(*[Fault("overwrite", "PUT", "spec.yaml")] * 2)
+        with pytest.raises(StoreError, match=f"{proxy.endpoint} created it twice; required: a store that") as caught:
+            start.begin(log, plan.run_id, driver.job)
+        assert caught.value.exit_code == 2
