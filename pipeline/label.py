@@ -69,7 +69,7 @@ class Driver:
             )
             with cluster(job), logs:
                 plan = self.passes(log, plan, partial(run.run_pass, job=job, artifact=self.artifact))
-        return self._finish(log, plan, before)
+        return self.finish(log, plan, before)
 
     def passes(self, log: Log, plan: Plan, run_pass: RunPass) -> Plan:
         """Passes over what is left, until nothing is or nothing moves. The plan that it ends with may be a newer one."""
@@ -146,7 +146,8 @@ class Driver:
             do = "Run again to go on from here, or raise limits.deadline"
             raise UnitsLeft(f"limits.deadline of {deadline:g} s has passed with {left} units left", do=do)
 
-    def _finish(self, log: Log, plan: Plan, before: int) -> Receipt:
+    def finish(self, log: Log, plan: Plan, before: int) -> Receipt:
+        """Reads back what is committed; writes the run's papers when all of it is. `before`: units done before this attempt."""
         footers = verify(log, [unit for unit in plan.units if unit.id in plan.committed])
         receipt = self.attempt.receipt(self.job, plan, self.artifact, footers, where=log.root, before=before)
         if plan.run_id is not None and not plan.todo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import re
 import textwrap
 import threading
 import time
@@ -16,6 +17,9 @@ from pipeline.errors import Stalled
 T = TypeVar("T")
 
 _TICK_S = 1.0
+_COMMENT = re.compile(
+    r"\n+(?=The above exception was|Failed to apply UDF)"
+)  # what Python and Ray Data add to an exception's text
 _QUEUED = 8  # blocks that wait for the driver; beyond that Ray's own back pressure holds the pass
 
 
@@ -107,7 +111,7 @@ class _Losses(logging.Handler):
 
 def in_a_line(error: BaseException) -> str:
     """What an exception says, without the tracebacks that Ray puts into the text of one from a worker; of a chain the cause."""
-    lines = str(error).partition("\n\nThe above exception")[0].strip().splitlines()
+    lines = _COMMENT.split(str(error), maxsplit=1)[0].strip().splitlines()
     traceback = max((number for number, line in enumerate(lines) if line.startswith((" ", "\x1b["))), default=-1)
     said = " ".join(lines[traceback + 1 :])
     return textwrap.shorten(said if traceback >= 0 else f"{type(error).__name__}: {said}", 300)

@@ -123,7 +123,7 @@ def begin(tmp_path, model):
 
 def finish(driver: Driver, log: Log, plan: Plan, run_pass: Callable[..., object]) -> Receipt:
     before = len(plan.committed)
-    return driver._finish(log, driver.passes(log, plan, run_pass), before)  # type: ignore[arg-type]
+    return driver.finish(log, driver.passes(log, plan, run_pass), before)
 
 
 def rows_of(log: Log) -> list[str]:
