@@ -85,6 +85,9 @@ ray.exceptions.UserCodeException: UDF failed to process a data block."""
 
 def test_an_exception_is_a_line():
     assert in_a_line(RuntimeError(THROUGH_RAY)) == "ValueError: one bad thing"
-    assert in_a_line(RuntimeError("  File x\nKeyError: 'a'\nFailed to apply UDF transform after 1/1 attempts")) == "KeyError: 'a'"
+    assert (
+        in_a_line(RuntimeError("\x1b[36mray::f()\n  File x\nKeyError: 'a'\nFailed to apply UDF transform after 1/1 attempts"))
+        == "KeyError: 'a'"
+    )
     assert in_a_line(OSError("the worker\ndied")) == "OSError: the worker died"
     assert len(in_a_line(OSError("x " * 1000))) <= 300

@@ -53,10 +53,10 @@ def fetch(uri: str, endpoint: str) -> int:
 
 def read(uri: str, endpoint: str) -> int:
     """What our read task does."""
-    from pipeline.plan import Part, Unit
     from pipeline.read import read_unit
     from pipeline.run import _store
     from pipeline.spec import S3, Input
+    from pipeline.unit import Part, Unit
 
     wanted = Input(uri=uri, s3=S3(endpoint=endpoint, region="us-east-1"))
     store = _store("s3://", wanted.s3)
