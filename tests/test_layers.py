@@ -103,12 +103,15 @@ def test_budgets(name):
             assert len(arguments) <= 6, f"{where}: {len(arguments)} parameters"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["schema"], ["plan", "absent.yaml"], ["model", "show", "absent"]])
+RENDER = ["render", str(PIPELINE.parent / "jobs/nightly-products.yaml"), "--date", "today"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["schema"], ["plan", "absent.yaml"], ["model", "show", "absent"], RENDER])
 def test_the_command_line_starts_without_ray_and_torch(words):
     code = (
         "import sys\nsys.argv = ['nightlabel', *sys.argv[1:]]\nfrom pipeline.cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "sys.stderr.write('HEAVY ' + ','.join(sorted({'ray', 'torch', 's3fs'} & set(sys.modules))) + '\\n')"
+        "sys.stderr.write('HEAVY ' + ','.join(sorted({'ray', 'torch', 's3fs', 'kubernetes'} & set(sys.modules))) + '\\n')"
     )
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1] == "HEAVY ", done.stderr
