@@ -134,17 +134,17 @@ class Api:
                     raise _Absent("deleted")
                 yield event["object"]
 
-    def logs(self, thing: RayJob) -> Iterator[str]:
-        """What the driver prints, line by line, as the submitter's pod hands it on, until that ends or breaks off."""
+    def logs(self, thing: RayJob) -> Iterator[tuple[str, str]]:
+        """(pod, line) of what the driver prints, as the newest submitter's pod hands it on, until that ends or breaks off."""
         meta = thing["metadata"]
         with _explained(f"read the log of {title(thing)}"):
             pods = self._core.list_namespaced_pod(
                 meta["namespace"], label_selector=f"job-name={meta['name']}", _request_timeout=_TIMEOUT_S
             ).items
             for pod in sorted(pods, key=lambda pod: str(pod.metadata.creation_timestamp))[-1:]:
-                yield from watch.Watch().stream(
-                    self._core.read_namespaced_pod_log, name=pod.metadata.name, namespace=meta["namespace"]
-                )
+                name = pod.metadata.name
+                for line in watch.Watch().stream(self._core.read_namespaced_pod_log, name=name, namespace=meta["namespace"]):
+                    yield name, line
 
     def _call(self, verb: str, thing: Thing, *rest: Any) -> dict[str, Any]:
         noun = _NOUNS.get(thing["kind"])

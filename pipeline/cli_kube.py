@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,8 @@ AsTarget = Annotated[
 ]
 Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today, yesterday, or A..B.")]
 Image = Annotated[str | None, typer.Option(help="Container image by digest, in place of cluster.kubernetes.image.")]
+
+_LOOK_S = 2.0
 
 
 def render(job: JobPath, *, target: AsTarget = "rayjob", date: Date = None, image: Image = None) -> None:
@@ -65,29 +68,39 @@ def apply(
 
 def _follow(api: Api, run: RayJob) -> int:
     where = f"rayjob {run['metadata']['name']} -n {run['metadata']['namespace']}"
-    reader: threading.Thread | None = None
+    over = threading.Event()
+    reader = threading.Thread(target=_print_log, args=(api, run, over), daemon=True)
     try:
         for progress in api.follow(run):
             _say(f"{where}: {progress.line()}")
-            if progress.state == "Running" and (reader is None or not reader.is_alive()):
-                reader = threading.Thread(target=_print_log, args=(api, run), daemon=True)
+            if progress.state == "Running" and not reader.ident:
                 reader.start()
     except Interrupted as error:
         do = f"The run goes on; the same command follows it again, kubectl delete {where} ends it"
         raise Interrupted(error.got, signal_number=error.exit_code - 128, do=do) from None
-    if reader is not None:
+    over.set()
+    if reader.ident:
         reader.join(timeout=10.0)
-    elif progress.exit_code:
-        typer.echo("\n".join(progress.message.splitlines()[1:]))  # the end of the driver's log, which Ray puts there
     return progress.exit_code
 
 
-def _print_log(api: Api, run: RayJob) -> None:
-    try:
-        for line in api.logs(run):
-            typer.echo(line)
-    except NightlabelError as error:  # the run's end is known from its status all the same
-        _say(f"log     {error}")
+def _print_log(api: Api, run: RayJob, over: threading.Event) -> None:
+    """Prints what the driver prints. A pod that is not up yet is asked again, a log that broke off is read on where it did."""
+    printed, trouble, last = Counter[str](), "", False
+    while not last:
+        last = over.is_set()
+        read = Counter[str]()
+        try:
+            for pod, line in api.logs(run):
+                read[pod] += 1
+                if read[pod] > printed[pod]:
+                    typer.echo(line)
+                    printed[pod] += 1
+        except NightlabelError as error:
+            trouble = str(error)
+        over.wait(_LOOK_S)
+    if trouble and not printed:
+        _say(f"log     {trouble}")
 
 
 def _load(path: Path, date: str | None) -> Job:

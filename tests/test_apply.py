@@ -225,20 +225,30 @@ def command(cluster: ApiServer, tmp_path: Path) -> list[str]:
     return [sys.executable, "-m", "pipeline", "apply", str(job), "--image", DIGEST]
 
 
-def play(cluster: ApiServer, *states: tuple[str, str]) -> None:
-    """The operator, once the RayJob is there: each state when a watch waits for it."""
-    for state, message in states:
-        deadline = time.monotonic() + 30
-        while ("rayjobs", "small") not in cluster.objects() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        cluster.status("small", state, message=message)
+def until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def play(cluster: ApiServer) -> None:
+    """The operator: the submitter's pod is up some time after the run is said to be, and its log breaks off once."""
+    pods = "/api/v1/namespaces/labelling/pods"
+    until(lambda: ("rayjobs", "small") in cluster.objects())
+    cluster.status("small", "Running")
+    until(lambda: len(cluster.server[f"get {pods}"]))
+    pod = {"metadata": {"name": "small-xyz", "namespace": "labelling", "labels": {"job-name": "small"}}}
+    cluster.server.objects["v1/pods", "labelling", "small-xyz"] = pod
+    until(lambda: len(cluster.server[f"get {pods}/small-xyz/log"]))
+    cluster.status("small", "Failed", message=ENTRYPOINT.format(5))
 
 
 def test_the_command_prints_the_drivers_log_and_ends_with_its_code(cluster: ApiServer, command: list[str]):
-    pod = {"metadata": {"name": "small-xyz", "namespace": "labelling", "labels": {"job-name": "small"}}}
-    cluster.server.objects["v1/pods", "labelling", "small-xyz"] = pod
-    cluster.server["get /api/v1/namespaces/labelling/pods/small-xyz/log"] << b"run 000001: 4 units to do\nunits left\n"
-    operator = threading.Thread(target=play, args=(cluster, ("Running", ""), ("Failed", ENTRYPOINT.format(5))))
+    logs = iter([b"run 000001: 4 units to do\n"])
+    whole = b"run 000001: 4 units to do\nunits left\n"
+    cluster.server["get /api/v1/namespaces/labelling/pods/small-xyz/log"] << (lambda: next(logs, whole))
+    operator = threading.Thread(target=play, args=(cluster,))
     operator.start()
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     operator.join()
