@@ -58,7 +58,7 @@ class Account:
 
     name: str
     start: float
-    moved: float
+    moved: float | None = None
     max_failed: float | None = None
     planned: int = 0
     done: int = 0
@@ -103,8 +103,9 @@ class Metrics:
     def __init__(self, to: str | None, job: Job | Preparation, *, say: Callable[[str], None]) -> None:
         if to is not None:
             _check(to)
-        now = time.time()
-        self.account = Account(job.name, now, now, job.limits.max_failed if isinstance(job, Job) else None)
+        self.account = Account(job.name, time.time())
+        if isinstance(job, Job):  # the others are not heard of before their end, and would look stuck
+            self.account.moved, self.account.max_failed = self.account.start, job.limits.max_failed
         self._to, self._say = to, say
         self._trouble: str | None = None
         self._end = threading.Event()

@@ -112,6 +112,18 @@ def test_a_run_tells_a_pushgateway_from_start_to_end(gateway, monkeypatch):
     assert first["run_start_timestamp_seconds"] <= last["progress_timestamp_seconds"] <= last["last_success_timestamp_seconds"]
 
 
+def test_a_job_that_is_not_heard_of_before_its_end_never_looks_stuck(tmp_path):
+    from pipeline.recipe import EvaluateJob
+
+    content = {"kind": "evaluate", "name": "nightly", "model": {"uri": "m"}, "output": {"uri": "o"}}
+    job = EvaluateJob.model_validate(content | {"data": {"input": {"uri": "in"}, "label": "cls"}})
+    with Metrics(str(tmp_path), job, say=silence):
+        pass
+    told = values((tmp_path / "nightlabel_nightly.prom").read_text())
+    assert told["exit_code"] == 0
+    assert "progress_timestamp_seconds" not in told
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [(Conflict("x"), 6), (Interrupted("x", signal_number=15), 143), (SystemExit(4), 4), (ZeroDivisionError(), 70)],
