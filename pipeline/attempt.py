@@ -105,7 +105,7 @@ class Attempt:
         rows, failed = sum(footer.rows_in for footer in done), sum(footer.failed for footer in done)
         self.tell("verified", units=len(done), rows=rows, failed=failed, left=len(left))
         trouble = tuple(item for item in self.trouble.values() if item.unit in left)
-        share = failed / rows if rows else 0.0
+        limit = job.limits.max_failed
         return Receipt(
             job=job.name,
             where=where,
@@ -129,6 +129,6 @@ class Attempt:
             seam_seconds=self.seams if self.passes else {},
             passes=self.passes,
             trouble=trouble,
-            exit_code=exit_code(trouble, left=bool(left), share=share, limit=job.limits.max_failed),
+            exit_code=exit_code(trouble, left=len(left), done=len(done), rows=rows, failed=failed, limit=limit),
             events=tuple(self.events),
         )

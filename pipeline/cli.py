@@ -110,7 +110,8 @@ def plan(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     from pipeline.start import load_model, plan_job
 
     loaded = load_label_job(job, date=date)
-    log, planned = plan_job(loaded, load_model(loaded, weights=False), write=False)
+    ignored: dict[str, Any] = {}
+    log, planned = plan_job(loaded, load_model(loaded, weights=False), write=False, tell=lambda _, **told: ignored.update(told))
     parts = [part for unit in planned.units for part in unit.parts]
     facts = {
         "where": log.root,
@@ -122,12 +123,15 @@ def plan(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
         "todo_bytes": sum(part.size for unit in planned.todo for part in unit.parts),
         "cpus": loaded.resources.cpus,
         "gpus": loaded.resources.gpus,
+        "ignored": ignored.get("suffixes", {}),
     }
     if as_json:
         print_json(facts | {"todo": [{"unit": unit.id, "inputs": [part.uri for part in unit.parts]} for unit in planned.todo]})
         return
     for line in _plan_lines(planned, facts):
         typer.echo(line)
+    if ignored:
+        typer.echo(f"ignored {ignored['text']}, no {loaded.input.format}")
     typer.echo(f"where   {log.root}")
 
 

@@ -7,48 +7,88 @@ border means reading the tar. Without opening shards the number of images is unk
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, InputMissing, JobError, NightlabelError, PermissionDenied
+from pipeline.names import glob_prefix
 from pipeline.spec import Input
-from pipeline.storage import Object, RangeFile, Store, glob_prefix
+from pipeline.storage import Object, RangeFile, Store
 from pipeline.unit import Part, Unit
 
 UNIT_BYTES = 256 * 2**20  # about 2,400 photographs of 110 kB; a unit lost to a crash is a minute of one GPU at most
 BUNDLE = 2_000  # loose images of a unit: at 100 ms for a first byte and 16 connections, 13 s of latency
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-_SUFFIX = {"webdataset": ("tar",), "parquet": ("parquet", "pq"), "images": IMAGE_SUFFIXES}
+#: What looks like an image by its name, and so becomes a row, in tars and loose. The content decides what becomes of it: what is
+#: none of the six formats that `decode` reads is a failed row, UNSUPPORTED_FORMAT where the bytes are known.
+IMAGE_SUFFIXES = frozenset(
+    {
+        *("jpg", "jpeg", "jpe", "jfif", "jif", "pjpeg", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff"),
+        *("heic", "heif", "hif", "avif", "jp2", "j2k", "jpf", "jpx", "j2c", "jxl", "psd", "svg", "ico", "icns"),
+        *("ppm", "pgm", "pbm", "pnm", "pam", "pfm", "tga", "exr", "hdr", "dds", "qoi", "xcf", "dng", "cr2", "nef"),
+    }
+)
+_SUFFIX = {"webdataset": frozenset({"tar"}), "parquet": frozenset({"parquet", "pq"}), "images": IMAGE_SUFFIXES}
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The inputs of a job in byte order of their URIs, and how many objects of each suffix stand beside them and are not read."""
+
+    inputs: list[Object]
+    ignored: Mapping[str, int]
 
 
 def root_of(uri: str) -> str:
     """The folder that a prefix, glob or single object starts from, spelt as in listed URIs: keys of images are relative to it."""
     base = glob_prefix(uri)
-    if base != uri or uri.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
+    if base != uri or _suffix(uri) in IMAGE_SUFFIXES:
         base = base.rpartition("/")[0]
     if not base.startswith("s3://"):
         base = os.path.abspath(base.removeprefix("file://"))
     return base.rstrip("/") + "/"
 
 
-def list_inputs(store: Store, wanted: Input) -> list[Object]:
-    """Every input once, in byte order of its URI. Raises InputMissing: a prefix that is absent or holds nothing of the format."""
+def list_inputs(store: Store, wanted: Input) -> Listing:
+    """Every input once. Raises InputMissing: a prefix that is absent or holds nothing of the format."""
     found: dict[str, Object] = {}
+    others: dict[str, Object] = {}
     suffixes = _SUFFIX[wanted.format]
     for uri in wanted.uris:
-        everything = list(store.list(uri))
-        fitting = [item for item in everything if item.uri.rpartition(".")[2].lower() in suffixes]
+        fitting: dict[str, Object] = {}
+        other: dict[str, Object] = {}
+        for item in store.list(uri):
+            (fitting if _suffix(item.uri) in suffixes else other)[item.uri] = item
         if not fitting:
-            kinds = ", ".join(f".{suffix}" for suffix in suffixes)
-            raise InputMissing(
-                f"{uri}: {len(everything)} objects, none {kinds}",
-                need=f"{wanted.format} input",
-                do="Check input.uri and input.format",
+            there = f"{count_suffixes(_by_suffix(other))}, no {wanted.format}" if other else "nothing there"
+            need = (
+                f"names that end in .{' or .'.join(sorted(suffixes))}" if len(suffixes) < 5 else "names of images, such as .jpg"
             )
-        found.update((item.uri, item) for item in fitting)
-    return [found[uri] for uri in sorted(found, key=str.encode)]
+            do = "Check input.uri and input.format" + "; a bracket in a name is written [[]" * ("[" in uri)
+            raise InputMissing(f"{uri}: {there}", need=need, do=do)
+        found |= fitting
+        others |= other
+    return Listing([found[uri] for uri in sorted(found)], _by_suffix(others))
+
+
+def count_suffixes(counts: Mapping[str, int]) -> str:
+    """`5 objects (3 .tgz, 2 .txt)`, the commonest first."""
+    named = [f"{count:,} {f'.{suffix}' if suffix else 'without suffix'}" for suffix, count in list(counts.items())[:5]]
+    rest = sum(list(counts.values())[5:])
+    total = sum(counts.values())
+    more = [f"{rest:,} others"] if rest else []
+    return f"{total:,} object{'s' * (total > 1)} ({', '.join(named + more)})"
+
+
+def _by_suffix(objects: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(_suffix(uri) for uri in objects).most_common())
+
+
+def _suffix(uri: str) -> str:
+    return uri.rpartition("/")[2].rpartition(".")[2].lower() if "." in uri.rpartition("/")[2] else ""
 
 
 def cut(store: Store, wanted: Input, listing: Sequence[Object], *, tasks: int) -> list[Unit]:
@@ -111,9 +151,10 @@ def _split_rows(store: Store, wanted: Input, item: Object, *, size: int) -> list
 def check_columns(schema: pa.Schema, wanted: Input, uri: str) -> None:
     """Raises JobError when the columns that the job names are not there or not images."""
     for name in (wanted.image_column, *((wanted.key_column,) if wanted.key_column else ()), *wanted.keep):
-        if name not in schema.names:
+        if schema.names.count(name) != 1:
             do = "Set image_column, key_column, keep or, where images are to have labels, label"
-            raise JobError(f"{uri}: no column {name}", need=f"one of {', '.join(schema.names)}", do=do)
+            what = "two columns" if name in schema.names else "no column"
+            raise JobError(f"{uri}: {what} {name}", need=f"one of {', '.join(schema.names)}", do=do)
     kind = schema.field(wanted.image_column).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
@@ -129,7 +170,22 @@ def kept_fields(store: Store, wanted: Input, inputs: Iterable[Object]) -> list[p
     for item in inputs if wanted.format == "parquet" and wanted.keep else ():
         try:
             schema = pq.read_schema(RangeFile(store, item))
-            return [schema.field(name) for name in wanted.keep]
+            return [pa.field(name, plain_type(schema.field(name).type)) for name in wanted.keep]
         except (NightlabelError, pa.ArrowException, OSError, KeyError):
             continue  # it may be the broken one
     return [pa.field(name, pa.string()) for name in wanted.keep]
+
+
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type to keep a column in: views, dictionaries and 64-bit offsets, which Arrow cannot sort or join, as plain values."""
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return plain_type(kind.value_type)
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
+        return pa.binary()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return pa.list_(plain_type(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(plain_type(field.type)) for field in kind])
+    return kind

@@ -74,6 +74,7 @@ _PILLOW_ERRORS: Final = (
     zlib.error,
 )
 _EXIF_ORIENTATION: Final = 0x0112
+_SUBFILE: Final = 0x00FE
 
 
 def decode(data: bytes | memoryview, *, max_pixels: int) -> np.ndarray:
@@ -184,6 +185,8 @@ def _upright(pixels: np.ndarray, orientation: object) -> np.ndarray:
 def _decode_pillow(data: memoryview, kind: str, max_pixels: int) -> np.ndarray:
     try:
         with _pillow_limits(max_pixels), Image.open(io.BytesIO(data), formats=[kind]) as image:
+            if kind == "TIFF" and getattr(image, "tag_v2", {}).get(_SUBFILE) == 1:  # so begins camera raw
+                raise BadImage(Failure.UNSUPPORTED_FORMAT, "a TIFF that begins with its thumbnail is not decoded")
             image.load()
             try:
                 orientation = image.getexif().get(_EXIF_ORIENTATION)  # after load: TIFF turns itself, PNG may carry it at its end

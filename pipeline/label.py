@@ -53,7 +53,7 @@ class Driver:
         with ThreadPoolExecutor(1) as aside:
             importing = aside.submit(importlib.import_module, "pipeline.run")  # 2 s for Ray Data, beside the planning
             self.artifact = load_model(job, weights=True)
-            log, plan = plan_job(job, self.artifact)
+            log, plan = plan_job(job, self.artifact, tell=self.attempt.tell)
             if plan.run_id is not None and plan.todo:
                 begin(log, plan.run_id, job)
             run = importing.result()
@@ -150,7 +150,7 @@ class Driver:
         """Reads back what is committed; writes the run's papers when all of it is. `before`: units done before this attempt."""
         footers = verify(log, [unit for unit in plan.units if unit.id in plan.committed])
         receipt = self.attempt.receipt(self.job, plan, self.artifact, footers, where=log.root, before=before)
-        if plan.run_id is not None and not plan.todo:
+        if plan.run_id is not None and not plan.todo and receipt.rows_in:
             self._publish(log, plan.run_id, receipt)
         return receipt
 

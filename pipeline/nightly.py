@@ -149,7 +149,7 @@ def _publish(job: Job, outcome: Receipt | NightlabelError) -> Published | Nightl
 
 def _has_input(job: Job) -> bool:
     try:
-        return bool(list_inputs(open_store(job.input.uris[0], job.input.s3), job.input))
+        return bool(list_inputs(open_store(job.input.uris[0], job.input.s3), job.input).inputs)
     except InputMissing:
         return False
     except NightlabelError:  # the run says it

@@ -14,8 +14,8 @@ from itertools import count
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cut import IMAGE_SUFFIXES, check_columns, root_of
-from pipeline.errors import InputError, JobError, NightlabelError, PermissionDenied, ShardError
+from pipeline.cut import IMAGE_SUFFIXES, check_columns, plain_type, root_of
+from pipeline.errors import InputError, JobError, NightlabelError, PermissionDenied, ShardError, Temporary
 from pipeline.rows import IMAGE, Failure, UnitError
 from pipeline.spec import Input
 from pipeline.storage import Object, RangeFile, Store
@@ -25,9 +25,7 @@ from pipeline.unit import Part, Unit
 BATCH_ROWS = 64
 BATCH_BYTES = 16 * 2**20  # 64 photographs of 110 kB are 7 MB; larger images make smaller batches
 CONNECTIONS = 16  # loose images in flight: 100-200 ms to the first byte of each, on one connection 5-10 img/s
-# Images that must not vanish without a row although no decoder of ours reads them: they end as UNSUPPORTED_FORMAT.
-_UNREAD_SUFFIXES = ("heic", "heif", "avif", "jp2", "jxl", "psd", "svg")
-_IMAGES = frozenset((*IMAGE_SUFFIXES, *_UNREAD_SUFFIXES))
+_LINK = "a link, whose bytes stand elsewhere; pack the tar with --dereference --hard-dereference"
 
 Row = dict[str, object]
 
@@ -44,14 +42,18 @@ def read_unit(store: Store, unit: Unit, *, wanted: Input) -> Iterator[pa.Table]:
             source = _read_tar(store, part, wanted) if wanted.format == "webdataset" else _read_parquet(store, part, wanted)
             for table in source:
                 _check_like(table.schema, schema if rows else table.schema, part.uri)
-                yield _numbered(table, unit.id, rows)
-                rows, schema = rows + table.num_rows, table.schema
+                schema = table.schema
+                if table.num_rows:
+                    yield _numbered(table, unit.id, rows)
+                    rows += table.num_rows
         if wanted.format == "images":
             for table in _read_images(store, unit.parts, wanted):
                 yield _numbered(table, unit.id, rows)
                 rows += table.num_rows
     except NightlabelError as caught:
         error = caught
+    except MemoryError:
+        error = Temporary(f"{unit.parts[0].uri}: not enough memory to read it", do="Lower read.tasks, or take larger nodes")
     end: Row = {"unit": unit.id, "index": rows}
     if error is not None:
         end |= {"error_class": error.error_class, "error": str(error)}
@@ -86,8 +88,7 @@ def _batches(rows: Iterator[Row], keep: tuple[str, ...]) -> Iterator[pa.Table]:
         if len(batch) >= BATCH_ROWS or size >= BATCH_BYTES:
             yield _table(batch, keep)
             batch, size = [], 0
-    if batch:
-        yield _table(batch, keep)
+    yield _table(batch, keep)  # when it is empty it still tells the columns
 
 
 def _read_tar(store: Store, part: Part, wanted: Input) -> Iterator[pa.Table]:
@@ -102,25 +103,22 @@ def _samples(stream: Stream, keep: tuple[str, ...]) -> Iterator[Row]:
     sample, images, sidecars = "", list[Row](), dict[str, str]()
     for name, content in members(stream):
         folder, _, base = name.rpartition("/")
-        if base.startswith("."):  # ._name: what macOS adds
+        if base.startswith("._"):  # what macOS adds
             continue
         stem = f"{folder}/" * bool(folder) + base.partition(".")[0]
         if stem != sample:
             yield from _with_sidecars(images, sidecars, sample, keep)
             sample, images, sidecars = stem, [], {}
         key, _, suffix = name.rpartition(".")
-        if suffix.lower() in _IMAGES and key:
-            row: Row = {"key": key, "source": uri, "bytes": content}
+        if suffix.lower() in IMAGE_SUFFIXES:
+            row: Row = {"key": key or name, "source": uri, "bytes": content}
             if key in seen:
-                row = {
-                    "key": key,
-                    "source": uri,
-                    "error_class": Failure.DUPLICATE_KEY,
-                    "error": f"{name}: the shard has this key already",
-                }
+                row |= {"bytes": None, "error_class": Failure.DUPLICATE_KEY, "error": f"{name}: the shard has this key already"}
+            elif content is None:
+                row |= {"error_class": Failure.NULL_IMAGE, "error": f"{name}: {_LINK}"}
             seen.add(key)
             images.append(row)
-        elif suffix in keep or name[len(stem) + 1 :] in keep:
+        elif content is not None and (suffix in keep or name[len(stem) + 1 :] in keep):
             sidecars[name] = bytes(content).decode("utf-8", "replace").strip("\n")
     yield from _with_sidecars(images, sidecars, sample, keep)
 
@@ -140,10 +138,13 @@ def _read_parquet(store: Store, part: Part, wanted: Input) -> Iterator[pa.Table]
         check_columns(file.schema_arrow, wanted, part.uri)
         first, groups = _row_groups(file.metadata, part)
         seen: set[str] = set()
+        yield _image_table(file.schema_arrow.empty_table(), part.uri, wanted, first=first, seen=seen)
         for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(dict.fromkeys(columns))):
             yield _image_table(pa.Table.from_batches([batch]), part.uri, wanted, first=first, seen=seen)
             first += batch.num_rows
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:  # of the machine, not of the file
+            raise Temporary(f"{part.uri}: {error}", do="Run again, with fewer read.tasks or on larger nodes") from error
         reason = str(error).splitlines()[0]
         raise ShardError(
             UnitError.PARQUET_CORRUPT, f"{part.uri}: {reason}", need="an intact Parquet file", do="Write the file again"
@@ -166,12 +167,12 @@ def _image_table(table: pa.Table, uri: str, wanted: Input, *, first: int, seen: 
     if pa.types.is_struct(images.type):
         images = images.field("bytes") if images.null_count == 0 else images.flatten()[images.type.get_field_index("bytes")]
     numbers = range(first, first + table.num_rows)
-    named = table.column(wanted.key_column).to_pylist() if wanted.key_column else [None] * table.num_rows
-    keys = [str(number if key is None else key) for number, key in zip(numbers, named, strict=True)]
+    names = _texts(table.column(wanted.key_column)) if wanted.key_column else [None] * table.num_rows
+    keys = [str(number) if name is None else name for number, name in zip(numbers, names, strict=True)]
     repeated = []
-    for key in keys:
-        repeated.append(key in seen)
-        seen.add(key)
+    for name in names:  # a number that stands in for a null is no key: the file may have it as one, and both are labelled
+        repeated.append(name in seen)
+        seen.update(() if name is None else (name,))
     classes = [Failure.DUPLICATE_KEY.value if again else None for again in repeated]
     errors = [f"{key}: the file has this key already" if again else None for key, again in zip(keys, repeated, strict=True)]
     fixed = [
@@ -183,8 +184,17 @@ def _image_table(table: pa.Table, uri: str, wanted: Input, *, first: int, seen: 
         pa.array(classes, pa.string()),
         pa.array(errors, pa.string()),
     ]
-    kept = [table.column(name) for name in wanted.keep]
+    kept = [column.cast(plain_type(column.type)) for column in map(table.column, wanted.keep)]
     return pa.table([*fixed, *kept], names=[*IMAGE.names, *wanted.keep])
+
+
+def _texts(column: pa.ChunkedArray) -> list[str | None]:
+    """Keys as text; bytes that are not UTF-8 are spelt out."""
+    column = column.cast(plain_type(column.type))
+    if pa.types.is_string(column.type) or pa.types.is_binary(column.type):  # text as bytes, since Arrow does not look at it
+        raw = column.cast(pa.binary()).to_pylist()
+        return [None if key is None else key.decode("utf-8", "backslashreplace") for key in raw]
+    return [None if key is None else str(key) for key in column.to_pylist()]
 
 
 def _read_images(store: Store, parts: tuple[Part, ...], wanted: Input) -> Iterator[pa.Table]:

@@ -88,6 +88,10 @@ class Receipt:
         lines = [f"{state}: {adds_up}, {self.units_done} of {self.units} units"]
         if self.failures:
             lines.append("failed  " + ", ".join(f"{name} {number:,}" for name, number in self.failures.items()))
+        if not self.rows_in and not self.trouble:
+            lines.append(
+                "empty   none of them holds an image; required: images of input.format. Check input.uri and input.format"
+            )
         for trouble in self.trouble[:10]:
             lines.append(f"left    {trouble.error_class}: {trouble.error}")
         if len(self.trouble) > 10:
@@ -119,12 +123,14 @@ class Receipt:
         return b"".join(json.dumps(event).encode() + b"\n" for event in self.events)
 
 
-def exit_code(trouble: tuple[UnitTrouble, ...], *, left: bool, share: float, limit: float) -> int:
+def exit_code(trouble: tuple[UnitTrouble, ...], *, left: int, done: int, rows: int, failed: int, limit: float) -> int:
     """A stranger's object, then broken inputs, rights, what is unfit, what may pass by itself, what did not arrive; and
-    when no unit is left, too many failures."""
+    when no unit is left, not a single image, too many failures."""
     classes = {item.error_class for item in trouble}
     if left:
         broken = {*UnitError.__members__, InputError.error_class}
         by_class = (({"CONFLICT"}, 6), (broken, 3), ({"PERMISSION_DENIED"}, 77), ({"UNFIT"}, 2), ({"TEMPORARY"}, 75))
         return next((code for names, code in by_class if classes & names), 5)
-    return 4 if share > limit else 0
+    if done and not rows:
+        return 3
+    return 4 if failed > limit * rows else 0

@@ -20,8 +20,9 @@ from botocore import exceptions as sdk
 from botocore.parsers import ResponseParserError
 
 from pipeline.errors import InputMissing, NightlabelError, PermissionDenied, StoreError, Temporary
+from pipeline.names import glob_matcher, glob_prefix
 from pipeline.spec import S3
-from pipeline.storage import Object, changed, glob_matcher, glob_prefix
+from pipeline.storage import Object, changed
 
 T = TypeVar("T")
 
@@ -49,8 +50,7 @@ class S3Store:
     options: S3
     backoff: float = 0.5
     timeouts: tuple[float, float] = (5.0, 60.0)
-    # By process: a fork needs its own.
-    _clients: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _clients: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # by process, for forks
 
     def __reduce__(self) -> tuple[object, ...]:
         return S3Store, (self.options, self.backoff, self.timeouts)

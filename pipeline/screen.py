@@ -46,9 +46,11 @@ class Screen:
             self._console.print(Text(text))
 
     def observe(self, event: str, fields: dict[str, Any]) -> None:
-        """Takes the driver's events: planned, pass, rows, commit, trouble, split, replanned, verified."""
+        """Takes the driver's events: ignored, planned, pass, rows, commit, trouble, split, replanned, verified."""
         if event == "planned":
             self._planned(fields)
+        elif event == "ignored":
+            self._say(f"ignored: {fields['text']}, not of the input's format")
         elif event == "pass":
             careful = ", each image decoded in a child process" if fields["careful"] else ""
             if fields["number"] > 1 or careful:

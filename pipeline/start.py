@@ -6,11 +6,12 @@ import hashlib
 import importlib.metadata
 import json
 import os
+from collections.abc import Callable
 from functools import partial
 
 from pipeline.artifact import Artifact, load_artifact
 from pipeline.commit import Provenance, retire_unit
-from pipeline.cut import cut, kept_fields, list_inputs
+from pipeline.cut import count_suffixes, cut, kept_fields, list_inputs
 from pipeline.errors import InputMissing, ModelError, StoreError
 from pipeline.jobfile import dump_job
 from pipeline.log import Log
@@ -69,17 +70,20 @@ def load_source(source: ModelSource | Start, *, weights: bool = True, field: str
     return artifact
 
 
-def plan_job(job: Job, artifact: Artifact, *, write: bool = True) -> tuple[Log, Plan]:
-    """List, subtract, cut, store: the plan that a run of `job` works from. Needs neither Ray nor torch."""
+def plan_job(job: Job, artifact: Artifact, *, write: bool = True, tell: Callable[..., None] | None = None) -> tuple[Log, Plan]:
+    """List, subtract, cut, store: the plan that a run of `job` works from; `tell` hears of objects that no reader takes. Needs
+    neither Ray nor torch."""
     log = open_log(job, artifact)
     store = open_store(job.input.uris[0], job.input.s3)
     listing = list_inputs(store, job.input)
+    if listing.ignored and tell is not None:
+        tell("ignored", suffixes=dict(listing.ignored), text=count_suffixes(listing.ignored))
     cutter = partial(cut, store, job.input, tasks=job.resources.read.tasks)
 
     def retire(unit: Unit) -> bool:
         return not write or split_unit(log, unit, job, artifact, why="one of its inputs was replaced or is gone")
 
-    return log, make_plan(log, listing, cutter, present=partial(_present, store), retire=retire, write=write)
+    return log, make_plan(log, listing.inputs, cutter, present=partial(_present, store), retire=retire, write=write)
 
 
 def split_unit(log: Log, unit: Unit, job: Job, artifact: Artifact, *, why: str) -> bool:

@@ -12,14 +12,15 @@ from __future__ import annotations
 import errno
 import io
 import os
-import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
-from pipeline.errors import InputChanged, InputMissing, NightlabelError, PermissionDenied, StoreError
+from pipeline.errors import InputChanged, InputMissing, NightlabelError, PermissionDenied, StoreError, Temporary
+from pipeline.names import WILDCARD, glob_matcher, glob_prefix, on_disk, spelt
 from pipeline.spec import S3
 
 
@@ -68,32 +69,6 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
-_WILDCARD = re.compile(r"[*?\[]")
-_GLOB = re.compile(r"\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\]")
-_MEANING = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-
-
-def glob_prefix(name: str) -> str:
-    """What stands before the first wildcard; `name` itself when there is none."""
-    return _WILDCARD.split(name, maxsplit=1)[0]
-
-
-def glob_matcher(name: str) -> Callable[[str], bool]:
-    """Does a key or path match the glob? Raises StoreError for a set that cannot be, such as `[z-a]`."""
-    name += "**" if name.endswith("/") else ""
-    pattern, at = "", 0
-    for token in _GLOB.finditer(name):
-        inner = re.sub(r"([\\\[\]&~|^])", r"\\\1", token[0][1:-1])
-        chars = f"(?!/)[^{inner[1:]}]" if inner.startswith("!") else f"(?!/)[{inner}]"
-        pattern += re.escape(name[at : token.start()]) + _MEANING.get(token[0], chars)
-        at = token.end()
-    try:
-        compiled = re.compile(pattern + re.escape(name[at:]), re.DOTALL)
-    except re.error as error:
-        raise StoreError(f"{name}: {error}", need="a glob of *, **, ? and [a-z]", do="Mend the pattern") from error
-    return lambda text: compiled.fullmatch(text) is not None
-
-
 @dataclass(frozen=True)
 class Disk:
     """Local files. A create writes a temporary file beside the target and links it there: the link fails if the name is taken."""
@@ -106,7 +81,11 @@ class Disk:
             return
         matches, folder = (bool, path) if base == path else (glob_matcher(path), os.path.dirname(base))
         with _explained(folder):
-            yield from sorted((found for found in _walk(folder, ()) if matches(found.uri)), key=lambda found: found.uri)
+            found = sorted((item for item in _walk(folder, ()) if matches(item.uri)), key=lambda item: item.uri)
+        for one, other in pairwise(found):
+            if one.uri == other.uri:
+                raise StoreError(f"{one.uri}: two files are spelt so, one in bytes that are not UTF-8", do="Rename one of them")
+        yield from found
 
     def head(self, uri: str) -> Object:
         path = _path(uri)
@@ -163,12 +142,13 @@ def changed(uri: str) -> InputChanged:
 
 
 def _path(uri: str) -> str:
-    """Absolute, no scheme. Nothing is percent-decoded: a URI of ours is a name, character by character."""
-    return os.path.abspath(uri.removeprefix("file://")) + ("/" if _WILDCARD.search(uri) and uri.endswith("/") else "")
+    """Absolute, no scheme. Nothing is percent-decoded: a URI of ours is a name, character by character. Only bytes that are not
+    UTF-8 are spelt out, since no column holds them: `caf\\xe9.jpg`."""
+    return on_disk(os.path.abspath(uri.removeprefix("file://"))) + ("/" if WILDCARD.search(uri) and uri.endswith("/") else "")
 
 
 def _object(path: str, stat: os.stat_result) -> Object:
-    return Object(path, stat.st_size, str(stat.st_mtime_ns))
+    return Object(spelt(path), stat.st_size, str(stat.st_mtime_ns))
 
 
 def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Object]:
@@ -185,6 +165,12 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Object]:
                 yield from _walk(entry.path, above)
             elif entry.is_file() or entry.is_symlink():
                 yield _object(entry.path, entry.stat())
+
+
+#: Says nothing about the file: a failing or distant disk, no memory, too many open files.
+_PASSING = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR, errno.EBUSY}
+)
 
 
 @contextmanager
@@ -205,6 +191,8 @@ def _explanation(error: OSError, path: str, writing: bool) -> NightlabelError:
         return PermissionDenied(got, need=f"the right to {right} there", do="Change the rights, or name another place")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreError(got, need="room for the output", do="Free some space and run again; what is written stays valid")
+    if error.errno in _PASSING:
+        return Temporary(got, do="Check the disk and the limits of the process, then run again; what is done stays done")
     if not writing and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
         return InputMissing(got, need="an existing file or folder", do="Check the path")
     return StoreError(got, need="a working disk and a path that can exist", do="Check the path and the disk")

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from pipeline.errors import ShardError
+from pipeline.names import spelt
 from pipeline.rows import UnitError
 from pipeline.storage import Object, Store
 
@@ -21,7 +22,9 @@ from pipeline.storage import Object, Store
 CHUNK = 8 * 2**20
 AHEAD = 4
 _BLOCK = 512
-_REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
+_EMPTY = (*_LINKS, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)  # POSIX: any other type is a file
+_UNREAD = (tarfile.GNUTYPE_SPARSE, b"M")
 
 
 class Stream:
@@ -62,8 +65,9 @@ class Stream:
         return memoryview(b"".join([*pieces, taken])) if any(pieces) else taken
 
 
-def members(stream: Stream) -> Iterator[tuple[str, memoryview]]:
-    """(name, content) of every regular file, in order; long names of GNU and PAX resolved.
+def members(stream: Stream) -> Iterator[tuple[str, memoryview | None]]:
+    """(name, content) of every file, in order; long names of GNU and PAX resolved. A link has the content None: what it points at
+    may have passed, and is not kept.
 
     Raises ShardError: TAR_TRUNCATED, TAR_NO_EOF (cut at a border), TAR_CORRUPT (not a tar, a damaged or unsupported header).
     """
@@ -73,27 +77,31 @@ def members(stream: Stream) -> Iterator[tuple[str, memoryview]]:
         header = _header(stream, count)
         if header is None:
             return
-        size = int(override.get("size", header.size))
-        padded = -(-size // _BLOCK) * _BLOCK
-        if header.type in (tarfile.GNUTYPE_SPARSE,) or "GNU.sparse.major" in override:
-            raise _corrupt(uri, f"{header.name} is a sparse file")
-        has_data = (
-            header.type in _REGULAR or header.type in (b"L", b"K", b"x", b"g") or header.type not in tarfile.SUPPORTED_TYPES
-        )
-        content = stream.take(padded)[:size] if has_data else memoryview(b"")
-        if has_data and len(content) < size:
-            got = f"{uri}: ends inside member {count + 1} ({header.name})"
-            raise ShardError(UnitError.TAR_TRUNCATED, got, need="a whole tar", do="Upload the shard again")
+        if header.type in _UNREAD or "GNU.sparse.major" in override:
+            raise _corrupt(uri, f"{header.name} is a sparse file, or goes on in another volume")
+        has_data = header.type not in _EMPTY
+        content = _content(stream, header, override, count) if has_data else memoryview(b"")
         if header.type == tarfile.GNUTYPE_LONGNAME:
             name = bytes(content).rstrip(b"\0").decode("utf-8", "surrogateescape")
-        elif header.type == tarfile.XHDTYPE:
+        elif header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
             override = _pax(bytes(content), uri)
-        else:
-            if header.type in _REGULAR:
-                count += 1
-                yield _text(override.get("path", name or header.name)), content
-            if header.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
-                name, override = "", {}
+        elif header.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
+            count += 1
+            if has_data or header.type in _LINKS:
+                yield spelt(override.get("path", name or header.name)), content if has_data else None
+            name, override = "", {}
+
+
+def _content(stream: Stream, header: tarfile.TarInfo, override: dict[str, str], count: int) -> memoryview:
+    stated = override.get("size", str(header.size))
+    if not (stated.isascii() and stated.isdigit()):  # PAX says nonsense, or a base-256 field is negative
+        raise _corrupt(stream.item.uri, f"{header.name} has {stated[:40]!r} bytes")
+    size = int(stated) if len(stated) < 20 else stream.item.size + 1
+    content = stream.take(-(-size // _BLOCK) * _BLOCK)[:size] if size <= stream.item.size else memoryview(b"")
+    if len(content) < size:
+        got = f"{stream.item.uri}: ends inside member {count + 1} ({header.name})"
+        raise ShardError(UnitError.TAR_TRUNCATED, got, need="a whole tar", do="Upload the shard again")
+    return content
 
 
 def _header(stream: Stream, count: int) -> tarfile.TarInfo | None:
@@ -117,11 +125,6 @@ def _header(stream: Stream, count: int) -> tarfile.TarInfo | None:
         what = f"damaged header after {count} members" if count else "not a tar"
         raise _corrupt(uri, what) from error
     raise ShardError(UnitError.TAR_NO_EOF, got, need="two zero blocks at the end of a tar", do="Upload the shard again")
-
-
-def _text(name: str) -> str:
-    """A name as text that a column can hold: bytes that are not UTF-8 are spelt out, `caf\\xe9.jpg`."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _corrupt(uri: str, what: str) -> ShardError:

@@ -60,7 +60,7 @@ def test_the_reader_sees_images_with_truth_and_broken_ones_without(digits: Digit
     store = open_store(str(digits.label))
     tables = [
         table
-        for unit in cut(store, wanted, list_inputs(store, wanted), tasks=1)
+        for unit in cut(store, wanted, list_inputs(store, wanted).inputs, tasks=1)
         for table in read_unit(store, unit, wanted=wanted)
     ]
     rows = [row for table in tables for row in table.to_pylist() if row["key"] is not None]

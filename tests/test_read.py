@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -13,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shards import picture, tar_bytes, write_parquet
 
-from pipeline.cut import cut, list_inputs
-from pipeline.errors import InputMissing, JobError, ShardError
+from pipeline.cut import count_suffixes, cut, list_inputs
+from pipeline.errors import InputMissing, JobError, ShardError, StoreError
 from pipeline.read import read_unit
 from pipeline.spec import Input
 from pipeline.storage import Disk, Object
@@ -29,7 +31,7 @@ def rows_of(path: Path | str, **fields: object) -> tuple[list[dict], dict]:
     wanted = Input(uri=str(path), **fields)
     images: list[dict] = []
     end: dict = {}
-    for unit in cut(STORE, wanted, list_inputs(STORE, wanted), tasks=1):
+    for unit in cut(STORE, wanted, list_inputs(STORE, wanted).inputs, tasks=1):
         table = pa.concat_tables(read_unit(STORE, unit, wanted=wanted), promote_options="permissive").to_pylist()
         images += table[:-1]
         end = table[-1]
@@ -131,7 +133,7 @@ def test_parquet_rows_in_order_over_units(tmp_path):
     images = [picture(number) for number in range(45)]
     write_parquet(tmp_path / "a.parquet", images, rows_per_group=5)
     wanted = Input(uri=str(tmp_path), format="parquet", keep=("label",))
-    units = cut(STORE, wanted, list_inputs(STORE, wanted), tasks=1)
+    units = cut(STORE, wanted, list_inputs(STORE, wanted).inputs, tasks=1)
     assert len(units) >= 4
     assert next((part.start, part.stop) for unit in units for part in unit.parts) == (0, units[0].parts[0].stop)
     tables = [table for unit in units for table in read_unit(STORE, unit, wanted=wanted)]
@@ -189,7 +191,7 @@ def test_loose_images_have_relative_keys_and_fail_one_by_one(tmp_path):
         (tmp_path / name).write_bytes(name.encode())
     (tmp_path / "notes.txt").write_text("no image")
     wanted = Input(uri=str(tmp_path), format="images")
-    listing = list_inputs(STORE, wanted)
+    listing = list_inputs(STORE, wanted).inputs
     (tmp_path / "3.png").unlink()
     unit = Unit(tuple(Part(item.uri, item.etag, item.size) for item in listing))
     rows = pa.concat_tables(read_unit(STORE, unit, wanted=wanted)).to_pylist()
@@ -205,7 +207,7 @@ def test_a_shard_that_changed_or_went_since_the_plan(tmp_path):
     path = tmp_path / "x.tar"
     path.write_bytes(TAR)
     wanted = Input(uri=str(tmp_path))
-    (unit,) = cut(STORE, wanted, list_inputs(STORE, wanted), tasks=1)
+    (unit,) = cut(STORE, wanted, list_inputs(STORE, wanted).inputs, tasks=1)
     path.write_bytes(TAR + b"\0" * 512)
     assert pa.concat_tables(read_unit(STORE, unit, wanted=wanted)).to_pylist()[-1]["error_class"] == "INPUT_CHANGED"
     path.unlink()
@@ -214,7 +216,7 @@ def test_a_shard_that_changed_or_went_since_the_plan(tmp_path):
 
 def test_nothing_of_the_format_is_an_error(tmp_path):
     (tmp_path / "x.txt").write_text("x")
-    with pytest.raises(InputMissing, match=r"none \.tar"):
+    with pytest.raises(InputMissing, match=r"1 object \(1 \.txt\), no webdataset; required: names that end in \.tar"):
         list_inputs(STORE, Input(uri=str(tmp_path)))
     with pytest.raises(InputMissing):
         list_inputs(STORE, Input(uri=str(tmp_path / "absent/")))
@@ -260,3 +262,126 @@ def test_files_of_one_unit_whose_kept_columns_differ_are_told_apart(tmp_path):
     assert "b.parquet: column label is string; required: int64" in end["error"]
     for part in parts:
         assert list(read_unit(Disk(), Unit((part,)), wanted=wanted))[-1].to_pylist()[-1]["error_class"] is None
+
+
+def test_everything_that_looks_like_an_image_is_a_row_links_too(tmp_path):
+    names = [f"a.{suffix}" for suffix in ("jfif", "JPE", "bmp", "ppm", "heic", "avif", "jp2", "dng", "tga")] + [".b.jpg"]
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for number, name in enumerate(names):
+            info = tarfile.TarInfo(f"{number}/{name}")
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"x"))
+        for name, kind in (("soft.jpg", tarfile.SYMTYPE), ("hard.jpg", tarfile.LNKTYPE), ("d.jpg", tarfile.DIRTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "0/a.jfif"
+            tar.addfile(info)
+    (tmp_path / "x.tar").write_bytes(sink.getvalue())
+    rows, _ = rows_of(tmp_path)
+    assert [row["key"] for row in rows[:-2]] == [f"{number}/a" for number in range(9)] + ["9/.b"]
+    assert [(row["key"], row["error_class"]) for row in rows[-2:]] == [("soft", "NULL_IMAGE"), ("hard", "NULL_IMAGE")]
+    assert "--hard-dereference" in rows[-1]["error"]
+    for name in names[:-1]:
+        (tmp_path / "loose").mkdir(exist_ok=True)
+        (tmp_path / "loose" / name).write_bytes(b"x")
+    assert len(rows_of(tmp_path / "loose", format="images")[0]) == 9
+
+
+def test_what_stands_beside_the_inputs_is_counted(tmp_path):
+    for name in ("a.tar", "b.tgz", "c.tgz", "notes.txt", "README"):
+        (tmp_path / name).write_bytes(TAR)
+    listing = list_inputs(STORE, Input(uri=str(tmp_path)))
+    assert [Path(item.uri).name for item in listing.inputs] == ["a.tar"]
+    assert count_suffixes(listing.ignored) == "4 objects (2 .tgz, 1 without suffix, 1 .txt)"
+
+
+def test_names_of_any_bytes_are_listed_read_and_planned(tmp_path):
+    odd = [b"caf\xe9.jpg", b"new\nline.jpg", b"50% #1?.jpg", b"b[1]*.jpg", "ü 日.jpg".encode()]
+    for name in odd:
+        (Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))).write_bytes(name)
+    rows, _ = rows_of(tmp_path, format="images")
+    assert {row["key"]: row["bytes"] for row in rows} == {name.decode("utf-8", "backslashreplace"): name for name in odd}
+    wanted = Input(uri=str(tmp_path), format="images")
+    (unit, *_) = cut(STORE, wanted, list_inputs(STORE, wanted).inputs, tasks=1)
+    assert len(unit.id) == 32
+    (tmp_path / "caf\\xe9.jpg").write_bytes(b"the very name")
+    with pytest.raises(StoreError, match="two files are spelt so"):
+        list_inputs(STORE, wanted)
+
+
+@pytest.mark.parametrize("size", ["many", "-5", "1" * 30, "٣"])
+def test_a_pax_size_that_is_no_number_is_a_damaged_tar(tmp_path, size):
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.size, info.pax_headers = 3, {"size": size}
+        tar.addfile(info, io.BytesIO(b"abc"))
+    (tmp_path / "x.tar").write_bytes(sink.getvalue())
+    _, end = rows_of(tmp_path)
+    assert end["error_class"] in ("TAR_CORRUPT", "TAR_TRUNCATED")
+
+
+@pytest.mark.parametrize(
+    ("error", "error_class"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "TEMPORARY"),
+        (MemoryError(), "TEMPORARY"),
+        (pa.ArrowMemoryError("malloc of size 5 failed"), "TEMPORARY"),
+        (pa.ArrowInvalid("Couldn't deserialize thrift"), "PARQUET_CORRUPT"),
+    ],
+)
+def test_trouble_of_the_machine_is_no_corrupt_file(tmp_path, monkeypatch, error, error_class):
+    write_parquet(tmp_path / "a.parquet", [b"1"])
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", fail)
+    _, end = rows_of(tmp_path, format="parquet")
+    assert end["error_class"] == error_class
+
+
+KEPT = {
+    "view": pa.array(["a", "b"], pa.string_view()),
+    "large": pa.array(["a", "b"], pa.large_string()),
+    "coded": pa.array(["a", "b"]).dictionary_encode(),
+    "inner": pa.array([["a"], ["b"]], pa.list_(pa.string_view())),
+    "_id": pa.array([1, 2]),
+}
+
+
+def test_kept_columns_can_be_put_in_order_whatever_their_type_and_are_there_without_rows(tmp_path):
+    table = pa.table({"image": pa.array([b"1", b"2"], pa.binary_view()), "key": ["a", "b"], **KEPT})
+    for name, part in (("full", table), ("none", table.slice(0, 0))):
+        (tmp_path / name).mkdir()
+        pq.write_table(part, tmp_path / name / "a.parquet")
+        wanted = Input(uri=str(tmp_path / name), format="parquet", keep=tuple(KEPT))
+        (unit,) = cut(STORE, wanted, list_inputs(STORE, wanted).inputs, tasks=1)
+        whole = pa.concat_tables(read_unit(STORE, unit, wanted=wanted)).sort_by("index")
+        kinds = [str(whole.schema.field(column).type) for column in KEPT]
+        assert kinds == ["string", "string", "string", "list<item: string>", "int64"]
+        assert whole.num_rows == part.num_rows + 1
+    (tmp_path / "tar").mkdir()
+    (tmp_path / "tar" / "x.tar").write_bytes(tar_bytes({}))
+    wanted = Input(uri=str(tmp_path / "tar"), keep=("cls",))
+    (unit,) = cut(STORE, wanted, list_inputs(STORE, wanted).inputs, tasks=1)
+    assert "cls" in pa.concat_tables(read_unit(STORE, unit, wanted=wanted)).schema.names
+
+
+def test_keys_of_parquet_are_text_and_a_number_for_a_null_is_no_duplicate(tmp_path):
+    keys = pa.array([b"2", b"caf\xe9", None, b"2"], pa.binary())
+    pq.write_table(pa.table({"image": [b"1", b"2", b"3", b"4"], "key": keys}), tmp_path / "a.parquet")
+    rows, _ = rows_of(tmp_path, format="parquet")
+    assert [(row["key"], row["error_class"]) for row in rows] == [
+        ("2", None),
+        ("caf\\xe9", None),
+        ("2", None),
+        ("2", "DUPLICATE_KEY"),
+    ]
+
+
+def test_two_columns_of_one_name_are_a_sentence(tmp_path):
+    table = pa.table([pa.array([b"1"]), pa.array(["a"]), pa.array([b"2"])], names=["image", "key", "image"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(JobError, match="two columns image"):
+        rows_of(tmp_path, format="parquet")

@@ -209,6 +209,21 @@ def test_broken_shards_and_images_cost_themselves_and_nothing_else(tmp_path, mod
     assert problems(wanted) == []
 
 
+def test_a_run_without_a_single_image_says_so_every_time(tmp_path, model, on_ray):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.tar").write_bytes(tar_bytes({"a.txt": b"x", "a.cls": b"1"}))
+    (tmp_path / "in/b.tgz").write_bytes(b"x")
+    (tmp_path / "job.yaml").write_text(job_text(tmp_path, model))
+    code, out, err = cli("run", tmp_path / "job.yaml")
+    assert (code, "none of them holds an image" in out) == (3, True), err
+    assert "ignored: 1 object (1 .tgz)" in err
+    assert cli("run", tmp_path / "job.yaml")[0] == 3
+    code, out, _ = cli("plan", tmp_path / "job.yaml")
+    assert (code, "ignored 1 object (1 .tgz), no webdataset" in out) == (0, True), out
+    write_tars(tmp_path / "in", shards=1, images=2)
+    assert label(job(tmp_path / "in", model, tmp_path / "out")).exit_code == 0
+
+
 def test_a_broken_shard_in_a_joined_unit_holds_nothing_back(tmp_path, model, on_ray):
     write_tars(tmp_path / "in", shards=12, images=2)
     (tmp_path / "in/004.tar").write_bytes(b"<html>")

@@ -94,6 +94,13 @@ def test_list(place: Place, pattern: str, expected: list[str]) -> None:
     assert place.names(join(place.root, pattern) + ("/" if pattern.endswith("/") else "")) == expected
 
 
+def test_names_hold_any_characters(place: Place) -> None:
+    odd = ("new\nline.jpg", "a b.jpg", "50%25.jpg", "x#1?.jpg", "+&=;.jpg", "日本/ü.jpg")
+    place.fill(odd)
+    assert place.names(place.root + "/") == sorted(odd)
+    assert [place.store.read(found.uri, etag=found.etag).decode() for found in place.store.list(place.root + "/")] == sorted(odd)
+
+
 def test_list_pins_what_head_and_read_see(place: Place) -> None:
     place.fill(("a/1", "a/2"))
     for found in place.store.list(place.root):

@@ -59,7 +59,7 @@ def image_rows(wanted: Input, *, label: str | None = None, most: int | None = No
     wanted = wanted.model_copy(update={"keep": (label,) if label else ()})
     store = open_store(wanted.uris[0], wanted.s3)
     left = most
-    for unit in cut(store, wanted, list_inputs(store, wanted), tasks=1):
+    for unit in cut(store, wanted, list_inputs(store, wanted).inputs, tasks=1):
         for table in read_unit(store, unit, wanted=wanted):
             for end in table.filter(pc.is_null(table["key"])).to_pylist():
                 if end["error_class"] is not None:
@@ -79,7 +79,7 @@ def has_labels(wanted: Input, label: str) -> bool:
         return True
     store = open_store(wanted.uris[0], wanted.s3)
     try:
-        return any(label in pq.read_schema(RangeFile(store, item)).names for item in list_inputs(store, wanted))
+        return any(label in pq.read_schema(RangeFile(store, item)).names for item in list_inputs(store, wanted).inputs)
     except (pa.ArrowException, OSError):
         return True  # broken: whoever reads it says what is wrong
 

@@ -211,7 +211,7 @@ def _same_classes(job: EvaluateJob, model: Artifact, other: Artifact) -> None:
 
 def _subject(job: EvaluateJob, model: Artifact, other: Artifact | None) -> Record:
     """What is measured: the models by digest, the images by what a listing says of their shards."""
-    listing = list_inputs(open_store(job.data.input.uris[0], job.data.input.s3), job.data.input)
+    listing = list_inputs(open_store(job.data.input.uris[0], job.data.input.s3), job.data.input).inputs
     inputs = json.dumps([[item.uri, item.size, item.etag] for item in listing])
     return {
         "model": {"digest": model.digest, "precision": job.model.precision},

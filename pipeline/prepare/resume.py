@@ -41,7 +41,7 @@ def job_key(job: Job, parents: list[str]) -> str:
 
 
 def _listing(wanted: Input) -> list[list[Any]]:
-    return [[item.uri, item.size, item.etag] for item in list_inputs(open_store(wanted.uris[0], wanted.s3), wanted)]
+    return [[item.uri, item.size, item.etag] for item in list_inputs(open_store(wanted.uris[0], wanted.s3), wanted).inputs]
 
 
 def finished(job: Job, key: str, place: Place) -> Outcome | None:
