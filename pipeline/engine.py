@@ -9,7 +9,10 @@ the same way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +22,8 @@ from pipeline.errors import ModelError
 from pipeline.preprocessing import Preprocessing
 from pipeline.resnet import ResNet
 from pipeline.scores import Scores, Wanted
+
+T = TypeVar("T")
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -36,7 +41,11 @@ class TorchEngine:
         self.device, self.wanted, self.batch_size = torch.device(device), wanted, batch_size
         if self.device.type == "cuda" and self.dtype is torch.float32:
             torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]  # not TF32: 10 bits
-        self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        try:
+            self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        except torch.OutOfMemoryError as error:
+            do = "Give predict a GPU of its own, or one with more memory"
+            raise ModelError("the GPU has no memory for the model", do=do) from error
         self.classes: int = model.classifier[1].out_features  # type: ignore[assignment]
         shape = (1, 3, 1, 1)
         self.mean = torch.tensor(preprocessing.mean, device=self.device).reshape(shape) * 255
@@ -49,14 +58,17 @@ class TorchEngine:
         results: list[tuple[Tensor, ...]] = []
         start = 0
         with torch.inference_mode(), self._autocast():
-            batch = self._upload(pixels, rows[: self.batch_size])
+            batch: Tensor | None = None
             while start < len(rows):
-                result = self._try(batch)
+                if batch is None:  # the next one is copied while the one before computes
+                    here = rows[start : start + self.batch_size]
+                    batch = self._try(partial(self._upload, pixels, here), len(here), pixels)
+                    continue
+                result = self._try(partial(self._forward, batch), len(batch), pixels)
                 if result is not None:
                     results.append(result)
                     start += len(batch)
-                if start < len(rows):
-                    batch = self._upload(pixels, rows[start : start + self.batch_size])
+                batch = None
         with torch.inference_mode():  # autocast to bfloat16 refuses to join float16, which probabilities are
             ids, scores, finite, *rest = (torch.cat(part).cpu().numpy() for part in zip(*results, strict=True))
         embeddings = rest.pop(0) if self.wanted.embeddings else None
@@ -76,16 +88,16 @@ class TorchEngine:
         batch.record_stream(torch.cuda.current_stream(self.device))
         return batch
 
-    def _try(self, batch: Tensor) -> tuple[Tensor, ...] | None:
-        """The results, still on the device, or None when memory ran out and the batch size was halved."""
+    def _try(self, step: Callable[[], T], count: int, pixels: np.ndarray) -> T | None:
+        """What a step on `count` images gives, still on the device, or None when memory ran out and the batch size was halved."""
         try:
-            return self._forward(batch)
+            return step()
         except torch.OutOfMemoryError:
             pass  # freed only outside of the handler, whose traceback holds the tensors
-        if len(batch) == 1:
-            got = f"the GPU has no memory for one image of {batch.shape[-1]} × {batch.shape[-1]} pixels"
+        if count == 1:
+            got = f"the GPU has no memory for one image of {pixels.shape[-1]} × {pixels.shape[-1]} pixels"
             raise ModelError(got, do="Give predict a GPU of its own, or one with more memory")
-        self.batch_size = len(batch) // 2
+        self.batch_size = count // 2
         torch.cuda.empty_cache()
         return None
 

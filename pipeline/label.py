@@ -42,7 +42,7 @@ class Driver:
     """One attempt at one run. `observe(event, fields)` is told what happens; `label()` returns the receipt."""
 
     def __init__(self, job: Job, *, observe: Observer, started: float) -> None:
-        self.job, self.attempt = job, Attempt(started, observe)
+        self.job, self.attempt = job.from_root(), Attempt(started, observe)
         self.tries: Counter[str] = Counter()
         self.artifact: Artifact
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from pydantic import Field, model_validator
 
 from pipeline.demand import check_cluster
 from pipeline.fields import Digest, Endpoint, Name, Uri, Webhook, Word
+from pipeline.names import glob_matcher, glob_prefix
 from pipeline.quantity import Bytes, Count, Fraction, Model, Pixels, Seconds, between, in_bytes, in_pixels, in_seconds
 from pipeline.resources import Cluster, Resources
 from pipeline.rows import RESERVED
@@ -149,6 +151,22 @@ class Notify(Model):
         return self
 
 
+def absolute(uri: str) -> str:
+    """A local path from the root, since a worker's working folder is not the driver's; a URI of S3 as it is. A `/` at the end
+    stays, it means a folder."""
+    if uri.startswith("s3://"):
+        return uri
+    path = uri.removeprefix("file://")
+    return os.path.abspath(path) + "/" * (path.endswith("/") and os.path.abspath(path) != "/")
+
+
+def _holds(source: str, folder: str) -> bool:
+    """Would a listing of `source`, a folder or a glob, find Parquet files of ours under `folder`?"""
+    label, source = f"{absolute(folder).rstrip('/')}/0123456789ab/data/{'0' * 32}.parquet", absolute(source)
+    base = glob_prefix(source)
+    return label.startswith(base.rstrip("/") + "/") if base == source else glob_matcher(source)(label)
+
+
 class Job(Model):
     """One labelling job."""
 
@@ -180,6 +198,15 @@ class Job(Model):
         """Does a place of the job depend on the day?"""
         return any("{date}" in uri for uri in (*self.input.uris, self.model.uri, self.output.uri))
 
+    def from_root(self) -> Job:
+        """The job with every local path absolute: what goes to workers."""
+        sections: dict[str, Model] = {
+            "input": self.input.model_copy(update={"uri": tuple(map(absolute, self.input.uris))}),
+            "model": self.model.model_copy(update={"uri": absolute(self.model.uri)}),
+            "output": self.output.model_copy(update={"uri": absolute(self.output.uri)}),
+        }
+        return self.model_copy(update=sections)
+
     @model_validator(mode="after")
     def _fits(self) -> Job:
         taken = RESERVED.intersection(self.input.keep)
@@ -187,6 +214,11 @@ class Job(Model):
             raise ValueError(f"input.keep names {', '.join(sorted(taken))}, which the output has already. Rename or drop it")
         if re.search(r"[*?\[]", self.output.uri):
             raise ValueError(f"output.uri is {self.output.uri}; required: a folder, no pattern of *, ? or [. Take another name")
+        if self.input.format == "parquet" and any(_holds(uri, self.output.uri) for uri in self.input.uris):
+            raise ValueError(
+                f"output.uri is {self.output.uri}, inside of the input: the next run would read these labels as images; "
+                "required: a place beside it. Take another output.uri"
+            )
         if self.publish is not None and self.output.probabilities:
             raise ValueError("publish: Delta and Iceberg have no float16, as output.probabilities are. Drop one of the two")
         gpus = self.resources.predict.gpus_per_actor

@@ -128,6 +128,37 @@ def test_inputs_that_cannot_be_are_refused(source: str, words: str):
     assert "secret" not in sentence
 
 
+@pytest.mark.parametrize(
+    ("source", "output", "inside"),
+    [
+        ("photos/", "photos/labels/", True),
+        ("photos", "./photos", True),
+        ("file://photos/", "photos/../photos/x", True),
+        ("s3://bucket/a/", "s3://bucket/a/labels", True),
+        ("photos/**", "photos/labels", True),
+        ("photos/*.parquet", "photos/labels", False),
+        ("photos/", "photos-labels/", False),
+        ("s3://bucket/a/", "s3://bucket/a-labels", False),
+        ("labels/in/", "labels/", False),
+    ],
+)
+def test_labels_do_not_go_where_parquet_is_read(source: str, output: str, inside: bool):
+    text = SIX_LINES.replace(b"photos/", f"'{source}', format: parquet".encode()).replace(b"labels/", output.encode())
+    if inside:
+        assert "inside of the input: the next run would read these labels as images" in refusal(b"", text)
+    else:
+        parse_job(text)
+    parse_job(text.replace(b"parquet}", b"webdataset}"))
+
+
+def test_paths_are_absolute_before_they_travel(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = parse_job(SIX_LINES.replace(b"photos/", b"[photos/, 'p/*/', file://x/y]").replace(b"labels/", b"s3://bucket/labels/"))
+    away = job.from_root()
+    assert away.input.uris == (f"{tmp_path}/photos/", f"{tmp_path}/p/*/", f"{tmp_path}/x/y")
+    assert (away.model.uri, away.output.uri) == (f"{tmp_path}/model/", "s3://bucket/labels/")
+
+
 def test_a_part_of_a_byte_is_rounded():
     assert parse_job(SIX_LINES + b"resources: {object_store: 1.1GiB}").resources.object_store == round(1.1 * 2**30)
 

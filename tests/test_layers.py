@@ -13,8 +13,8 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 
 #: Top to bottom. A name stands for pipeline/<name>.py or, with a dot, for a module of a sub-package.
 ROWS = """
-errors quantity fields placement resources demand rows preprocessing schedule spec
-recipe training complaints jobfile reference names storage s3
+errors names quantity fields placement resources demand rows preprocessing schedule spec
+recipe training complaints jobfile reference storage s3
 modeling_small_stem huggingface resnet artifact describe
 unit footer log plan cut tar read decode careful preprocess scores engine onnx_engine predict commit verify report
 attempt committer start watch cluster run keep label

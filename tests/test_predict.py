@@ -192,6 +192,23 @@ def test_the_batch_is_halved_for_good_when_memory_runs_out() -> None:
         engine(pixels, np.arange(11))
 
 
+def test_the_batch_is_halved_when_memory_runs_out_in_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    upload, tried = TorchEngine._upload, []
+
+    def cramped(self: TorchEngine, pixels: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+        tried.append(len(rows))
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return upload(self, pixels, rows)
+
+    engine = TorchEngine(ResNet(TINY).eval(), PREPROCESSING, wanted=Wanted(2), precision="float32", device="cpu", batch_size=8)
+    pixels = images(8)
+    whole = engine(pixels, np.arange(8))
+    monkeypatch.setattr(TorchEngine, "_upload", cramped)
+    np.testing.assert_allclose(engine(pixels, np.arange(8)).scores, whole.scores, atol=1e-6)
+    assert tried == [8, 4, 2, 2, 2, 2]
+
+
 def test_bfloat16_agrees_with_float32() -> None:
     given = table(images(32))
     full, half = predict(tiny(), batch_size=16)(given), predict(tiny(), "bfloat16", batch_size=16, embeddings=True)(given)
