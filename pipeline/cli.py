@@ -155,18 +155,21 @@ def validate(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     """Does the job's output hold together: every footer, every count, every manifest, no input labelled twice."""
     from pipeline.jobfile import load_label_job
     from pipeline.start import load_model, open_log
+    from pipeline.verify import open_runs
     from pipeline.verify import validate as check
 
     loaded = load_label_job(job, date=date)
     artifact = load_model(loaded, weights=False)
     log = open_log(loaded, artifact)
     footers, problems = check(log)
+    unfinished = open_runs(log)
     rows, ok, failed = (sum(getattr(footer, name) for footer in footers) for name in ("rows_in", "ok", "failed"))
     if as_json:
-        print_json({"where": log.root, "units": len(footers), "rows_in": rows, "ok": ok, "failed": failed, "problems": problems})
+        counts = {"units": len(footers), "rows_in": rows, "ok": ok, "failed": failed}
+        print_json({"where": log.root, **counts, "unfinished": unfinished, "problems": problems})
     else:
-        for problem in problems:
-            typer.echo(f"wrong   {problem}")
+        for line in [*(f"wrong   {problem}" for problem in problems), *(f"open    {run}" for run in unfinished)]:
+            typer.echo(line)
         typer.echo(f"{'NOT VALID' if problems else 'valid'}: {rows:,} in = {ok:,} ok + {failed:,} failed, {len(footers):,} units")
         typer.echo(f"where   {log.root}")
     sys.exit(6 if problems else 0)

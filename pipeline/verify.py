@@ -54,15 +54,30 @@ def validate(log: Log) -> tuple[list[Footer], list[str]]:
     return list(committed.values()), problems
 
 
+def open_runs(log: Log) -> list[str]:
+    """A line for every run that has units left and no manifest. That is no mistake: the same command goes on with them."""
+    there = log.objects()
+    counts = [(run.id, sum(unit.id in there for unit in run.units), len(run.units)) for run in log.runs() if not run.finished]
+    return [f"run {run_id}: {done} of {total} units" for run_id, done, total in counts if done < total]
+
+
 def _footers(log: Log) -> tuple[dict[str, Footer], list[str]]:
+    def read(unit_id: str) -> Footer | str:
+        try:
+            return log.footer(unit_id)
+        except (Conflict, InputMissing) as error:  # anything else says nothing about the output
+            return str(error)
+
     footers: dict[str, Footer] = {}
     problems: list[str] = []
-    for unit_id in sorted(log.objects()):
-        try:
-            footer = footers[unit_id] = log.footer(unit_id)
-        except (Conflict, InputMissing) as error:  # anything else says nothing about the output
-            problems.append(str(error))
+    unit_ids = sorted(log.objects())
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(read, unit_ids))
+    for unit_id, footer in zip(unit_ids, found, strict=True):
+        if isinstance(footer, str):
+            problems.append(footer)
             continue
+        footers[unit_id] = footer
         if footer.unit != unit_id or footer.fingerprint != log.fingerprint:
             problems.append(f"{log.data_key(unit_id)}: its account is of unit {footer.unit}, {footer.fingerprint}.")
     return footers, problems
@@ -74,7 +89,11 @@ def _rows(part: Part, unit_id: str) -> tuple[float, float, str]:
 
 def _check_manifest(log: Log, run: Run, footers: list[Footer | None]) -> list[str]:
     key = log.run_key(run.id, "manifest.json")
-    counts = json.loads(log.store.read(key))["rows"]
+    try:
+        counts = json.loads(log.store.read(key))["rows"]
+        stated = {name: counts[name] for name in ("in", "ok", "failed")}
+    except (ValueError, TypeError, KeyError) as error:
+        return [f"{key}: not a manifest ({type(error).__name__}: {error})."]
     missing = sum(footer is None for footer in footers)
     if missing:
         return [f"{key}: {missing} of its {len(footers)} units have no object."]
@@ -82,5 +101,4 @@ def _check_manifest(log: Log, run: Run, footers: list[Footer | None]) -> list[st
         name: sum(getattr(footer, field) for footer in footers)
         for name, field in (("in", "rows_in"), ("ok", "ok"), ("failed", "failed"))
     }
-    stated = {name: counts[name] for name in sums}
     return [] if sums == stated else [f"{key}: states {stated}, its units hold {sums}."]

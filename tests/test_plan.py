@@ -20,7 +20,7 @@ from pipeline.plan import make_plan as plan_for
 from pipeline.rows import PREDICTION
 from pipeline.storage import Disk, Object
 from pipeline.unit import Part, Unit
-from pipeline.verify import validate, verify
+from pipeline.verify import open_runs, validate, verify
 
 OURS = Provenance("f" * 12, "attempt-1", "0")
 
@@ -321,6 +321,20 @@ def test_validate_finds_what_is_wrong(tmp_path):
     assert any("in no plan" in problem for problem in problems)
     path.write_bytes(b"PAR1 damaged")
     assert any("not a unit of nightlabel" in problem for problem in validate(log)[1])
+
+
+def test_validate_names_open_runs_and_damaged_manifests(tmp_path):
+    log = log_at(tmp_path)
+    plan = make_plan(log, objects("a", "b", "c", "d"))
+    commit(log, plan.units[0])
+    assert open_runs(log) == [f"run {plan.run_id}: 1 of 2 units"]
+    commit(log, plan.units[1])
+    assert (open_runs(log), validate(log)[1]) == ([], [])
+    finish(log, plan)
+    manifest = Path(log.run_key(plan.run_id, "manifest.json"))
+    for damaged in (b"", b"[]", b'{"rows": {"in": 8}}', b"\xff"):
+        manifest.write_bytes(damaged)
+        assert ["manifest.json: not a manifest" in problem for problem in validate(log)[1]] == [True], damaged
 
 
 def test_counts_that_do_not_add_up_are_not_written():
