@@ -1,6 +1,6 @@
 """Copies what a run and Ray's nodes have logged beside the run's papers, before a cluster that is only there for the run goes.
 
-    runs/<run_id>/logs/<attempt>/events.jsonl and, for each node, <node>.tar.gz
+    runs/<run_id>/logs/<attempt>/events.jsonl, for each node <node>.tar.gz, and report.html when units are left
 
 Asked for by NIGHTLABEL_KEEP_LOGS=1, as in the pods that `render` makes. Created like everything else, never over anything; what
 goes wrong here does not fail the run.
@@ -22,26 +22,37 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.storage import Store, join
 
+Tell = Callable[..., None]
+
 _FILE = 2**20  # of each file its end
 _NODE = 32 * 2**20  # of a node, before it is packed: the 8 GB of a full disk help nobody
 _PATIENCE_S = 20.0  # a pod that is told to go has 30
 
 
 @contextmanager
-def kept_logs(store: Store, folder: str, events: list[dict[str, Any]], tell: Callable[..., None]) -> Iterator[None]:
+def kept_logs(store: Store, folder: str, events: list[dict[str, Any]], tell: Tell) -> Iterator[None]:
     """While Ray is up; copies when what is inside ends, however it ends. `events`: what the run has told, up to then."""
+
+    def papers() -> dict[str, bytes]:
+        nodes = _collect()
+        tell("logs", folder=folder, nodes=sorted(nodes))
+        return {"events.jsonl": "".join(json.dumps(event) + "\n" for event in events).encode(), **nodes}
+
     try:
         yield
     finally:
-        if os.environ.get("NIGHTLABEL_KEEP_LOGS") == "1":
-            try:
-                nodes = _collect()
-                tell("logs", folder=folder, nodes=sorted(nodes))
-                lines = "".join(json.dumps(event) + "\n" for event in events)
-                for name, content in {"events.jsonl": lines.encode(), **nodes}.items():
-                    store.create(join(folder, name), content)
-            except Exception as error:  # noqa: BLE001  # a run whose labels are there has not failed for its logs
-                tell("logs", folder=folder, error=str(error))
+        keep(store, folder, papers, tell)
+
+
+def keep(store: Store, folder: str, papers: Callable[[], dict[str, bytes]], tell: Tell) -> None:
+    """Creates the papers, name → content, in the folder, where that is asked for."""
+    if os.environ.get("NIGHTLABEL_KEEP_LOGS") != "1":
+        return
+    try:
+        for name, content in papers().items():
+            store.create(join(folder, name), content)
+    except Exception as error:  # noqa: BLE001  # a run whose labels are there has not failed for its logs
+        tell("logs", folder=folder, error=str(error))
 
 
 def _collect() -> dict[str, bytes]:

@@ -64,10 +64,7 @@ class Driver:
         size, todo_size = (sum(part.size for unit in units for part in unit.parts) for units in (plan.units, plan.todo))
         self.attempt.tell("planned", run=plan.run_id, units=len(plan.units), done=before, bytes=size, todo_bytes=todo_size)
         if plan.run_id is not None and plan.todo:
-            logs = kept_logs(
-                log.store, log.run_key(plan.run_id, f"logs/{self.attempt.id}"), self.attempt.events, self.attempt.tell
-            )
-            with cluster(job), logs:
+            with cluster(job), kept_logs(log.store, self._logs(log, plan.run_id), self.attempt.events, self.attempt.tell):
                 plan = self.passes(log, plan, partial(run.run_pass, job=job, artifact=self.artifact))
         return self.finish(log, plan, before)
 
@@ -148,11 +145,18 @@ class Driver:
 
     def finish(self, log: Log, plan: Plan, before: int) -> Receipt:
         """Reads back what is committed; writes the run's papers when all of it is. `before`: units done before this attempt."""
+        from pipeline.keep import keep
+
         footers = verify(log, [unit for unit in plan.units if unit.id in plan.committed])
         receipt = self.attempt.receipt(self.job, plan, self.artifact, footers, where=log.root, before=before)
         if plan.run_id is not None and not plan.todo and receipt.rows_in:
             self._publish(log, plan.run_id, receipt)
+        elif plan.run_id is not None:
+            keep(log.store, self._logs(log, plan.run_id), lambda: {"report.html": receipt.page()}, self.attempt.tell)
         return receipt
+
+    def _logs(self, log: Log, run_id: str) -> str:
+        return log.run_key(run_id, f"logs/{self.attempt.id}")
 
     def _publish(self, log: Log, run_id: str, receipt: Receipt) -> None:
         """The run's papers, the manifest last. What another driver of the same run has put there stays."""

@@ -93,7 +93,7 @@ def _bring_up_to_date(wanted: Publish, table: Table, log: Log) -> Published:
     added = list(_look(log.store, (item for uri, item in should.items() if uri not in has)))
     removed = sorted(uri for uri in has if uri.startswith(log.root.rstrip("/") + "/") and uri not in should)
     if added or removed:
-        runs = (item.uri.split("/")[-2] for item in listing(log.store, join(log.root, "runs")))
+        runs = (item.uri.rpartition("/runs/")[2].partition("/")[0] for item in listing(log.store, join(log.root, "runs")))
         table.change(added, removed, run=max(runs, default="0"))
     return Published(wanted.format, table.where, len(added), len(removed))
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from test_run import job, label
 
 from pipeline import keep
 from pipeline.errors import UnitsLeft
+from pipeline.label import Driver
+from pipeline.start import load_model, plan_job
 from pipeline.storage import open_store
 
 
@@ -39,6 +42,19 @@ def test_logs_of_a_run_are_in_its_folder(tmp_path, model, on_ray, monkeypatch):
     assert "raylet.out" in names
     assert label(wanted).exit_code == 0  # nothing to do brings no cluster up, so there are no logs of it
     assert len(list((tmp_path / "out").glob("*/runs/*/logs/*"))) == 1
+
+
+def test_the_report_of_a_run_with_units_left_is_kept_too(tmp_path, model, monkeypatch):
+    write_tars(tmp_path / "in", shards=2, images=3)
+    wanted = job(tmp_path / "in", model, tmp_path / "out")
+    artifact = load_model(wanted, weights=False)
+    log, plan = plan_job(wanted, artifact)
+    for asked in ("0", "1"):
+        monkeypatch.setenv("NIGHTLABEL_KEEP_LOGS", asked)
+        driver = Driver(wanted, observe=lambda event, fields: None, started=time.perf_counter())
+        driver.artifact = artifact
+        assert driver.finish(log, plan, 0).exit_code == 5
+        assert len(list((tmp_path / "out").glob("*/runs/000001/logs/*/report.html"))) == int(asked)
 
 
 def told(tmp_path: Path, collect: Callable[[], dict[str, bytes]], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
