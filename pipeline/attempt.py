@@ -109,7 +109,7 @@ class Attempt:
         return Receipt(
             job=job.name,
             where=where,
-            fingerprint=where.rstrip("/").rpartition("/")[2],
+            fingerprint=where.rstrip("/").rpartition("/")[2].rpartition("=")[2],
             artifact=artifact.digest,
             precision=job.model.precision,
             run=plan.run_id,

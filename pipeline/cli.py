@@ -18,6 +18,7 @@ import typer  # noqa: E402
 
 from pipeline import cli_kube, cli_model, cli_nightly  # noqa: E402
 from pipeline.cli_model import AsJson, print_json  # noqa: E402
+from pipeline.cli_nightly import Date, JobPath  # noqa: E402
 from pipeline.errors import EXIT_BUG, Interrupted, NightlabelError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -35,9 +36,8 @@ app.add_typer(cli_model.prepare, name="prepare")
 app.add_typer(cli_model.model, name="model")
 app.command()(cli_kube.render)
 app.command()(cli_kube.apply)
+app.command()(cli_nightly.retry_failed)
 
-JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML; jobs/README.md lists its fields.")]
-Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today or yesterday.")]
 Dates = Annotated[
     str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today, yesterday, or A..B: every day from A to B.")
 ]
@@ -153,15 +153,15 @@ def _plan_lines(planned: Plan, facts: dict[str, Any]) -> Iterator[str]:
 @app.command()
 def validate(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     """Does the job's output hold together: every footer, every count, every manifest, no input labelled twice."""
+    from pipeline.generation import validate_all
     from pipeline.jobfile import load_label_job
     from pipeline.start import load_model, open_log
     from pipeline.verify import open_runs
-    from pipeline.verify import validate as check
 
     loaded = load_label_job(job, date=date)
     artifact = load_model(loaded, weights=False)
     log = open_log(loaded, artifact)
-    footers, problems = check(log)
+    footers, problems = validate_all(log)
     unfinished = open_runs(log)
     rows, ok, failed = (sum(getattr(footer, name) for footer in footers) for name in ("rows_in", "ok", "failed"))
     if as_json:

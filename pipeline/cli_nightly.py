@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli_model import print_json
+from pipeline.cli_model import AsJson, print_json
 from pipeline.errors import NightlabelError
 
 if TYPE_CHECKING:
@@ -18,6 +19,35 @@ if TYPE_CHECKING:
     from pipeline.prometheus import Metrics
     from pipeline.report import Receipt
     from pipeline.spec import Job
+
+
+JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML; jobs/README.md lists its fields.")]
+Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today or yesterday.")]
+
+
+def retry_failed(
+    job: JobPath,
+    *,
+    classes: Annotated[str, typer.Option("--class", help="Classes of failure with commas between: FETCH_FAILED,DECODE_TIMEOUT.")],
+    date: Date = None,
+    as_json: AsJson = False,
+) -> None:
+    """Label images again that failed, into a new generation of their units; what was committed stays as it is."""
+    from pipeline.jobfile import load_label_job
+    from pipeline.publish import publish
+    from pipeline.retry import Retry, parse_classes  # brings Ray
+    from pipeline.screen import Screen
+    from pipeline.start import load_model, open_log
+
+    loaded = load_label_job(job, date=date)
+    with Screen() as screen:
+        outcome = Retry(loaded, parse_classes(classes), observe=screen.observe, started=time.perf_counter()).retry()
+    table = publish(loaded, open_log(loaded, load_model(loaded, weights=False))) if outcome.exit_code in (0, 4) else None
+    if as_json:
+        print_json(outcome.as_dict() | {"table": table and table.as_dict()})
+    for line in () if as_json else [*outcome.lines(), *([table.line()] if table else [])]:
+        typer.echo(line)
+    sys.exit(outcome.exit_code)
 
 
 def label_nights(

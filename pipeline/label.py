@@ -92,6 +92,10 @@ class Driver:
                 plan = replace(plan, committed=plan.committed | {unit.id for unit in able if unit.id in committer.committed})
         return plan
 
+    def buffer(self, _: str) -> UnitBuffer:
+        """What collects a unit's rows."""
+        return UnitBuffer()
+
     def _is_hopeless(self, unit: Unit) -> bool:
         """Wrong in itself: another pass reads the same bytes with the same rights."""
         trouble = self.attempt.trouble.get(unit.id)
@@ -123,7 +127,9 @@ class Driver:
                     for unit_id, rows in _by_unit(block):
                         if unit_id not in waiting:  # complete already: a task that ran again
                             continue
-                        buffers.setdefault(unit_id, UnitBuffer()).add(rows)
+                        if unit_id not in buffers:
+                            buffers[unit_id] = self.buffer(unit_id)
+                        buffers[unit_id].add(rows)
                         if buffers[unit_id].complete:
                             committer.take(waiting.pop(unit_id), buffers.pop(unit_id))
         except Temporary as error:

@@ -76,7 +76,7 @@ class Log:
 
     @property
     def fingerprint(self) -> str:
-        return self.root.rstrip("/").rpartition("/")[2]
+        return self.root.rstrip("/").rpartition("/")[2].rpartition("=")[2]
 
     def run_key(self, run_id: str, name: str) -> str:
         return join(self.root, "runs", run_id, name)

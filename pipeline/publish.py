@@ -25,7 +25,7 @@ from pipeline.spec import Job, Publish
 from pipeline.storage import Object, RangeFile, Store, join
 
 ATTEMPTS = 5
-_OURS = re.compile(r"/([0-9a-f]{12})/(generations/\d+/)?data/[0-9a-f]{32}\.parquet$")
+_OURS = re.compile(r"[/=]([0-9a-f]{12})/(generations/\d+/)?data/[0-9a-f]{32}\.parquet$")
 _PACKAGES = {"delta": "deltalake", "iceberg": "pyiceberg"}
 
 
@@ -74,8 +74,7 @@ def _table(wanted: Publish, job: Job, log: Log) -> Table:
         return Delta(log.root, job.name, job.output.s3)
     from pipeline.iceberg import Iceberg
 
-    fingerprint = log.root.rstrip("/")[-12:]
-    return Iceberg(wanted, wanted.table.replace("{fingerprint}", fingerprint), log.root, job.output.s3)
+    return Iceberg(wanted, wanted.table.replace("{fingerprint}", log.fingerprint), log.root, job.output.s3)
 
 
 def _bring_up_to_date(wanted: Publish, table: Table, log: Log) -> Published:
@@ -101,7 +100,7 @@ def _bring_up_to_date(wanted: Publish, table: Table, log: Log) -> Published:
 def _is_ours(uri: str, log: Log) -> bool:
     """Of this fingerprint; under another day's root when the output's URI has a date."""
     found = _OURS.search(uri)
-    return found is not None and log.root.rstrip("/").endswith(found[1])
+    return found is not None and found[1] == log.fingerprint
 
 
 def _look(store: Store, objects: Iterable[Object]) -> Iterable[File]:

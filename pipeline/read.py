@@ -7,11 +7,12 @@ it costs this unit and nothing else, and the driver decides from the class wheth
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cut import IMAGE_SUFFIXES, check_columns, plain_type, root_of
@@ -30,8 +31,9 @@ _LINK = "a link, whose bytes stand elsewhere; pack the tar with --dereference --
 Row = dict[str, object]
 
 
-def read_unit(store: Store, unit: Unit, *, wanted: Input) -> Iterator[pa.Table]:
-    """Tables of rows.IMAGE plus the kept columns, at most BATCH_ROWS or about BATCH_BYTES each; the last holds the end row.
+def read_unit(store: Store, unit: Unit, *, wanted: Input, only: list[int] | None = None) -> Iterator[pa.Table]:
+    """Tables of rows.IMAGE plus the kept columns, at most BATCH_ROWS or about BATCH_BYTES each; the last holds the end row. With
+    `only`, of the rows with these numbers, ascending; of loose images no others are fetched.
 
     Raises nothing a user could act on: such an error becomes the end row's `error_class` and `error`.
     """
@@ -44,12 +46,14 @@ def read_unit(store: Store, unit: Unit, *, wanted: Input) -> Iterator[pa.Table]:
                 _check_like(table.schema, schema if rows else table.schema, part.uri)
                 schema = table.schema
                 if table.num_rows:
-                    yield _numbered(table, unit.id, rows)
+                    yield _numbered(table, unit.id, range(rows, rows + table.num_rows), only)
                     rows += table.num_rows
         if wanted.format == "images":
-            for table in _read_images(store, unit.parts, wanted):
-                yield _numbered(table, unit.id, rows)
+            numbers = range(len(unit.parts)) if only is None else only
+            for table in _read_images(store, tuple(unit.parts[number] for number in numbers), wanted):
+                yield _numbered(table, unit.id, numbers[rows : rows + table.num_rows])
                 rows += table.num_rows
+            rows = len(unit.parts)
     except NightlabelError as caught:
         error = caught
     except MemoryError:
@@ -68,9 +72,11 @@ def _check_like(schema: pa.Schema, before: pa.Schema, uri: str) -> None:
             raise JobError(f"{uri}: column {column.name} is {column.type}", need=f"{known.type}, as in the file before", do=do)
 
 
-def _numbered(table: pa.Table, unit_id: str, first: int) -> pa.Table:
+def _numbered(table: pa.Table, unit_id: str, numbers: Sequence[int], only: list[int] | None = None) -> pa.Table:
+    """With unit and row numbers; of the rows that are wanted."""
     table = table.set_column(0, IMAGE.field("unit"), pa.array([unit_id] * table.num_rows, pa.string()))
-    return table.set_column(1, IMAGE.field("index"), pa.array(range(first, first + table.num_rows), pa.int64()))
+    table = table.set_column(1, IMAGE.field("index"), pa.array(numbers, pa.int64()))
+    return table if only is None else table.filter(pc.is_in(table.column("index"), value_set=pa.array(only, pa.int64())))
 
 
 def _table(rows: list[Row], keep: tuple[str, ...]) -> pa.Table:

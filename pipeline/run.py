@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import astuple
 from functools import cache, partial
@@ -37,10 +37,17 @@ _CAREFUL_ROWS = 8  # of a block in careful mode: hanging images come through by 
 _ACTOR: dict[str, Any] = {"max_restarts": 2, "max_task_retries": 1}  # Ray's default is to retry for ever, a poison image with it
 
 
-def chain(units: list[Unit], job: Job, artifact: Artifact, *, careful: bool = False) -> ray.data.Dataset:
-    """read → preprocess → predict over units: a lazy dataset of prediction rows, every unit closed by its end row."""
+#: Numbers of the rows that are wanted of a unit, by unit id.
+Only = Mapping[str, frozenset[int]]
+
+
+def chain(
+    units: list[Unit], job: Job, artifact: Artifact, *, careful: bool = False, only: Only | None = None
+) -> ray.data.Dataset:
+    """read → preprocess → predict over units: a lazy dataset of prediction rows, every unit closed by its end row. With `only`,
+    of some of their rows."""
     pools, rows = job.resources, _block_bytes(job, artifact, careful) // (3 * artifact.preprocessing.size**2)
-    items = [{"unit": json.dumps([astuple(part) for part in unit.parts])} for unit in units]
+    items = [_item(unit, only) for unit in units]
     with warnings.catch_warnings():
         # Finite retries have no other way in than the keyword arguments that 2.60 deprecates (2.61 is not admitted).
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
@@ -78,6 +85,11 @@ def chain(units: list[Unit], job: Job, artifact: Artifact, *, careful: bool = Fa
         )
 
 
+def _item(unit: Unit, only: Only | None = None) -> dict[str, str]:
+    rows = None if only is None else sorted(only[unit.id])
+    return {"unit": json.dumps([[astuple(part) for part in unit.parts], rows])}
+
+
 def _block_bytes(job: Job, artifact: Artifact, careful: bool) -> int:
     """One forward batch of pixels at least, 4 MiB to 128 MiB: 27 to 891 crops of 224 × 224; few in careful mode."""
     if careful:
@@ -92,10 +104,11 @@ def _threads(cpus: float) -> int:
 def _read(batch: pa.Table, *, wanted: Input) -> Iterator[pa.Table]:
     from pipeline.read import read_unit
 
-    for parts in batch.column("unit").to_pylist():
-        unit = Unit(tuple(Part(*fields) for fields in json.loads(parts)))
+    for item in batch.column("unit").to_pylist():
+        parts, only = json.loads(item)
+        unit = Unit(tuple(Part(*fields) for fields in parts))
         since = time.perf_counter()
-        for table in read_unit(_store(wanted.uris[0], wanted.s3), unit, wanted=wanted):
+        for table in read_unit(_store(wanted.uris[0], wanted.s3), unit, wanted=wanted, only=only):
             yield _with_seconds(table, "read", time.perf_counter() - since)
             since = time.perf_counter()
 
@@ -156,7 +169,13 @@ def _with_seconds(table: pa.Table, seam: str, seconds: float) -> pa.Table:
 
 
 def run_pass(
-    units: list[Unit], job: Job, artifact: Artifact, *, careful: bool = False, lost: list[str] | None = None
+    units: list[Unit],
+    job: Job,
+    artifact: Artifact,
+    *,
+    careful: bool = False,
+    lost: list[str] | None = None,
+    only: Only | None = None,
 ) -> Generator[pa.Table | None, None, None]:
     """Prediction rows of `units` as their blocks finish, in any order, and None for a second without one. Blocks may be missing,
     that is the driver's to see; what they were lost to is added to `lost`, a line each.
@@ -166,7 +185,7 @@ def run_pass(
     DataContext.get_current().target_max_block_size = _block_bytes(job, artifact, careful)
     # Each image of a block may hang, and its successor wait for a new child, which imports torch.
     stall_s = max(STALL_S, 2 * _CAREFUL_ROWS * (job.limits.decode_timeout + 30)) if careful else STALL_S
-    dataset = chain(units, job, artifact, careful=careful)
+    dataset = chain(units, job, artifact, careful=careful, only=only)
 
     def start() -> Generator[pa.Table, None, None]:
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")

@@ -90,6 +90,9 @@ class Output(Model):
 
     uri: Uri
     """Folder of the results; every fingerprint gets its own folder under it."""
+    layout: Literal["plain", "hive"] = "plain"
+    """Name of that folder: the fingerprint, or `fingerprint=<it>`, which duckdb, polars and Spark show as a column, as they do
+    with `date={date}/` in `uri`. To be chosen before the first run: another name is another output."""
     top_k: Count = 5
     """How many labels with scores a row keeps, at most the classes that there are."""
     embeddings: bool = False

@@ -119,4 +119,5 @@ def _present(store: Store, part: Part) -> bool:
 
 def open_log(job: Job, artifact: Artifact) -> Log:
     """The runs and units that the job's output holds for this artifact."""
-    return Log(open_store(job.output.uri, job.output.s3), join(job.output.uri, fingerprint(artifact, job)))
+    folder = ("fingerprint=" if job.output.layout == "hive" else "") + fingerprint(artifact, job)
+    return Log(open_store(job.output.uri, job.output.s3), join(job.output.uri, folder))

@@ -18,7 +18,7 @@ recipe training complaints jobfile reference storage s3
 modeling_small_stem huggingface resnet artifact describe
 unit footer log plan cut tar read decode careful preprocess scores engine onnx_engine predict commit verify report
 attempt committer start watch cluster run keep label
-generation published delta iceberg publish lease notify nightly
+generation published delta iceberg publish lease notify nightly retry
 prepare.extras prepare.outcome prepare.data prepare.metrics prepare.card
 prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate
 prepare.importer prepare.augment prepare.images prepare.learner prepare.checkpoint prepare.train

@@ -27,6 +27,7 @@ from pipeline.log import Log
 from pipeline.publish import Published, publish
 from pipeline.rows import PREDICTION
 from pipeline.spec import Job
+from pipeline.start import fingerprint, load_model, open_log
 from pipeline.storage import join, open_store
 
 FINGERPRINT = "0123456789ab"
@@ -251,9 +252,9 @@ def test_a_catalog_that_is_not_there_is_a_sentence(tmp_path):
         labels.publish()
 
 
-def output_in(folder: Path) -> Labels:
+def output_in(folder: Path, name: str = FINGERPRINT) -> Labels:
     """Two units, one of which was retried, and a file without rows."""
-    labels = Labels(job("in", "model", folder / "labels"), str(folder / "labels" / FINGERPRINT))
+    labels = Labels(job("in", "model", folder / "labels", publish={"format": "delta"}), str(folder / "labels" / name))
     labels.put("a", parquet(["1", "2"]))
     labels.put("b", parquet(["3"], label=None))
     labels.put("tombstone", parquet([]))
@@ -281,3 +282,26 @@ def test_the_newest_version_of_every_row_in_sql(tmp_path, monkeypatch):
     (query,) = re.findall(r"^    (select .*?)\n\n", (generation.__doc__ or "") + "\n\n", re.MULTILINE | re.DOTALL)
     rows = duckdb.sql(query.replace("<fingerprint>", FINGERPRINT)).fetchall()
     assert sorted(rows) == [("1", "cat"), ("2", "cat"), ("3", "dog")]
+
+
+def test_the_hive_layout_makes_model_and_day_columns(tmp_path, monkeypatch):
+    import polars
+
+    for day in ("2026-11-01", "2026-11-02"):
+        labels = output_in(tmp_path / day, f"date={day}/fingerprint={FINGERPRINT}")
+    assert labels.log.fingerprint == FINGERPRINT
+    assert (labels.publish().added, labels.publish().added) == (2, 0)
+    files = f"{tmp_path}/*/labels/*/*/data/*.parquet"
+    by_day = duckdb.sql(f"select date::text, fingerprint, count(*) from '{files}' group by all order by all").fetchall()
+    assert by_day == [("2026-11-01", FINGERPRINT, 3), ("2026-11-02", FINGERPRINT, 3)]
+    frame = polars.read_parquet(files, hive_partitioning=True).group_by("fingerprint").len()
+    assert frame.rows() == [(FINGERPRINT, 6)]
+
+
+def test_a_run_writes_where_the_layout_says(tmp_path, model):
+    for layout, prefix in (("plain", ""), ("hive", "fingerprint=")):
+        wanted = job("in", model, tmp_path, output={"uri": str(tmp_path), "layout": layout})
+        artifact = load_model(wanted, weights=False)
+        log = open_log(wanted, artifact)
+        assert log.root == f"{tmp_path}/{prefix}{fingerprint(artifact, wanted)}"
+        assert log.fingerprint == fingerprint(artifact, wanted)

@@ -1,0 +1,32 @@
+"""A pass without Ray: the stages of `run.chain` one after the other in this process, for tests of what is around it."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import partial
+
+import pyarrow as pa
+import pytest
+
+from pipeline import cluster, run
+
+
+def run_pass(units, job, artifact, *, careful=False, lost=None, only=None):
+    """Stands in for `run.run_pass`."""
+    preprocess = run._Timed("preprocess", partial(run._make_preprocess, job, artifact.preprocessing, careful))
+    predict = run._Timed("predict", partial(run._make_predict, job, artifact.digest))
+    for unit in units:
+        item = run._item(unit, only)
+        for table in run._read(pa.Table.from_pylist([item]), wanted=job.input):
+            for pixels in preprocess(table):
+                yield from predict(pixels)
+
+
+@contextmanager
+def no_cluster(job):
+    yield
+
+
+def without_ray(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(run, "run_pass", run_pass)
+    patch.setattr(cluster, "cluster", no_cluster)

@@ -1,0 +1,148 @@
+"""retry-failed: what failed is read again, into a new generation; nothing that stands is touched, every image is there once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+from inprocess import without_ray
+from shards import picture, tar_bytes, write_tars
+from test_run import LIGHT, files, job, label
+
+from pipeline import read, run
+from pipeline.errors import JobError
+from pipeline.generation import __doc__ as sql_doc
+from pipeline.generation import generations, validate_all
+from pipeline.retry import Retried, Retry, parse_classes
+from pipeline.spec import Job
+from pipeline.start import load_model, open_log
+from pipeline.storage import open_store
+from pipeline.unit import Part, Unit
+
+
+def retry(wanted: Job, classes: str) -> Retried:
+    return Retry(wanted, parse_classes(classes), observe=lambda event, fields: None, started=time.perf_counter()).retry()
+
+
+def latest(wanted: Job) -> dict[str, tuple[str, str | None]]:
+    """(status, error class) by key, by the SQL that the documentation gives."""
+    log = open_log(wanted, load_model(wanted, weights=False))
+    (query,) = re.findall(r"^    (select .*?)\n\n", sql_doc or "", re.MULTILINE | re.DOTALL)
+    query = query.replace("labels/<fingerprint>", log.root).replace("key, label", "key, status, error_class")
+    rows = duckdb.sql(query).fetchall()
+    assert len({key for key, _, _ in rows}) == len(rows)
+    return {key: (status, error_class) for key, status, error_class in rows}
+
+
+def problems(wanted: Job) -> list[str]:
+    return validate_all(open_log(wanted, load_model(wanted, weights=False)))[1]
+
+
+def loose(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        (folder / f"{number:02d}.jpg").write_bytes(picture(number))
+
+
+def test_only_the_chosen_rows_of_a_unit_are_read(tmp_path, monkeypatch):
+    loose(tmp_path / "in", 6)
+    store = open_store(str(tmp_path))
+    parts = tuple(Part(item.uri, item.etag, item.size) for item in store.list(str(tmp_path / "in")))
+    wanted = job(tmp_path / "in", "m", "o", input={"format": "images"}).input
+    for part in parts[:2]:
+        os.unlink(part.uri)
+    tables = list(read.read_unit(store, Unit(parts), wanted=wanted, only=[2, 5]))
+    rows = [row for table in tables for row in table.to_pylist()]
+    assert [(row["index"], row["key"], row["error_class"]) for row in rows] == [
+        (2, "02.jpg", None),
+        (5, "05.jpg", None),
+        (6, None, None),
+    ]
+    (tmp_path / "a.tar").write_bytes(tar_bytes({f"{number}.jpg": picture(number) for number in range(100)}))
+    item = store.head(str(tmp_path / "a.tar"))
+    unit = Unit((Part(item.uri, item.etag, item.size),))
+    tables = list(read.read_unit(store, unit, wanted=job("in", "m", "o").input, only=[3, 99]))
+    assert [index for table in tables for index in table.column("index").to_pylist()] == [3, 99, 100]
+
+
+def test_what_could_not_be_fetched_is_labelled_in_a_new_generation(tmp_path, model, monkeypatch):
+    without_ray(monkeypatch)
+    fetch = read._fetch
+
+    def guarded(store: Any, part: Part) -> dict[str, object]:
+        if Path(f"{part.uri}.denied").exists():
+            return {"error_class": "FETCH_FAILED", "error": "denied"}
+        return fetch(store, part)
+
+    monkeypatch.setattr(read, "_fetch", guarded)
+    loose(tmp_path / "in", 5)
+    wanted = job(tmp_path / "in", model, tmp_path / "out", input={"format": "images"})
+    denied = [tmp_path / f"in/0{number}.jpg.denied" for number in (1, 3)]
+    for path in denied:
+        path.touch()
+    assert label(wanted).failures == {"FETCH_FAILED": 2}
+    before = files(tmp_path / "out")
+    assert retry(wanted, "DECODE_TIMEOUT").generation is None
+    assert files(tmp_path / "out") == before, "nothing to retry writes nothing"
+    denied[0].unlink()
+    done = retry(wanted, "fetch_failed")
+    assert (done.generation, done.retried, done.mended, done.failures, done.exit_code) == (1, 2, 1, {"FETCH_FAILED": 1}, 0)
+    assert latest(wanted) == {f"0{n}.jpg": ("failed", "FETCH_FAILED") if n == 3 else ("ok", None) for n in range(5)}
+    assert files(tmp_path / "out").items() >= before.items(), "what stood was touched"
+    assert problems(wanted) == []
+    denied[1].unlink()
+    (tmp_path / "in/00.jpg").unlink()
+    again = retry(wanted, "FETCH_FAILED")
+    assert (again.generation, again.retried, again.mended) == (2, 1, 1), "that another input of the unit is gone does not matter"
+    assert all(status == "ok" for status, _ in latest(wanted).values())
+    assert len(latest(wanted)) == 5
+    assert retry(wanted, "FETCH_FAILED").generation is None
+    assert label(wanted).run is None, "to a run everything is labelled"
+    assert problems(wanted) == []
+
+
+def test_a_poison_image_is_retried_in_careful_mode_and_a_killed_retry_goes_on(tmp_path, model, on_ray, monkeypatch):
+    import poison
+
+    monkeypatch.setattr(run, "_make_preprocess", poison.make_preprocess)
+    write_tars(tmp_path / "in", shards=2, images=3)
+    (tmp_path / "in/p.tar").write_bytes(tar_bytes({"a.jpg": picture(1), "abort.jpg": b"abort\n"}))
+    wanted = job(tmp_path / "in", model, tmp_path / "out", resources=LIGHT | {"read": {"tasks": 2, "cpus_per_task": 0.1}})
+    assert label(wanted).failures == {"DECODER_CRASH": 1}
+
+    def stop(event: str, fields: dict[str, Any]) -> None:
+        if event == "pass":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Retry(wanted, ("DECODER_CRASH",), observe=stop, started=0.0).retry()
+    with pytest.raises(JobError, match="is not finished"):
+        retry(wanted, "CORRUPT")
+    seen: list[Any] = []
+    done = Retry(wanted, ("DECODER_CRASH",), observe=lambda event, fields: seen.append((event, fields)), started=0.0).retry()
+    assert (done.generation, done.retried, done.mended, done.failures) == (1, 1, 0, {"DECODER_CRASH": 1})
+    (one,) = [fields for event, fields in seen if event == "pass"]
+    assert one["careful"]
+    assert [fields["images"] for event, fields in seen if event == "rows" and fields["images"]] == [1], "one image and no other"
+    assert latest(wanted)["abort"] == ("failed", "DECODER_CRASH")
+    assert len(latest(wanted)) == 8
+    assert problems(wanted) == []
+    log = open_log(wanted, load_model(wanted, weights=False))
+    assert json.loads(Path(generations(log)[0].run_key("000001", "manifest.json")).read_text())["rows"] == {
+        "in": 2,
+        "ok": 1,
+        "failed": 1,
+    }
+
+
+def test_a_wrong_class_is_a_sentence():
+    assert parse_classes("truncated, CORRUPT") == ("CORRUPT", "TRUNCATED")
+    for text in ("", "FETCH"):
+        with pytest.raises(JobError, match="some of NOT_AN_IMAGE"):
+            parse_classes(text)
