@@ -54,6 +54,12 @@ class Measured(Model):
     images: Count | None = None
     """At most this many, from the front."""
 
+    @model_validator(mode="after")
+    def _labelled(self) -> Measured:
+        if self.input.format == "images":
+            raise ValueError("loose images carry no labels; required: webdataset or parquet. Pack them with their labels")
+        return self
+
 
 class Gate(Model):
     """What a quantized model must reach, measured beside its float32 original on this machine, or it is not published."""

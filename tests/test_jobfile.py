@@ -159,6 +159,11 @@ def test_paths_are_absolute_before_they_travel(tmp_path, monkeypatch):
     assert (away.model.uri, away.output.uri) == (f"{tmp_path}/model/", "s3://bucket/labels/")
 
 
+def test_loose_images_cannot_be_measured_with():
+    text = b"kind: evaluate\nname: x\nmodel: {uri: m}\ndata: {input: {uri: a, format: images}}\noutput: {uri: o}\n"
+    assert "data: loose images carry no labels; required: webdataset or parquet" in refusal(b"", text)
+
+
 def test_a_part_of_a_byte_is_rounded():
     assert parse_job(SIX_LINES + b"resources: {object_store: 1.1GiB}").resources.object_store == round(1.1 * 2**30)
 
