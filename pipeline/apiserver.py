@@ -80,19 +80,18 @@ class Api:
             raise _nowhere(thing, error) from None
         return True
 
-    def delete(self, thing: RayJob) -> None:
-        """Gone when this returns: KubeRay stops the run, its cluster goes with it."""
+    def delete(self, thing: RayJob, standing: dict[str, Any]) -> None:
+        """Gone when this returns: KubeRay stops the run, its cluster goes with it. What somebody has made in its place stays."""
+        only = client.V1DeleteOptions(preconditions=client.V1Preconditions(uid=standing["metadata"].get("uid")))
         since = time.monotonic()
         try:
             while time.monotonic() - since < self._patience:
                 with _explained(f"delete {title(thing)}"):
-                    self._call("delete", thing, thing["metadata"]["name"])
+                    self._call("delete", thing, thing["metadata"]["name"], body=only)
                 time.sleep(self._pause)
-        except _Absent:
+        except (_Absent, _Exists):
             return
-        raise Temporary(
-            f"{title(thing)} is being deleted for {self._patience:g} s and still there", do="Look at the operator's log"
-        )
+        raise Temporary(f"{title(thing)} does not go, for {self._patience:g} s", do="Look at the operator's log")
 
     def follow(self, thing: RayJob) -> Iterator[Progress]:
         """How it stands, whenever that changes, to its end. Raises UnitsLeft when somebody deletes it, Temporary when the API
@@ -146,11 +145,11 @@ class Api:
                 for line in watch.Watch().stream(self._core.read_namespaced_pod_log, name=name, namespace=meta["namespace"]):
                     yield name, line
 
-    def _call(self, verb: str, thing: Thing, *rest: Any) -> dict[str, Any]:
+    def _call(self, verb: str, thing: Thing, *rest: Any, **more: Any) -> dict[str, Any]:
         noun = _NOUNS.get(thing["kind"])
         if noun is None:
             call = getattr(self._custom, f"{verb}_namespaced_custom_object")
-            answer = call(*_path(thing), *rest, _request_timeout=_TIMEOUT_S)
+            answer = call(*_path(thing), *rest, **more, _request_timeout=_TIMEOUT_S)
         else:
             call = getattr(self._core, f"{verb.replace('get', 'read')}_namespaced_{noun}")
             name, body = rest[:1] if verb != "create" else (), rest[1:] if verb != "create" else rest

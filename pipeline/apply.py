@@ -6,10 +6,11 @@ A RayJob is made by one create, under the job's name: two that apply the same jo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 from pipeline.apiserver import Api, title
-from pipeline.errors import Conflict, Temporary
+from pipeline.errors import Conflict, Temporary, UnitsLeft
 from pipeline.follow import progress_of
 from pipeline.kuberay import RayJob
 from pipeline.render import Thing
@@ -22,16 +23,16 @@ def apply(api: Api, things: list[Thing], *, if_running: Policy, say: Say) -> Ray
     """Make everything; the RayJob to follow, where there is one and nothing forbids it. Raises Conflict when another run of that
     name is under way and the policy is to refuse; None when it is to skip."""
     run = next((thing for thing in things if thing["kind"] == "RayJob"), None)
-    if run is not None:
-        standing = api.find(run)
-        if standing is not None and not progress_of(standing).ended:
-            if _asked(standing) == _asked(run):
-                say(f"{title(run)} is under way already")
-                return run
-            if not _make_room(api, run, if_running, say):
-                return None
-        if standing is not None:
-            api.delete(run)
+    while run is not None and (standing := api.find(run)) is not None:
+        ended = progress_of(standing).ended
+        if not ended and _asked(standing) == _asked(run):
+            say(f"{title(run)} is under way already")
+            return run
+        if ended or if_running == "replace":
+            api.delete(run, standing)
+            break
+        if not _may_wait(api, run, if_running, say):
+            return None
     for thing in things:
         if thing is not run:
             say(f"{title(thing)}: {api.put(thing)}")
@@ -46,13 +47,14 @@ def _asked(ray_job: Mapping[str, Any]) -> object:
     return ray_job["metadata"].get("annotations", {}).get("nightlabel/asked")
 
 
-def _make_room(api: Api, run: RayJob, if_running: Policy, say: Say) -> bool:
-    """Is there room for another run, after what the policy says of the one that is under way?"""
+def _may_wait(api: Api, run: RayJob, if_running: Policy, say: Say) -> bool:
+    """Waits for the run that is under way when that is the policy; False when it is to skip."""
     if if_running == "refuse":
         do = f"Wait for it, or end it: kubectl delete rayjob {run['metadata']['name']} -n {run['metadata']['namespace']}"
         raise Conflict(f"{title(run)} is under way, for another date or of another job file", need="one at a time", do=do)
     say(f"{title(run)} of before is under way: {if_running}")
     if if_running == "queue":
-        for progress in api.follow(run):
-            say(f"before  {progress.line()}")
-    return if_running != "skip"
+        with suppress(UnitsLeft):  # deleted is over too
+            for progress in api.follow(run):
+                say(f"before  {progress.line()}")
+    return if_running == "queue"

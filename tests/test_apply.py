@@ -84,6 +84,7 @@ def test_the_same_command_follows_the_run_that_is_under_way(cluster: ApiServer, 
     said: list[str] = []
     assert apply(api, things(), if_running="refuse", say=said.append) is not None
     assert said == [f"RayJob labelling/{NAME} is under way already"]
+    assert start(api, things(), "replace") is not None
     assert cluster.objects()["rayjobs", NAME]["status"]["jobDeploymentStatus"] == "Running"
 
 
@@ -102,6 +103,31 @@ def test_another_run_is_refused_skipped_queued_behind_or_replaced(cluster: ApiSe
     start(api, things(date="2026-11-03"), "replace")
     assert "2026-11-03" in cluster.objects()["rayjobs", NAME]["spec"]["entrypoint"]
     assert "status" not in cluster.objects()["rayjobs", NAME]
+
+
+def test_a_run_that_waited_does_not_end_the_one_that_was_faster(cluster: ApiServer, api: Api):
+    start(api, things())
+    cluster.status(NAME, "Running")
+    said: list[str] = []
+
+    def faster(text: str) -> None:
+        said.append(text)
+        if "complete" in text:
+            start(api, things(date="2026-11-05"))
+            cluster.status(NAME, "Running")
+            threading.Timer(0.3, lambda: cluster.status(NAME, "Failed")).start()
+
+    threading.Timer(0.3, lambda: cluster.status(NAME, "Complete", jobStatus="SUCCEEDED")).start()
+    apply(api, things(date="2026-11-02"), if_running="queue", say=faster)
+    assert [line for line in said if line.startswith("before  ")][-1] == "before  failed"
+    assert "2026-11-02" in cluster.objects()["rayjobs", NAME]["spec"]["entrypoint"]
+
+
+def test_only_the_run_that_was_looked_at_is_deleted(cluster: ApiServer, api: Api):
+    run = start(api, things())
+    api.delete(run, {"metadata": {"uid": "1-2"}})
+    (sent,) = cluster.server[f"delete {RAYJOBS}/{NAME}"][:1]
+    assert sent.data["preconditions"] == {"uid": "1-2"}
 
 
 def test_a_finished_run_makes_room_and_the_job_file_is_the_new_one(cluster: ApiServer, api: Api):
@@ -170,7 +196,7 @@ def test_an_api_server_that_stays_away_ends_the_following_and_not_the_run(cluste
 def test_a_run_that_somebody_deletes_ends_the_following(cluster: ApiServer, api: Api):
     run = start(api, things())
     with pytest.raises(UnitsLeft, match="was deleted"):
-        followed(api, run, lambda: cluster.status(NAME, "Running"), lambda: api.delete(run))
+        followed(api, run, lambda: cluster.status(NAME, "Running"), lambda: api.delete(run, cluster.objects()["rayjobs", NAME]))
 
 
 @pytest.mark.parametrize(
