@@ -197,7 +197,7 @@ def _reason(doing: str, error: ApiException) -> NightlabelError:
     if error.status in (404, 409):
         return (_Absent if error.status == 404 else _Exists)(got, do="Try again")
     if error.status in (400, 422):
-        return JobError(got, do="Change the job; KubeRay 1.6 or later knows every field that is set")
+        return JobError(got, do="Change the job; KubeRay 1.7 or later knows every field that is set")
     return Temporary(got, do="Try again")
 
 

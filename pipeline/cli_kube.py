@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML; jobs/README.md lists its fields.")]
 AsTarget = Annotated[
     Target,
-    typer.Option(help="rayjob: one run. raycronjob: by schedule. cronjob: by schedule, where KubeRay has no RayCronJob."),
+    typer.Option(
+        help="rayjob: one run (KubeRay 1.6). raycronjob: by schedule (KubeRay 1.7). cronjob: by schedule, where that is not."
+    ),
 ]
 Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today, yesterday, or A..B.")]
 Image = Annotated[str | None, typer.Option(help="Container image by digest, in place of cluster.kubernetes.image.")]

@@ -2,7 +2,7 @@
 
 K8sJobMode, because in it every pod is ours to restrict, the submitter's too, and `kubectl logs` shows the driver. SidecarMode has
 no template for its submitter; HTTPMode has no pod whose logs outlive the head. The driver runs on the head, which has no CPUs for
-anything else.
+anything else. RayJob wants KubeRay 1.6; RayCronJob 1.7, whose forerunner drops `timeZone` in silence.
 """
 
 from __future__ import annotations
