@@ -6,6 +6,8 @@ A lease is made of objects that are created if absent, like the plans; nothing i
     <folder>/beats/000042/000007.json   the holder is alive; the last one says that it is done
     <folder>/stops/000042.json          somebody asks the holder to stop
 
+Only the newest term counts: whoever keeps house may remove older ones, three beats a minute of every run.
+
 Expiry compares no two clocks. Who finds the lease held watches it: a new beat within `Pace.dead` of the watcher's own clock means
 alive, silence means dead. The price is up to 90 s of looking after a holder was killed; none when that was on this machine, where
 its process is seen to be gone, or when its last beat is an hour old, more than clocks are ever wrong.
@@ -24,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from pipeline.errors import InputMissing, NightlabelError, Temporary, UnitsLeft
+from pipeline.errors import InputMissing, NightlabelError, StoreError, Temporary, UnitsLeft
 from pipeline.schedule import IfRunning
 from pipeline.storage import Store, join
 
@@ -170,10 +172,15 @@ class Office:
         return State(int(terms[-1]), len(beats), last) if last else None
 
     def read(self, folder: str, name: str) -> Beat | None:
+        """What an object says, None when it is not there."""
+        key = join(self.folder, folder, f"{name}.json")
         try:
-            return Beat(**json.loads(self.store.read(join(self.folder, folder, f"{name}.json"))))
+            return Beat(**json.loads(self.store.read(key)))
         except InputMissing:
             return None
+        except (ValueError, TypeError) as error:
+            do = "Move it away, or go without a lease: --if-running share"
+            raise StoreError(f"{key}: nothing that nightlabel wrote", need="a lease", do=do) from error
 
     def create(self, folder: str, name: str, content: bytes) -> bool:
         return self.store.create(join(self.folder, folder, f"{name}.json"), content)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from seaweed import Seaweed
 
-from pipeline.errors import Temporary, UnitsLeft
+from pipeline.errors import StoreError, Temporary, UnitsLeft
 from pipeline.lease import Beat, Lease, Office, Pace
 from pipeline.storage import Store, open_store
 
@@ -115,6 +115,12 @@ def test_a_beat_of_long_ago_is_not_watched(place):
     Office(*place).create("terms", "000001", Beat("elsewhere process 1", "another boot", 1, "token", 0.0).dump())
     with take(place, pace=replace(FAST, dead=600.0, stale=-1.0)):
         pass
+
+
+def test_a_strangers_object_is_a_sentence(place):
+    Office(*place).create("terms", "000001", b"[]")
+    with pytest.raises(StoreError, match="--if-running share"):
+        take(place)
 
 
 HOLD = """

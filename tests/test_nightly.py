@@ -206,8 +206,10 @@ def test_what_another_run_at_it_does(tmp_path):
     with office.acquire("skip", wait=0.0, say=said.append):
         assert run_nights(wanted, (Day("2026-11-01"),), label=label, say=said.append) == []
         assert calls == []
-        code, out, err = cli("run", write(tmp_path, wanted), "--date", "2026-11-01")
+        (tmp_path / "metrics").mkdir()
+        code, out, err = cli("run", write(tmp_path, wanted), "--date", "2026-11-01", "--metrics", tmp_path / "metrics")
         assert (code, out.split(":")[0]) == (0, "skipped"), err
+        assert list((tmp_path / "metrics").iterdir()) == [], "a run that is skipped is no success to tell of"
         assert len(run_nights(wanted, (Day("2026-11-01"),), label=label, say=said.append, if_running="share")) == 1
         held = office.state()
         unscheduled = wanted.model_copy(update={"schedule": None})

@@ -11,8 +11,10 @@ from typing import Any
 
 import duckdb
 import pytest
+from deltalake import DeltaTable
 from inprocess import without_ray
 from shards import picture, tar_bytes, write_tars
+from test_nightly import invoke, write
 from test_run import LIGHT, files, job, label
 
 from pipeline import read, run
@@ -81,8 +83,9 @@ def test_what_could_not_be_fetched_is_labelled_in_a_new_generation(tmp_path, mod
         return fetch(store, part)
 
     monkeypatch.setattr(read, "_fetch", guarded)
-    loose(tmp_path / "in", 5)
-    wanted = job(tmp_path / "in", model, tmp_path / "out", input={"format": "images"})
+    loose(tmp_path / "in", 20)  # five a unit
+    more = {"input": {"format": "images"}, "publish": {"format": "delta"}}
+    wanted = job(tmp_path / "in", model, tmp_path / "out", resources=LIGHT | {"read": {"tasks": 1}}, **more)
     denied = [tmp_path / f"in/0{number}.jpg.denied" for number in (1, 3)]
     for path in denied:
         path.touch()
@@ -93,18 +96,25 @@ def test_what_could_not_be_fetched_is_labelled_in_a_new_generation(tmp_path, mod
     denied[0].unlink()
     done = retry(wanted, "fetch_failed")
     assert (done.generation, done.retried, done.mended, done.failures, done.exit_code) == (1, 2, 1, {"FETCH_FAILED": 1}, 0)
-    assert latest(wanted) == {f"0{n}.jpg": ("failed", "FETCH_FAILED") if n == 3 else ("ok", None) for n in range(5)}
+    assert latest(wanted) == {f"{n:02d}.jpg": ("failed", "FETCH_FAILED") if n == 3 else ("ok", None) for n in range(20)}
     assert files(tmp_path / "out").items() >= before.items(), "what stood was touched"
     assert problems(wanted) == []
     denied[1].unlink()
     (tmp_path / "in/00.jpg").unlink()
-    again = retry(wanted, "FETCH_FAILED")
-    assert (again.generation, again.retried, again.mended) == (2, 1, 1), "that another input of the unit is gone does not matter"
+    code, out, err = invoke("retry-failed", write(tmp_path, wanted), "--class", "FETCH_FAILED")
+    assert code == 0, err
+    assert "done: 1 images retried (FETCH_FAILED), 1 labelled now" in out, "another input of the unit is gone, which is no matter"
+    registered = DeltaTable(open_log(wanted, load_model(wanted, weights=False)).root).file_uris()
+    assert len(registered) == 4
+    assert ["000002" in uri for uri in registered if "generations" in uri] == [True]
     assert all(status == "ok" for status, _ in latest(wanted).values())
-    assert len(latest(wanted)) == 5
+    assert len(latest(wanted)) == 20
     assert retry(wanted, "FETCH_FAILED").generation is None
     assert label(wanted).run is None, "to a run everything is labelled"
     assert problems(wanted) == []
+    (unit,) = Path(generations(open_log(wanted, load_model(wanted, weights=False)))[0].root, "data").iterdir()
+    unit.write_bytes(b"")
+    assert "not a unit of nightlabel" in problems(wanted)[0]
 
 
 def test_a_poison_image_is_retried_in_careful_mode_and_a_killed_retry_goes_on(tmp_path, model, on_ray, monkeypatch):
