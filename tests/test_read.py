@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shards import picture, tar_bytes, write_parquet
 
-from pipeline.cut import count_suffixes, cut, list_inputs
+from pipeline.cut import count_suffixes, cut, kept_fields, list_inputs
 from pipeline.errors import InputMissing, JobError, ShardError, StoreError
 from pipeline.read import read_unit
 from pipeline.spec import Input
@@ -385,3 +385,24 @@ def test_two_columns_of_one_name_are_a_sentence(tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(JobError, match="two columns image"):
         rows_of(tmp_path, format="parquet")
+
+
+def test_kept_columns_are_known_from_the_first_file_that_can_be_read(tmp_path):
+    pq.write_table(pa.table({"key": ["x"], "image": [b"1"], "label": pa.array([1], pa.int16())}), tmp_path / "b.parquet")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 broken")
+    files = [Disk().head(str(tmp_path / f"{name}.parquet")) for name in "ab"]
+    wanted = Input(uri=str(tmp_path), format="parquet", keep=("label",))
+    assert kept_fields(Disk(), wanted, files) == [pa.field("label", pa.int16())]
+    assert kept_fields(Disk(), wanted, files[:1]) == [pa.field("label", pa.string())]
+
+
+def test_one_large_file_without_the_columns_is_a_unit_and_all_of_them_are_an_error(tmp_path):
+    for name, column in (("a", "image"), ("b", "picture"), ("c", "image")):
+        table = pa.table({"key": [str(number) for number in range(40)], column: [bytes([number]) * 4000 for number in range(40)]})
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=4, compression="none")
+    wanted = Input(uri=str(tmp_path), format="parquet")
+    units = cut(STORE, wanted, list_inputs(STORE, wanted), tasks=10)
+    whole = [unit for unit in units if unit.parts[0].stop is None]
+    assert [Path(unit.parts[0].uri).name for unit in whole] == ["b.parquet"]
+    with pytest.raises(JobError, match="no column other"):
+        cut(STORE, wanted.model_copy(update={"image_column": "other"}), list_inputs(STORE, wanted), tasks=10)

@@ -35,8 +35,8 @@ print(len(plan_job(job, load_model(job, weights=False))[1].units))
 """
 
 
-def timed(command: list[str]) -> tuple[float, float, str]:
-    """(seconds, peak MB, stdout) of a process."""
+def timed(command: list[str]) -> tuple[float, float, float, str]:
+    """(seconds, seconds of CPU, peak MB, stdout) of a process."""
     since = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -44,12 +44,15 @@ def timed(command: list[str]) -> tuple[float, float, str]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{command} ended with {status}")
-    return time.perf_counter() - since, usage.ru_maxrss / 1024, out
+    return time.perf_counter() - since, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, out
 
 
-def say(shards: int, what: str, measured: tuple[float, float, str]) -> None:
-    seconds, megabytes, out = measured
-    print(f"{shards:,} shards, {what}: {seconds:.1f} s, {megabytes:.0f} MB; {out.splitlines()[0]}", flush=True)
+def say(shards: int, what: str, measured: tuple[float, float, float, str]) -> None:
+    seconds, busy, megabytes, out = measured
+    print(
+        f"{shards:,} shards, {what}: {seconds:.1f} s ({busy:.1f} of a core), {megabytes:.0f} MB; {out.splitlines()[0]}",
+        flush=True,
+    )
 
 
 def synthetic(folder: str, shards: int, night: str, state: str) -> None:
@@ -83,7 +86,7 @@ def synthetic(folder: str, shards: int, night: str, state: str) -> None:
         store.create(log.run_key(plan.run_id or "", "manifest.json"), b"{}")
 
 
-def in_a_process(folder: str, shards: int, night: str, state: str) -> tuple[float, float, str]:
+def in_a_process(folder: str, shards: int, night: str, state: str) -> tuple[float, float, float, str]:
     call = f"import plan; plan.synthetic({folder!r}, {shards}, {night!r}, {state!r})"
     return timed([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); {call}"])
 
