@@ -401,8 +401,8 @@ def test_one_large_file_without_the_columns_is_a_unit_and_all_of_them_are_an_err
         table = pa.table({"key": [str(number) for number in range(40)], column: [bytes([number]) * 4000 for number in range(40)]})
         pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=4, compression="none")
     wanted = Input(uri=str(tmp_path), format="parquet")
-    units = cut(STORE, wanted, list_inputs(STORE, wanted), tasks=10)
+    units = cut(STORE, wanted, list_inputs(STORE, wanted).inputs, tasks=10)
     whole = [unit for unit in units if unit.parts[0].stop is None]
     assert [Path(unit.parts[0].uri).name for unit in whole] == ["b.parquet"]
     with pytest.raises(JobError, match="no column other"):
-        cut(STORE, wanted.model_copy(update={"image_column": "other"}), list_inputs(STORE, wanted), tasks=10)
+        cut(STORE, wanted.model_copy(update={"image_column": "other"}), list_inputs(STORE, wanted).inputs, tasks=10)
