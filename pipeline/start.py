@@ -31,6 +31,7 @@ _RAY_ENVIRONMENT = {
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a pass that was left must not bring Ray up again behind our back
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would build an environment per worker
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # Ray Train would move its workers to a new folder, and relative URIs with them
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's core cries wolf on stderr for every pool whose actors may restart
 }
 

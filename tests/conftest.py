@@ -47,7 +47,7 @@ def ray_address(s3: Seaweed, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("PYTHONPATH", str(ROOT / "tests"))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # the code under test, wherever that runs
         cluster = Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 2, "object_store_memory": 512 * 2**20, "include_dashboard": False},

@@ -313,10 +313,12 @@ def test_kill_9_and_a_rerun_make_the_same_model(tmp_path: Path, start: str):
 
 
 @pytest.mark.timeout(200)
-def test_two_workers_train_one_model(tmp_path: Path, start: str, on_ray: str):
+def test_two_workers_train_one_model(tmp_path: Path, start: str, on_ray: str, monkeypatch: pytest.MonkeyPatch):
+    """URIs are relative: to where the command is run, and not to where Ray's workers stand."""
     train = write_shards(tmp_path / "in", 96)
+    monkeypatch.chdir(tmp_path)
     workers = {"count": 2, "cpus_per_worker": 1}
-    wanted = job(train, tmp_path / "out", model={"uri": start}, workers=workers, training={"freeze": 1, "unfreeze_epoch": 2})
+    wanted = job("in", "out", model={"uri": "start"}, workers=workers, training={"freeze": 1, "unfreeze_epoch": 2})
     said: list[str] = []
     done = make(wanted, said)
     assert [line.split(":")[0] for line in said if line.startswith("epoch")] == ["epoch 1 of 3", "epoch 2 of 3", "epoch 3 of 3"]

@@ -8,6 +8,7 @@ checkpoints lie on the first worker's machine unless the output's folder is shar
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from tempfile import TemporaryDirectory
@@ -42,7 +43,7 @@ def together(job: FinetuneJob | DistillJob, *, say: Say, command: str) -> Outcom
         with TemporaryDirectory() as storage, ThreadPoolExecutor(1) as aside:
             trainer = TorchTrainer(
                 _worker,
-                train_loop_config={"job": dump_job(job), "command": command, "lines": lines},
+                train_loop_config={"job": dump_job(job), "command": command, "lines": lines, "folder": os.getcwd()},
                 scaling_config=ScalingConfig(num_workers=job.workers.count, use_gpu="GPU" in each, resources_per_worker=each),
                 run_config=RunConfig(storage_path=storage),
             )
@@ -99,6 +100,8 @@ def _worker(config: dict[str, Any]) -> None:
     import torch
     from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
 
+    if os.path.isdir(config["folder"]):  # relative URIs and checkpoints are the driver's; a Ray that was up stands elsewhere
+        os.chdir(config["folder"])
     job = parse_job(config["job"])
     assert isinstance(job, FinetuneJob | DistillJob)  # the driver has sent it
     torch.set_num_threads(job.workers.cpus_per_worker or 1)
