@@ -18,7 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
-from test_run import job
+from inprocess import without_ray
+from shards import write_tars
+from test_run import job, label, problems
 
 from pipeline import generation
 from pipeline.errors import JobError, StoreError
@@ -27,7 +29,7 @@ from pipeline.log import Log
 from pipeline.publish import Published, publish
 from pipeline.rows import PREDICTION
 from pipeline.spec import Job
-from pipeline.start import fingerprint, load_model, open_log
+from pipeline.start import fingerprint, load_model
 from pipeline.storage import join, open_store
 
 FINGERPRINT = "0123456789ab"
@@ -298,10 +300,13 @@ def test_the_hive_layout_makes_model_and_day_columns(tmp_path, monkeypatch):
     assert frame.rows() == [(FINGERPRINT, 6)]
 
 
-def test_a_run_writes_where_the_layout_says(tmp_path, model):
+def test_a_run_writes_where_the_layout_says(tmp_path, model, monkeypatch):
+    without_ray(monkeypatch)
+    write_tars(tmp_path / "in", shards=1, images=3)
     for layout, prefix in (("plain", ""), ("hive", "fingerprint=")):
-        wanted = job("in", model, tmp_path, output={"uri": str(tmp_path), "layout": layout})
+        wanted = job(tmp_path / "in", model, tmp_path / layout, output={"uri": str(tmp_path / layout), "layout": layout})
+        receipt = label(wanted)
         artifact = load_model(wanted, weights=False)
-        log = open_log(wanted, artifact)
-        assert log.root == f"{tmp_path}/{prefix}{fingerprint(artifact, wanted)}"
-        assert log.fingerprint == fingerprint(artifact, wanted)
+        assert receipt.fingerprint == fingerprint(artifact, wanted)
+        assert receipt.where == f"{tmp_path}/{layout}/{prefix}{receipt.fingerprint}"
+        assert (receipt.ok, label(wanted).run, problems(wanted)) == (3, None, [])

@@ -17,6 +17,7 @@ from shards import picture, tar_bytes, write_tars
 from test_nightly import invoke, write
 from test_run import LIGHT, files, job, label
 
+from pipeline import label as driver
 from pipeline import read, run
 from pipeline.errors import JobError
 from pipeline.generation import __doc__ as sql_doc
@@ -124,14 +125,19 @@ def test_a_poison_image_is_retried_in_careful_mode_and_a_killed_retry_goes_on(tm
     write_tars(tmp_path / "in", shards=2, images=3)
     (tmp_path / "in/p.tar").write_bytes(tar_bytes({"a.jpg": picture(1), "abort.jpg": b"abort\n"}))
     wanted = job(tmp_path / "in", model, tmp_path / "out", resources=LIGHT | {"read": {"tasks": 2, "cpus_per_task": 0.1}})
-    assert label(wanted).failures == {"DECODER_CRASH": 1}
+    with monkeypatch.context() as quick:
+        without_ray(quick)
+        quick.setattr(driver, "TRIES", 1)  # careful at once
+        assert label(wanted).failures == {"DECODER_CRASH": 1}
 
     def stop(event: str, fields: dict[str, Any]) -> None:
         if event == "pass":
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        Retry(wanted, ("DECODER_CRASH",), observe=stop, started=0.0).retry()
+    with monkeypatch.context() as quick:
+        without_ray(quick)
+        with pytest.raises(KeyboardInterrupt):
+            Retry(wanted, ("DECODER_CRASH",), observe=stop, started=0.0).retry()
     with pytest.raises(JobError, match="is not finished"):
         retry(wanted, "CORRUPT")
     seen: list[Any] = []
