@@ -18,7 +18,7 @@ from pipeline.jobfile import asked_days, at_day
 from pipeline.lease import Office
 from pipeline.log import Log
 from pipeline.notify import account, tell
-from pipeline.publish import Published, publish
+from pipeline.publish import Published, check_publisher, publish
 from pipeline.report import Receipt
 from pipeline.schedule import WAIT_S, looked_back
 from pipeline.spec import Job
@@ -87,6 +87,7 @@ def _gravest(codes: list[int]) -> int:
 def run_nights(template: Job, days: tuple[Day, ...], *, label: Label, say: Say, if_running: Policy | None = None) -> list[Night]:
     """How every day ended; none when another run is at it and the policy is to skip. `if_running` overrules the schedule's; a job
     that has neither takes no lease. Raises Interrupted, and UnitsLeft when another run takes over."""
+    check_publisher(template)
     policy = if_running or (template.schedule.if_running if template.schedule else "share")
     with ExitStack() as stack:
         check: Check = lambda: None  # noqa: E731

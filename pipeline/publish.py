@@ -46,6 +46,14 @@ class Published:
         return f"table   {self.format} {self.table}: {what if self.added or self.removed else 'has everything'}"
 
 
+def check_publisher(job: Job) -> None:
+    """Raises UnfitError when what the job's table needs is not installed: better before the images than after them."""
+    package = _PACKAGES[job.publish.format] if job.publish else ""
+    if job.publish and importlib.util.find_spec(package) is None:
+        do = f"Install the extra: pip install 'nightlabel[{job.publish.format}]'"
+        raise UnfitError(f"publish needs {package}, which is not installed", do=do)
+
+
 def publish(job: Job, log: Log) -> Published | None:
     """Brings the job's table up to date; None when it wants none. The transaction says which run was the last.
 
@@ -54,10 +62,7 @@ def publish(job: Job, log: Log) -> Published | None:
     wanted = job.publish
     if wanted is None:
         return None
-    package = _PACKAGES[wanted.format]
-    if importlib.util.find_spec(package) is None:
-        do = f"Install the extra: pip install 'nightlabel[{wanted.format}]'"
-        raise UnfitError(f"publish needs {package}, which is not installed", do=do)
+    check_publisher(job)
     table = _table(wanted, job, log)
     for _ in range(ATTEMPTS):
         try:

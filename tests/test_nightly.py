@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import threading
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 
 from pipeline import nightly, notify
 from pipeline.cli import app
-from pipeline.errors import InputMissing, Interrupted, JobError, Temporary, UnitsLeft
+from pipeline.errors import InputMissing, Interrupted, JobError, Temporary, UnfitError, UnitsLeft
 from pipeline.jobfile import at_day, parse_job
 from pipeline.label import Driver
 from pipeline.lease import Office
@@ -151,6 +152,17 @@ def test_a_table_that_fails_leaves_the_labels_and_says_so(tmp_path, monkeypatch)
     assert nights[0].as_dict()["table"] == {"error": "the table is busy."}
     run_nights(wanted, (Day("2026-11-01"),), label=lambda one, check: receipt(exit_code=3), say=print)
     assert len(asked_for) == 1, "what is not finished is not published"
+
+
+def test_a_publisher_that_is_not_installed_is_found_before_the_images(tmp_path, monkeypatch):
+    wanted = template(tmp_path, publish={"format": "delta"})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+    def label(one: Job, check: Any) -> Receipt:
+        raise AssertionError("labelled")
+
+    with pytest.raises(UnfitError, match=r"pip install 'nightlabel\[delta\]'"):
+        run_nights(wanted, (Day("2026-11-01"),), label=label, say=print)
 
 
 def test_a_signal_stops_all_days_and_gives_the_lease_back(tmp_path):
