@@ -70,6 +70,7 @@ class Attempt:
         self.last = time.perf_counter()
         if images and self.first is None:
             self.first, self.first_rows = self.last, images
+            self.tell("first", images=images)
         self.arrived += images
         self.tell("rows", images=images, failed=pc.sum(pc.equal(status, "failed")).as_py() or 0)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn  # noqa: E40
 
 import typer  # noqa: E402
 
-from pipeline import cli_kube, cli_model, cli_nightly  # noqa: E402
+from pipeline import cli_cluster, cli_kube, cli_model, cli_nightly  # noqa: E402
 from pipeline.cli_model import AsJson, print_json  # noqa: E402
 from pipeline.cli_nightly import Date, JobPath  # noqa: E402
 from pipeline.errors import EXIT_BUG, Interrupted, NightlabelError  # noqa: E402
@@ -37,6 +37,7 @@ app.add_typer(cli_model.model, name="model")
 app.command()(cli_kube.render)
 app.command()(cli_kube.apply)
 app.command()(cli_nightly.retry_failed)
+app.add_typer(cli_cluster.cluster)
 
 Dates = Annotated[
     str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today, yesterday, or A..B: every day from A to B.")

@@ -4,52 +4,147 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.data import DataContext
+from ray.data import DataContext, ExecutionResources
+from ray.exceptions import AuthenticationError
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from pipeline.demand import Node, check_demand
-from pipeline.errors import JobError
+from pipeline.errors import JobError, NightlabelError, PermissionDenied, Temporary, UnfitError
 from pipeline.spec import Job
+
+KNOCK_S = 10.0  # for a head to answer
+FREE_S = 5.0  # for Ray to find room where there is some
+BUSY_WAIT_S = 600.0  # for other jobs to end
+
+Tell = Callable[..., None]
 
 
 @contextmanager
-def cluster(job: Job) -> Iterator[None]:
+def cluster(job: Job, *, tell: Tell) -> Iterator[None]:
     """A Ray to work on: the one that RAY_ADDRESS names, or one of our own on this machine, gone afterwards.
 
-    Raises JobError when it cannot hold what the job asks for; there is no silent waiting and no fall back from GPU to CPU.
+    Raises JobError when it cannot hold what the job asks for, and Temporary when it does not come to hold it in `cluster.wait`,
+    which `tell` was told of; there is no silent waiting and no fall back from GPU to CPU.
     """
     try:
         connect(job)
-        _check_fits(job)
+        _make_room(job, tell)
         yield
     finally:
         ray.shutdown()
 
 
 def connect(job: Job) -> None:
-    """Connect to Ray, or start one, and set Ray Data up for passes."""
+    """Connect to Ray, or start one, and set Ray Data up for passes that take what the job says and no more."""
     start_ray(object_store=job.resources.object_store)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = -1
     context.execution_options.preserve_order = False
+    takes = job.resources
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        cpu=takes.cpus + 0.01,  # a hair more than the pools: sums of tenths are not exact
+        gpu=takes.gpus,
+        object_store_memory=takes.object_store,
+    )
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
+def _make_room(job: Job, tell: Tell) -> None:
+    """Returns when the cluster has what the job takes, all of it free at the same time.
+
+    A placement group asks for it: an autoscaler sees it, and of two jobs that wait neither holds half of what the other needs.
+    It is given back before the pools take its place, so a third job may come in between; the pass then waits, and stalls.
+    """
+    shared = bool(os.environ.get("RAY_ADDRESS"))  # a Ray of our own is ours alone, and does not grow
+    wait, missing = job.cluster.wait if job.cluster and shared else None, missing_from_cluster(job)
+    if missing and wait is None:
+        raise JobError(missing)
+    if not shared:
+        return
+    pools = job.resources.pools()
+    group = placement_group(
+        [pool.bundle for pool in pools for _ in range(pool.size)],
+        bundle_label_selector=[dict(pool.labels) for pool in pools for _ in range(pool.size)],
+    )
+    try:
+        if group.wait(FREE_S):
+            return
+        seconds = BUSY_WAIT_S if wait is None else wait
+        awaited = missing or f"{job.resources.cpus:g} CPUs and {job.resources.gpus:g} GPUs that other jobs hold"
+        tell("waiting", awaited=awaited, seconds=seconds)
+        if not group.wait(seconds):
+            raise Temporary(
+                f"waited {seconds:g} s in vain: {missing_from_cluster(job) or awaited}", do="Run again, or raise cluster.wait"
+            )
+    finally:
+        remove_placement_group(group)
+
+
 def start_ray(*, object_store: int) -> None:
-    """Connect to the Ray that RAY_ADDRESS names, or start one with `object_store` bytes of shared memory."""
+    """Connect to the Ray that RAY_ADDRESS names, or start one with `object_store` bytes of shared memory.
+
+    Raises Temporary when there is none or it does not let us in, UnfitError when it is of another version.
+    """
+    address = os.environ.get("RAY_ADDRESS")
     own: dict[str, Any] = {"address": "local", "object_store_memory": object_store, "include_dashboard": False}
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    with _stderr_closed():  # the core greets with a line about its log level
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **({} if os.environ.get("RAY_ADDRESS") else own))
-    signal.signal(signal.SIGTERM, on_terminate)  # Ray's own handler exits at once, without a word how to go on
+    if address:
+        _knock(address)
+    on_terminate, terminated = signal.getsignal(signal.SIGTERM), False
+    try:
+        with _stderr_closed():  # the core greets with a line about its log level
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, **({} if address else own))
+    except SystemExit:  # by Ray's own handler, which stands there meanwhile and says no word how to go on
+        terminated = True
+    except NightlabelError:  # by ours: a signal
+        raise
+    except Exception as error:
+        raise _failure(error, address) from error
+    finally:
+        signal.signal(signal.SIGTERM, on_terminate)
+    if terminated:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def _knock(address: str) -> None:
+    """Is anything there? Ray itself asks a dead address for many minutes."""
+    scheme, _, rest = address.rpartition("://")
+    host, _, port = rest.rpartition(":")
+    if scheme not in ("", "ray") or (rest != "auto" and not (host and port.isdecimal())):
+        do = "Set it to that, or give a dashboard to nightlabel submit"
+        raise UnfitError(f"RAY_ADDRESS is {address}", need="host:port of a running Ray's head, such as head:6379", do=do)
+    try:
+        if rest != "auto":
+            socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+    except OSError as error:
+        do = "Bring the cluster up, or unset RAY_ADDRESS for a Ray on this machine"
+        raise Temporary(f"RAY_ADDRESS is {address}, where nothing answers ({error.strerror or error})", do=do) from error
+
+
+def _failure(error: Exception, address: str | None) -> NightlabelError:
+    """What `ray.init` failed of, as something a user can act on."""
+    theirs = f"the Ray at {address}" if address else "a Ray on this machine"
+    versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))
+    if len(versions) == 2:
+        got, need = (f"Ray {ray_version} on Python {python}" for ray_version, python in versions)
+        return UnfitError(f"{theirs} is {got}", need=f"{need}, as here", do="Take the same on both sides, or nightlabel submit")
+    if isinstance(error, AuthenticationError):
+        return PermissionDenied(f"{theirs} wants a token, and not this one", do="Set RAY_AUTH_TOKEN to the cluster's own")
+    if address and isinstance(error, ConnectionError):  # all that Ray says, of another token too
+        do = "Check that it is the head of a Ray, and that RAY_AUTH_TOKEN is its token; then run again"
+        return Temporary(f"something answers at {address} and does not let us in", do=do)
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return Temporary(f"{theirs} did not come up ({reason.rstrip('.')})", do="Run again; what is committed stays")
 
 
 @contextmanager
@@ -66,10 +161,12 @@ def _stderr_closed() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _check_fits(job: Job) -> None:
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    nodes = [Node(have.get("CPU", 0), have.get("GPU", 0)) for have in alive]
+def missing_from_cluster(job: Job) -> str | None:
+    """What the job asks for and the cluster as it stands does not have, in a sentence."""
+    alive = [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = [Node(have.get("CPU", 0), have.get("GPU", 0), have.get("memory", 0), labels) for have, labels in alive]
     try:
         check_demand(job.resources, nodes, where="this machine" if len(nodes) == 1 else f"{len(nodes)} nodes")
     except ValueError as error:
-        raise JobError(str(error)) from None
+        return str(error)
+    return None

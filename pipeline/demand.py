@@ -8,10 +8,11 @@ refusal is a sentence, that of a pool which never comes up is the night.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from pipeline.resources import Cluster, Resources
+from pipeline.resources import Cluster, Pool, Resources
 
 
 class Node(NamedTuple):
@@ -19,53 +20,53 @@ class Node(NamedTuple):
 
     cpus: float
     gpus: float = 0.0
+    memory: float = math.inf
+    labels: Mapping[str, str] | None = None
+    """None: not known, so anything is there."""
 
+    def has(self, labels: Mapping[str, str]) -> bool:
+        return self.labels is None or labels.items() <= self.labels.items()
 
-class _Pool(NamedTuple):
-    name: str
-    size: int
-    cpus: float
-    gpus: float
-
-    @property
-    def kind(self) -> str:
-        return "task" if self.name == "read" else "actor"
-
-    def fits(self, node: Node) -> int:
-        """How many of it an empty node holds. A part of a GPU is a part of one: 0.6 fits once on each."""
-        most = _fixed(node.cpus) // _fixed(self.cpus)
-        if 0 < self.gpus < 1:
-            return min(most, int(node.gpus) * (_fixed(1) // _fixed(self.gpus)))
-        return min(most, _fixed(node.gpus) // _fixed(self.gpus)) if self.gpus else most
+    def holds(self, pool: Pool) -> int:
+        """How many of a pool it holds when it is empty. A part of a GPU is a part of one: 0.6 fits once on each."""
+        if not self.has(pool.labels):
+            return 0
+        most = _fixed(self.cpus) // _fixed(pool.cpus)
+        if pool.memory and self.memory < most * pool.memory:
+            most = int(self.memory // pool.memory)
+        if 0 < pool.gpus < 1:
+            return min(most, int(self.gpus) * (_fixed(1) // _fixed(pool.gpus)))
+        return min(most, _fixed(self.gpus) // _fixed(pool.gpus)) if pool.gpus else most
 
 
 def check_cluster(resources: Resources, cluster: Cluster) -> None:
     """Hold the demand against the cluster that the job names. Raises ValueError with the sentence."""
     workers = cluster.workers
     if workers is None:
-        check_demand(resources, [Node(cluster.head.cpus)], where="the head, there are no workers")
+        head = Node(cluster.head.cpus, memory=cluster.head.memory)
+        check_demand(resources, [head], where="the head, there are no workers")
     else:
         where = f"{workers.count} worker{'s' * (workers.count > 1)}"
-        check_demand(resources, [Node(workers.cpus, workers.gpus)] * workers.count, where=where)
+        check_demand(resources, [Node(workers.cpus, workers.gpus, workers.memory)] * workers.count, where=where)
 
 
 def check_demand(resources: Resources, nodes: Sequence[Node], *, where: str) -> None:
     """Hold the demand against the nodes of a cluster, which `where` names ("8 workers"). Raises ValueError with the sentence."""
-    gpus = {"predict": resources.predict.gpus_per_actor}
-    pools = [_Pool(name, count, cpus, gpus.get(name, 0.0)) for name, count, cpus in resources.pools()]
+    pools = resources.pools()
     _check_sums(resources, nodes, where)
     for pool in pools:
-        if not any(pool.fits(node) for node in nodes):
+        if not any(node.holds(pool) for node in nodes):
             _refuse_one(pool, nodes, where)
     free = list(nodes)
-    for pool in sorted(pools, key=lambda pool: (pool.gpus, pool.cpus), reverse=True):
+    for pool in sorted(pools, key=lambda pool: (pool.gpus, len(pool.labels), pool.cpus, pool.memory), reverse=True):
         left = pool.size
         for at, node in enumerate(free):
-            placed = min(left, pool.fits(node))
-            free[at] = Node(node.cpus - placed * pool.cpus, node.gpus)  # no other pool takes GPUs
+            placed = min(left, node.holds(pool))  # no other pool takes GPUs
+            free[at] = node._replace(cpus=node.cpus - placed * pool.cpus, memory=node.memory - placed * pool.memory)
             left -= placed
         if left:
             takes = f"{pool.cpus:g} CPUs" + f" and {pool.gpus:g} GPUs" * bool(pool.gpus)
+            takes += f" and {_gib(pool.memory)}" * bool(pool.memory) + f" and {_pairs(pool.labels)}" * bool(pool.labels)
             raise ValueError(
                 f"resources: {left} of {pool.size} {pool.name} {pool.kind}s find no node with {takes} left, the cluster "
                 f"has {_sum(nodes, _cpus, where)} CPUs. Lower {pool.name}.{pool.kind}s, or bring more or larger nodes"
@@ -74,7 +75,7 @@ def check_demand(resources: Resources, nodes: Sequence[Node], *, where: str) -> 
 
 def _check_sums(resources: Resources, nodes: Sequence[Node], where: str) -> None:
     if _fixed(resources.cpus) > _fixed(sum(node.cpus for node in nodes)):
-        parts = " + ".join(f"{name} {count} × {share:g}" for name, count, share in resources.pools())
+        parts = " + ".join(f"{name} {count} × {share:g}" for name, count, share, *_ in resources.pools())
         raise ValueError(
             f"resources: the job asks for {resources.cpus:g} CPUs ({parts}), the cluster has {_sum(nodes, _cpus, where)}. "
             "Lower the actors or their cpus_per_actor, or bring more CPUs"
@@ -87,7 +88,24 @@ def _check_sums(resources: Resources, nodes: Sequence[Node], where: str) -> None
         )
 
 
-def _refuse_one(pool: _Pool, nodes: Sequence[Node], where: str) -> None:
+def _refuse_one(pool: Pool, nodes: Sequence[Node], where: str) -> None:
+    able = [node for node in nodes if node.has(pool.labels)]
+    if not able:
+        field = "gpu_type or labels" if pool.name == "predict" else "labels"
+        raise ValueError(
+            f"resources: {pool.name} {pool.kind}s ask for a node labelled {_pairs(pool.labels)}, none of {where} is. "
+            f"Change {pool.name}.{field}, or bring such a node"
+        )
+    if any(node.holds(pool._replace(memory=0)) for node in able):
+        largest = _gib(max(node.memory for node in able))
+        raise ValueError(
+            f"resources: a {pool.name} {pool.kind} asks for {_gib(pool.memory)} of one node, the largest has {largest} ({where})"
+            f". Lower {pool.name}.memory_per_{pool.kind}, or bring larger nodes"
+        )
+    _refuse_shares(pool, able, where)
+
+
+def _refuse_shares(pool: Pool, nodes: Sequence[Node], where: str) -> None:
     largest = max(nodes, key=lambda node: (node.gpus, node.cpus) if pool.gpus else (node.cpus, node.gpus))
     takes, has = f"{pool.cpus:g} CPUs", f"{largest.cpus:g} ({where})"
     shares = f"{pool.name}.cpus_per_{pool.kind}"
@@ -98,6 +116,14 @@ def _refuse_one(pool: _Pool, nodes: Sequence[Node], where: str) -> None:
         f"resources: a {pool.name} {pool.kind} asks for {takes} of one node, the largest has {has}. Lower {shares}, or "
         "bring larger nodes"
     )
+
+
+def _pairs(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in labels.items())
+
+
+def _gib(memory: float) -> str:
+    return f"{memory / 2**30:.3g} GiB of memory"
 
 
 def _fixed(amount: float) -> int:

@@ -21,13 +21,14 @@ from pipeline.artifact import Artifact
 from pipeline.attempt import Attempt, Observer
 from pipeline.commit import Provenance, UnitBuffer
 from pipeline.committer import Committer
+from pipeline.environment import set_ray_environment
 from pipeline.errors import Stalled, Temporary, UnitsLeft
 from pipeline.jobfile import dump_job
 from pipeline.log import Log
 from pipeline.plan import Plan
 from pipeline.report import Receipt
 from pipeline.spec import Job
-from pipeline.start import CODE_VERSION, begin, load_model, plan_job, set_ray_environment, split_unit
+from pipeline.start import CODE_VERSION, begin, load_model, plan_job, split_unit
 from pipeline.unit import Unit
 from pipeline.verify import verify
 
@@ -64,7 +65,8 @@ class Driver:
         size, todo_size = (sum(part.size for unit in units for part in unit.parts) for units in (plan.units, plan.todo))
         self.attempt.tell("planned", run=plan.run_id, units=len(plan.units), done=before, bytes=size, todo_bytes=todo_size)
         if plan.run_id is not None and plan.todo:
-            with cluster(job), kept_logs(log.store, self._logs(log, plan.run_id), self.attempt.events, self.attempt.tell):
+            logs = kept_logs(log.store, self._logs(log, plan.run_id), self.attempt.events, self.attempt.tell)
+            with cluster(job, tell=self.attempt.tell), logs:
                 plan = self.passes(log, plan, partial(run.run_pass, job=job, artifact=self.artifact))
         return self.finish(log, plan, before)
 

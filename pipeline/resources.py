@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, Field
 
-from pipeline.placement import Kubernetes, LabelValue
-from pipeline.quantity import Bytes, Count, Model, between, in_bytes
+from pipeline.placement import Kubernetes, LabelKey, LabelValue
+from pipeline.quantity import Bytes, Count, Model, Seconds, between, in_bytes
 
 
 def _whole_gpus(value: float) -> float:
@@ -19,6 +20,36 @@ def _whole_gpus(value: float) -> float:
 #: Ray counts in parts of 10,000; what is less is nothing to it, and nothing fits any number of times.
 Cpus = Annotated[float, Field(strict=True, ge=0.0001, lt=2**31)]
 Gpus = Annotated[float, Field(strict=True, ge=0, lt=2**31), AfterValidator(_whole_gpus)]
+Labels = dict[LabelKey, LabelValue]
+
+GPU_TYPE = "ray.io/accelerator-type"  # the label of a node with GPUs that Ray sets by itself
+
+
+class Pool(NamedTuple):
+    """Equal tasks or actors, `size` of them; the rest is what each reserves, and the labels that its node must have."""
+
+    name: str
+    size: int
+    cpus: float
+    gpus: float = 0.0
+    memory: int = 0
+    labels: Mapping[str, str] = {}
+
+    @property
+    def kind(self) -> str:
+        return "task" if self.name == "read" else "actor"
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What each reserves, as Ray counts it."""
+        takes = {"CPU": self.cpus, "GPU": self.gpus, "memory": float(self.memory)}
+        return {name: amount for name, amount in takes.items() if amount}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The same, as Ray's tasks and actors take it."""
+        options = {"num_cpus": self.cpus, "num_gpus": self.gpus, "memory": self.memory, "label_selector": dict(self.labels)}
+        return {name: value for name, value in options.items() if value}
 
 
 class Read(Model):
@@ -28,6 +59,10 @@ class Read(Model):
     """Units fetched at the same time."""
     cpus_per_task: Cpus = 0.25
     """CPUs one task reserves; fetching waits more than it computes."""
+    memory_per_task: Bytes | None = None
+    """Memory one task reserves."""
+    labels: Labels = Field(default={})
+    """Ray labels that its node must have."""
 
 
 class PreprocessPool(Model):
@@ -37,6 +72,10 @@ class PreprocessPool(Model):
     """Size of the pool."""
     cpus_per_actor: Cpus = 0.5
     """CPUs one actor reserves; threads per actor are this, rounded, at least one."""
+    memory_per_actor: Bytes | None = None
+    """Memory one actor reserves."""
+    labels: Labels = Field(default={})
+    """Ray labels that its node must have."""
 
 
 class PredictPool(Model):
@@ -48,6 +87,12 @@ class PredictPool(Model):
     """CPUs one actor reserves; without GPU also its threads, rounded, at least one."""
     gpus_per_actor: Gpus = 0.0
     """GPUs one actor reserves, a part of one or a whole number; more than 0 needs CUDA, there is no fall back to the CPU."""
+    gpu_type: LabelValue | None = None
+    """The GPU that its node must have, as Ray names it: `L4`, `A100`, `H100`."""
+    memory_per_actor: Bytes | None = None
+    """Memory one actor reserves."""
+    labels: Labels = Field(default={})
+    """Ray labels that its node must have."""
     batch_size: Count = 32
     """Images in one forward pass; 16-64 on a CPU, 256-1,024 on a GPU."""
 
@@ -66,18 +111,28 @@ class Resources(Model):
 
     @property
     def cpus(self) -> float:
-        return sum(count * share for _, count, share in self.pools())
+        return sum(pool.size * pool.cpus for pool in self.pools())
 
     @property
     def gpus(self) -> float:
-        return self.predict.actors * self.predict.gpus_per_actor
+        return sum(pool.size * pool.gpus for pool in self.pools())
 
-    def pools(self) -> tuple[tuple[str, int, float], ...]:
-        """(name, size, CPUs each) of the three pools."""
+    def pools(self) -> tuple[Pool, Pool, Pool]:
+        """read, preprocess, predict."""
+        read, preprocess, predict = self.read, self.preprocess, self.predict
+        kind = {GPU_TYPE: predict.gpu_type} if predict.gpu_type else {}
+        memory = predict.memory_per_actor or 0
         return (
-            ("read", self.read.tasks, self.read.cpus_per_task),
-            ("preprocess", self.preprocess.actors, self.preprocess.cpus_per_actor),
-            ("predict", self.predict.actors, self.predict.cpus_per_actor),
+            Pool("read", read.tasks, read.cpus_per_task, 0.0, read.memory_per_task or 0, read.labels),
+            Pool(
+                "preprocess",
+                preprocess.actors,
+                preprocess.cpus_per_actor,
+                0.0,
+                preprocess.memory_per_actor or 0,
+                preprocess.labels,
+            ),
+            Pool("predict", predict.actors, predict.cpus_per_actor, predict.gpus_per_actor, memory, {**predict.labels, **kind}),
         )
 
 
@@ -114,3 +169,5 @@ class Cluster(Model):
     """The nodes that work; none: the head does it all, without GPUs."""
     kubernetes: Kubernetes = Kubernetes()
     """How the job stands on Kubernetes."""
+    wait: Seconds | None = None
+    """Wait so long for nodes that an autoscaler brings; absent: too small is exit code 2 at once, other jobs get 10 minutes."""

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from pipeline.attempt import Observer
 from pipeline.commit import Provenance, UnitBuffer, commit_unit
 from pipeline.cut import list_inputs
+from pipeline.environment import set_ray_environment
 from pipeline.errors import JobError
 from pipeline.footer import Footer, read_footer
 from pipeline.generation import RUN, Generation, generations, newest
@@ -33,7 +34,7 @@ from pipeline.plan import Plan
 from pipeline.report import UnitTrouble, exit_code
 from pipeline.rows import TIMINGS, Failure
 from pipeline.spec import Job
-from pipeline.start import CODE_VERSION, load_model, open_log, set_ray_environment
+from pipeline.start import CODE_VERSION, load_model, open_log
 from pipeline.storage import Object, open_store
 from pipeline.unit import Input, Unit
 from pipeline.verify import verify
@@ -114,7 +115,7 @@ class Retry(Driver):
             only = {unit_id: task.only for unit_id, task in self._tasks.items()}
             if _POISON & set(self.classes):
                 self.tries.update(dict.fromkeys(only, TRIES - 1))
-            with cluster(self.job):
+            with cluster(self.job, tell=self.attempt.tell):
                 plan = self.passes(generation, plan, partial(run.run_pass, job=self.job, artifact=self.artifact, only=only))
         return self._settle(generation, plan)
 

@@ -46,7 +46,8 @@ def chain(
 ) -> ray.data.Dataset:
     """read → preprocess → predict over units: a lazy dataset of prediction rows, every unit closed by its end row. With `only`,
     of some of their rows."""
-    pools, rows = job.resources, _block_bytes(job, artifact, careful) // (3 * artifact.preprocessing.size**2)
+    read, preprocess, predict = job.resources.pools()
+    rows = _block_bytes(job, artifact, careful) // (3 * artifact.preprocessing.size**2)
     items = [_item(unit, only) for unit in units]
     with warnings.catch_warnings():
         # Finite retries have no other way in than the keyword arguments that 2.60 deprecates (2.61 is not admitted).
@@ -57,9 +58,9 @@ def chain(
                 partial(_read, wanted=job.input),
                 batch_size=None,
                 batch_format="pyarrow",
-                compute=TaskPoolStrategy(size=pools.read.tasks),
-                num_cpus=pools.read.cpus_per_task,
+                compute=TaskPoolStrategy(size=read.size),
                 max_retries=1,
+                **read.options,
             )
             .map_batches(
                 _Timed,
@@ -67,19 +68,18 @@ def chain(
                 batch_size=None,
                 batch_format="pyarrow",
                 zero_copy_batch=True,
-                compute=ActorPoolStrategy(size=pools.preprocess.actors),
-                num_cpus=pools.preprocess.cpus_per_actor,
+                compute=ActorPoolStrategy(size=preprocess.size),
+                **preprocess.options,
                 **_ACTOR,
             )
             .map_batches(
                 _Timed,
                 fn_constructor_args=("predict", partial(_make_predict, job, artifact.digest)),
-                batch_size=rows if pools.predict.gpus_per_actor else None,  # Ray wants a number where a GPU is asked for
+                batch_size=rows if predict.gpus else None,  # Ray wants a number where a GPU is asked for
                 batch_format="pyarrow",
                 zero_copy_batch=True,
-                compute=ActorPoolStrategy(size=pools.predict.actors),
-                num_cpus=pools.predict.cpus_per_actor,
-                num_gpus=pools.predict.gpus_per_actor,
+                compute=ActorPoolStrategy(size=predict.size),
+                **predict.options,
                 **_ACTOR,
             )
         )

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 EVERY_S = 10.0
+_SAID = {"ignored": "ignored: {text}, not of the input's format", "waiting": "waiting up to {seconds:.0f} s: {awaited}"}
 
 
 class Screen:
@@ -46,11 +47,12 @@ class Screen:
             self._console.print(Text(text))
 
     def observe(self, event: str, fields: dict[str, Any]) -> None:
-        """Takes the driver's events: ignored, planned, pass, rows, commit, trouble, split, replanned, verified."""
+        """Takes the driver's events: ignored, planned, waiting, pass, first, rows, commit, trouble, split, replanned,
+        verified."""
         if event == "planned":
             self._planned(fields)
-        elif event == "ignored":
-            self._say(f"ignored: {fields['text']}, not of the input's format")
+        elif event in _SAID:
+            self._say(_SAID[event].format(**fields))
         elif event == "pass":
             careful = ", each image decoded in a child process" if fields["careful"] else ""
             if fields["number"] > 1 or careful:

@@ -24,23 +24,7 @@ from pipeline.spec import Job, ModelSource
 from pipeline.storage import Object, Store, join, open_store
 from pipeline.unit import Part, Unit
 
-# Ray reads some of these when it is imported. What the user has set stays.
-_RAY_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",  # ray.init alone would turn token auth on and write to the home folder
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # a pass that was left must not bring Ray up again behind our back
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would build an environment per worker
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # Ray Train would move its workers to a new folder, and relative URIs with them
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's core cries wolf on stderr for every pool whose actors may restart
-}
-
 CODE_VERSION = importlib.metadata.version("nightlabel")
-
-
-def set_ray_environment() -> None:
-    """To be called before Ray is imported."""
-    os.environ.update({name: value for name, value in _RAY_ENVIRONMENT.items() if name not in os.environ})
 
 
 def fingerprint(artifact: Artifact, job: Job) -> str:

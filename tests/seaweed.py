@@ -86,7 +86,7 @@ class Seaweed:
         self.process.wait()
 
 
-def start(folder: Path) -> Seaweed:
+def start(folder: Path, *, host: str = "127.0.0.1") -> Seaweed:
     """Start a server that keeps everything in `folder`; returns when a signed put and get have succeeded."""
     port = _free_ports()
     actions = {ACCESS_KEY: ["Admin", "Read", "Write", "List", "Tagging"]} | {name: [] for name in NOBODIES}
@@ -98,7 +98,7 @@ def start(folder: Path) -> Seaweed:
     (folder / "data").mkdir()
     with open(folder / "weed.log", "wb") as log:
         process = subprocess.Popen(
-            [Path(sysconfig.get_path("scripts")) / "weed", *_arguments(folder, port)],
+            [Path(sysconfig.get_path("scripts")) / "weed", *_arguments(folder, host, port)],
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -106,7 +106,7 @@ def start(folder: Path) -> Seaweed:
             # A bucket takes seven volumes at once by default, of 200, and a second to get them.
             env={**os.environ, "GOMEMLIMIT": "400MiB", "HOME": str(folder), "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"},
         )
-    server = Seaweed(process, f"http://127.0.0.1:{port}")
+    server = Seaweed(process, f"http://{host}:{port}")
     try:
         _wait(server)
     except (BotoCoreError, ClientError) as error:
@@ -115,9 +115,9 @@ def start(folder: Path) -> Seaweed:
     return server
 
 
-def _arguments(folder: Path, port: int) -> list[str]:
+def _arguments(folder: Path, host: str, port: int) -> list[str]:
     options = {
-        **{"dir": folder / "data", "ip": "127.0.0.1", "ip.bind": "127.0.0.1"},
+        **{"dir": folder / "data", "ip": host, "ip.bind": host},
         **{
             "master.port": port + 1,
             "volume.port": port + 2,

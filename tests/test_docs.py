@@ -48,7 +48,11 @@ def test_columns_failures_and_exit_codes_are_documented():
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "plan", "validate", "retry-failed", "demo", "schema", "prepare import", "model show", "render", "apply"]
+    "command",
+    [
+        *("run", "plan", "validate", "retry-failed", "demo", "schema", "prepare import", "model show"),
+        *("submit", "status", "render", "apply"),
+    ],
 )
 def test_commands_have_help_and_are_documented(command):
     done = subprocess.run(

@@ -10,10 +10,12 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.demand import Node, check_demand
 from pipeline.errors import JobError
 from pipeline.jobfile import dump_job, load_job, parse_job
 from pipeline.quantity import _BYTES, quantity, text
 from pipeline.reference import _FILES, json_schema, reference
+from pipeline.resources import Resources
 from pipeline.training import FinetuneJob
 
 SIX_LINES = b"""
@@ -202,6 +204,19 @@ def test_demand_is_held_against_the_cluster():
     assert "the cluster has 4 on the head, there are no workers" in sentence
 
 
+def test_labels_are_held_against_nodes_that_have_them():
+    pool = {"actors": 2, "gpus_per_actor": 1, "gpu_type": "L4", "labels": {"zone": "a"}}
+    resources = Resources.model_validate({"predict": pool})
+    l4 = Node(4, 1, labels={"ray.io/accelerator-type": "L4", "zone": "a"})
+    plain = Node(8, 4, labels={"ray.io/accelerator-type": "A100", "zone": "a"})
+    check_demand(resources, [plain, l4, l4], where="3 nodes")
+    assert resources.pools()[2].options["label_selector"] == {"zone": "a", "ray.io/accelerator-type": "L4"}
+    with pytest.raises(ValueError, match=r"ask for a node labelled zone=a, ray.io/accelerator-type=L4, none of 2 nodes is"):
+        check_demand(resources, [plain, plain], where="2 nodes")
+    with pytest.raises(ValueError, match="1 of 2 predict actors find no node with 1 CPUs and 1 GPUs and zone=a, ray"):
+        check_demand(resources, [plain, l4], where="2 nodes")
+
+
 @pytest.mark.parametrize(
     ("resources", "workers", "words"),
     [
@@ -231,6 +246,17 @@ def test_demand_is_held_against_the_cluster():
             "{predict: {actors: 3, gpus_per_actor: 0.6}}",
             "{count: 1, cpus: 8, gpus: 2}",
             "1 of 3 predict actors find no node with 1 CPUs and",
+        ),
+        (
+            "{preprocess: {memory_per_actor: 9GiB}}",
+            "{count: 2, cpus: 4, memory: 8GiB}",
+            "a preprocess actor asks for 9 GiB of memory of one node, the largest has 8 GiB of memory (2 workers). "
+            "Lower preprocess.memory_per_actor",
+        ),
+        (
+            "{preprocess: {actors: 3, memory_per_actor: 5GiB}}",
+            "{count: 2, cpus: 4, memory: 8GiB}",
+            "1 of 3 preprocess actors find no node with 0.5 CPUs and 5 GiB of memory left",
         ),
         (
             "{predict: {gpus_per_actor: 1.5}}",

@@ -13,30 +13,32 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 
 #: Top to bottom. A name stands for pipeline/<name>.py or, with a dot, for a module of a sub-package.
 ROWS = """
-errors names quantity fields placement resources demand rows preprocessing schedule spec
+errors environment names quantity fields placement resources demand rows preprocessing schedule spec
 recipe training complaints jobfile reference storage s3
 modeling_small_stem huggingface resnet artifact describe
 unit footer log plan cut tar read decode careful preprocess scores engine onnx_engine predict commit verify report
 attempt committer start watch cluster run keep label
 generation published delta iceberg publish lease notify nightly retry
+ship submit
 prepare.extras prepare.outcome prepare.data prepare.metrics prepare.card
 prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate
 prepare.importer prepare.augment prepare.images prepare.learner prepare.checkpoint prepare.train
 prepare.workers prepare.dataset prepare.resume prepare.finetune prepare.distill prepare.digits
 prepare.onnx_export prepare.calibrate prepare.gate prepare.quantize
 kubetypes pods kuberay cronjob render follow apiserver apply
-demo screen prometheus cli_model cli_nightly cli_kube cli __main__
+demo screen prometheus cli_model cli_nightly cli_cluster cli_kube cli __main__
 """
 LADDER = ROWS.split()
 
 #: Who may import what comes from outside.
 KEEPERS = {
-    "ray": {"cluster", "keep", "run", "prepare.workers"},
+    "ray": {"cluster", "keep", "run", "submit", "prepare.workers"},
+    "requests": {"submit"},
     "kubernetes": {"apiserver"},
     "lightning": {"prepare.checkpoint", "prepare.learner", "prepare.train"},
     "fsspec": {"storage", "s3"},
     "s3fs": {"storage", "s3"},
-    "typer": {"cli", "cli_kube", "cli_model", "cli_nightly"},
+    "typer": {"cli", "cli_cluster", "cli_kube", "cli_model", "cli_nightly"},
     "deltalake": {"delta"},
     "pyiceberg": {"iceberg"},
     "rich": {"screen", "cli"},
@@ -108,10 +110,22 @@ RENDER = ["render", str(PIPELINE.parent / "jobs/nightly-products.yaml"), "--date
 
 @pytest.mark.parametrize("words", [["--help"], ["schema"], ["plan", "absent.yaml"], ["model", "show", "absent"], RENDER])
 def test_the_command_line_starts_without_ray_and_torch(words):
+    assert heavy(words) & {"ray", "torch", "s3fs", "kubernetes"} == set()
+
+
+def test_submitting_needs_rays_client_and_neither_ray_data_nor_torch():
+    loaded = heavy(["list", "--address", "127.0.0.1:1"])
+    assert "ray.job_submission" in loaded
+    assert loaded & {"ray.data", "torch", "pandas", "s3fs"} == set()
+
+
+def heavy(words: list[str]) -> set[str]:
+    """The modules that a command has loaded at its end."""
     code = (
         "import sys\nsys.argv = ['nightlabel', *sys.argv[1:]]\nfrom pipeline.cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "sys.stderr.write('HEAVY ' + ','.join(sorted({'ray', 'torch', 's3fs', 'kubernetes'} & set(sys.modules))) + '\\n')"
+        "sys.stderr.write('\\nLOADED ' + ' '.join(sys.modules) + '\\n')"
     )
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
-    assert done.stderr.splitlines()[-1] == "HEAVY ", done.stderr
+    assert done.stderr.splitlines()[-1].startswith("LOADED "), done.stderr
+    return set(done.stderr.splitlines()[-1].split()[1:])

@@ -21,7 +21,7 @@ import ray
 from shards import picture, tar_bytes, write_parquet, write_tars
 
 from pipeline import run
-from pipeline.cluster import _check_fits
+from pipeline.cluster import missing_from_cluster
 from pipeline.errors import Conflict, InputMissing, Interrupted, JobError, ModelError, UnitsLeft
 from pipeline.label import Driver
 from pipeline.report import Receipt
@@ -402,13 +402,12 @@ def test_demand_beyond_the_machine_is_refused(tmp_path, model, on_ray):
 
 
 def test_an_actor_that_fits_on_no_live_node_is_refused(monkeypatch):
-    dead, small = {"Alive": False, "Resources": {"CPU": 64.0}}, {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}}
+    dead = {"Alive": False, "Resources": {"CPU": 64.0}, "Labels": {}}
+    small = {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}, "Labels": {}}
     monkeypatch.setattr(ray, "nodes", lambda: [dead, small, small])
-    _check_fits(job("in", "model", "out", resources={"predict": {"gpus_per_actor": 1, "actors": 2}}))
-    with pytest.raises(
-        JobError, match=r"predict actor asks for 2 GPUs and 1 CPUs of one node, the largest has 1 and 4 \(2 nodes\)"
-    ):
-        _check_fits(job("in", "model", "out", resources={"predict": {"gpus_per_actor": 2}}))
+    assert missing_from_cluster(job("in", "model", "out", resources={"predict": {"gpus_per_actor": 1, "actors": 2}})) is None
+    sentence = missing_from_cluster(job("in", "model", "out", resources={"predict": {"gpus_per_actor": 2}}))
+    assert "predict actor asks for 2 GPUs and 1 CPUs of one node, the largest has 1 and 4 (2 nodes)" in (sentence or "")
 
 
 def test_missing_inputs_and_wrong_places(tmp_path, model):

@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pipeline.environment import set_ray_environment
 from pipeline.errors import JobError, NightlabelError, Temporary
 from pipeline.jobfile import dump_job, parse_job
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.prepare.train import Place
-from pipeline.start import set_ray_environment
 from pipeline.training import DistillJob, FinetuneJob, Workers
 
 _OBJECT_STORE = 128 * 2**20  # nothing but lines goes through it
