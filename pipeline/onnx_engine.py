@@ -1,8 +1,9 @@
-"""An ONNX graph on the CPU: uint8 crops in, ranked classes out, by ONNX Runtime. What labels at precision int8.
+"""An ONNX graph on the CPU: uint8 crops in, ranked classes out, by ONNX Runtime. What labels at float32 and int8.
 
 The graph takes `pixels` uint8 [N, 3, S, S] and normalises inside, so nothing but crops goes in; it gives `logits` and `features`.
-Importing onnxruntime takes 0.2 s where torch takes 5. A predict actor seldom has its cores to itself, so threads never spin while
-they wait: two threads beside those of another model lost a fifth of their speed to the spinning (LOG.md, 2026-11-25).
+At float32 it is an eighth faster than torch on one core, with the same scores to 3e-6. A predict actor seldom has its cores to
+itself, so threads never spin while they wait: two threads beside those of another model lost a fifth of their speed to the
+spinning (LOG.md, 2026-11-25).
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.artifact import INT8, Artifact
-from pipeline.errors import ModelError, UnfitError
-from pipeline.scores import Scores, Wanted
+from pipeline.errors import ModelError
+from pipeline.scores import Scores, Wanted, ranked
 
 INPUT, OUTPUTS = "pixels", ("logits", "features")
 _QUANTIZE = "Make it with a quantize job, such as jobs/quantize-photos.yaml"
@@ -22,7 +23,7 @@ _QUANTIZE = "Make it with a quantize job, such as jobs/quantize-photos.yaml"
 class OnnxEngine:
     """A callable on uint8 [N, 3, S, S]. `threads` None means all CPUs; `where` is what messages call the model.
 
-    Raises UnfitError without onnxruntime, ModelError for bytes that are not such a graph.
+    Raises ModelError for bytes that are not such a graph.
     """
 
     def __init__(
@@ -38,15 +39,7 @@ class OnnxEngine:
         starts = range(0, len(rows), self.batch_size)
         batches = (self.session.run(names, {INPUT: pixels[rows[at : at + self.batch_size]]}) for at in starts)
         logits, *features = (np.concatenate(part) for part in zip(*batches, strict=True))
-        finite = np.isfinite(logits).all(axis=1)
-        logits = np.where(finite[:, None], logits, 0)  # what is not finite is told by `finite`, not by warnings
-        exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probabilities = exponents / exponents.sum(axis=1, keepdims=True)
-        # A whole, stable sort: 1,000 classes cost 1 % of an int8 ResNet-18, and of equal scores the lower id always comes first.
-        ids = np.argsort(-logits, axis=1, kind="stable")[:, : self.wanted.top_k].astype(np.int32)
-        scores = np.take_along_axis(probabilities, ids, axis=1)
-        kept = probabilities.astype(np.float16) if self.wanted.probabilities else None
-        return Scores(ids, scores, finite, features[0] if features else None, kept)
+        return ranked(logits, features[0] if features else None, self.wanted)
 
 
 def check_int8(artifact: Artifact, where: str) -> None:
@@ -56,12 +49,9 @@ def check_int8(artifact: Artifact, where: str) -> None:
 
 
 def _open(model: bytes, threads: int, where: str) -> Any:
-    try:
-        import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as state
-    except ImportError as error:
-        do = "Install it: pip install nightlabel[int8]"
-        raise UnfitError("precision int8 runs on onnxruntime, which is not installed", do=do) from error
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL

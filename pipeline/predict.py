@@ -2,7 +2,7 @@
 
 The model runs over a whole block at a time, in batches of its own, and the columns are put together once, in Arrow, so a row
 costs the host a few microseconds. Rows without pixels (failed before) and rows without a key (the end of a unit) pass through.
-The arithmetic is in `engine` (torch) and `onnx_engine` (int8); only the one that runs is imported.
+The arithmetic is in `engine` (torch), `onnx_engine` and `openvino_engine`; only the one that runs is imported.
 """
 
 from __future__ import annotations
@@ -12,30 +12,31 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import rows
+from pipeline.arithmetic import engine_for
 from pipeline.artifact import INT8, Artifact, build
 from pipeline.errors import ModelError
 from pipeline.scores import Engine, Scores, Wanted
-from pipeline.spec import Output
+from pipeline.spec import ModelSource, Output
 
 _TAKEN = frozenset({*rows.IMAGE.names, *rows.PREDICTION.names, "pixels"})
 _NONFINITE = "the model's scores of this image are not finite numbers"
 
 
 class Predict:
-    """A callable on the tables that `preprocess` puts out. `threads` are of the CPU.
+    """A callable on the tables that `preprocess` puts out. `source` says precision and engine, `threads` are of the CPU.
 
     Raises ModelError when the model, its precision and the device do not go together.
     """
 
     def __init__(
-        self, artifact: Artifact, *, precision: str, device: str, batch_size: int, output: Output, threads: int | None = None
+        self, artifact: Artifact, source: ModelSource, *, device: str, batch_size: int, output: Output, threads: int | None = None
     ) -> None:
         self.size, self.output = artifact.preprocessing.size, output
         self.features, self.classes = artifact.architecture.features, artifact.architecture.classes
         self.top_k = min(output.top_k, self.classes)
         self.labels = pa.array(artifact.labels, pa.string())
         wanted = Wanted(self.top_k, output.embeddings, output.probabilities)
-        self.engine = _engine(artifact, wanted, precision=precision, device=device, batch_size=batch_size, threads=threads)
+        self.engine = _engine(artifact, source, wanted, device=device, batch_size=batch_size, threads=threads)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`unit`, the columns of rows.PREDICTION (status null in rows that end a unit), `embedding` and `probabilities` when the
@@ -96,15 +97,20 @@ class Predict:
         return wanted
 
 
-def _engine(artifact: Artifact, wanted: Wanted, *, precision: str, device: str, batch_size: int, threads: int | None) -> Engine:
-    """onnxruntime for int8, torch for all else; the other one is not imported."""
-    if precision == "int8":
-        from pipeline.onnx_engine import OnnxEngine, check_int8
+def _engine(
+    artifact: Artifact, source: ModelSource, wanted: Wanted, *, device: str, batch_size: int, threads: int | None
+) -> Engine:
+    precision = source.precision
+    name = engine_for(source.engine, precision, gpu=device != "cpu")
+    if name != "torch":
+        from pipeline.onnx_engine import OnnxEngine
 
-        if device != "cpu":
-            raise ModelError(f"model: precision is int8 on {device}", need="the CPU", do="Take float16 on a GPU")
-        check_int8(artifact, "model")
-        return OnnxEngine(artifact.files[INT8], wanted=wanted, batch_size=batch_size, threads=threads, where=INT8)
+        graph = _graph(artifact, precision, device)
+        if name == "openvino":
+            from pipeline.openvino_engine import OpenVinoEngine
+
+            return OpenVinoEngine(graph, wanted=wanted, precision=precision, batch_size=batch_size, threads=threads)
+        return OnnxEngine(graph, wanted=wanted, batch_size=batch_size, threads=threads, where=INT8)
     import torch
 
     from pipeline.engine import TorchEngine
@@ -114,6 +120,20 @@ def _engine(artifact: Artifact, wanted: Wanted, *, precision: str, device: str, 
         torch.set_num_threads(threads)
     model, seen = fold(build(artifact)), artifact.preprocessing
     return TorchEngine(model, seen, wanted=wanted, precision=precision, device=device, batch_size=batch_size)
+
+
+def _graph(artifact: Artifact, precision: str, device: str) -> bytes:
+    """What the engines of the CPU run: the artifact's int8 graph, or one made of its weights."""
+    if device != "cpu":
+        raise ModelError(f"model: precision is {precision} on {device}", need="the CPU", do="Take torch, and float16, on a GPU")
+    if precision == "int8":
+        from pipeline.onnx_engine import check_int8
+
+        check_int8(artifact, "model")
+        return artifact.files[INT8]
+    from pipeline.graph import to_onnx
+
+    return to_onnx(artifact)
 
 
 def _failures(batch: pa.Table, broken: pa.Array) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:

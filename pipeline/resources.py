@@ -68,8 +68,8 @@ class Read(Model):
 class PreprocessPool(Model):
     """Actors that decode and resize."""
 
-    actors: Count = 1
-    """Size of the pool."""
+    actors: Annotated[int, Field(strict=True, ge=0, lt=2**31)] = 1
+    """Size of the pool; 0: the actors of the model decode too, which is faster where there is no GPU to keep busy."""
     cpus_per_actor: Cpus = 0.5
     """CPUs one actor reserves; threads per actor are this, rounded, at least one."""
     memory_per_actor: Bytes | None = None

@@ -31,8 +31,10 @@ from pipeline.unit import Part, Unit
 from pipeline.watch import losses, watched
 
 Stage = Callable[[pa.Table], pa.Table]
+Seam = tuple[str, Callable[[], Stage]]
 
 STALL_S = 600.0  # no block for so long means a hung pool (ray#62746); a 128 MiB block takes 50 s at 18 img/s
+_CAREFUL_BYTES = 2**14  # of encoded images, one photograph or 8 thumbnails, where preprocess has no blocks of its own
 _CAREFUL_ROWS = 8  # of a block in careful mode: hanging images come through by and by, so that the watch sees the pass live
 _ACTOR: dict[str, Any] = {"max_restarts": 2, "max_task_retries": 1}  # Ray's default is to retry for ever, a poison image with it
 
@@ -45,26 +47,30 @@ def chain(
     units: list[Unit], job: Job, artifact: Artifact, *, careful: bool = False, only: Only | None = None
 ) -> ray.data.Dataset:
     """read → preprocess → predict over units: a lazy dataset of prediction rows, every unit closed by its end row. With `only`,
-    of some of their rows."""
+    of some of their rows.
+
+    The last two are one stage where the job has no actors of preprocess: without a GPU to keep busy, two stages only cost.
+    """
     read, preprocess, predict = job.resources.pools()
     rows = _block_bytes(job, artifact, careful) // (3 * artifact.preprocessing.size**2)
+    decoding: Seam = "preprocess", partial(_make_preprocess, job, artifact.preprocessing, careful)
+    labelling: Seam = "predict", partial(_make_predict, job, artifact.digest)
     items = [_item(unit, only) for unit in units]
     with warnings.catch_warnings():
         # Finite retries have no other way in than the keyword arguments that 2.60 deprecates (2.61 is not admitted).
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
-        return (
-            ray.data.from_items(items, override_num_blocks=len(items))
-            .map_batches(
-                partial(_read, wanted=job.input),
-                batch_size=None,
-                batch_format="pyarrow",
-                compute=TaskPoolStrategy(size=read.size),
-                max_retries=1,
-                **read.options,
-            )
-            .map_batches(
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            partial(_read, wanted=job.input),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=TaskPoolStrategy(size=read.size),
+            max_retries=1,
+            **read.options,
+        )
+        if preprocess.size:
+            dataset = dataset.map_batches(
                 _Timed,
-                fn_constructor_args=("preprocess", partial(_make_preprocess, job, artifact.preprocessing, careful), rows),
+                fn_constructor_args=([decoding], rows),
                 batch_size=None,
                 batch_format="pyarrow",
                 zero_copy_batch=True,
@@ -72,16 +78,15 @@ def chain(
                 **preprocess.options,
                 **_ACTOR,
             )
-            .map_batches(
-                _Timed,
-                fn_constructor_args=("predict", partial(_make_predict, job, artifact.digest)),
-                batch_size=rows if predict.gpus else None,  # Ray wants a number where a GPU is asked for
-                batch_format="pyarrow",
-                zero_copy_batch=True,
-                compute=ActorPoolStrategy(size=predict.size),
-                **predict.options,
-                **_ACTOR,
-            )
+        return dataset.map_batches(
+            _Timed,
+            fn_constructor_args=([labelling], None) if preprocess.size else ([decoding, labelling], rows),
+            batch_size=rows if predict.gpus else None,  # Ray wants a number where a GPU is asked for
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            compute=ActorPoolStrategy(size=predict.size),
+            **predict.options,
+            **_ACTOR,
         )
 
 
@@ -124,7 +129,8 @@ def _make_preprocess(job: Job, preprocessing: Preprocessing, careful: bool) -> S
     from pipeline.preprocess import Preprocess
 
     limits = CarefulLimits(job.limits.decode_timeout, job.limits.decode_memory) if careful else None
-    threads = _threads(job.resources.preprocess.cpus_per_actor)
+    pools = job.resources
+    threads = _threads(pools.preprocess.cpus_per_actor if pools.preprocess.actors else pools.predict.cpus_per_actor)
     return Preprocess(preprocessing, max_pixels=job.limits.max_pixels, threads=threads, careful=limits)
 
 
@@ -138,7 +144,7 @@ def _make_predict(job: Job, digest: str) -> Stage:
     pool = job.resources.predict
     return Predict(
         artifact,
-        precision=job.model.precision,
+        job.model,
         device="cuda" if pool.gpus_per_actor else "cpu",
         batch_size=pool.batch_size,
         output=job.output,
@@ -147,20 +153,22 @@ def _make_predict(job: Job, digest: str) -> Stage:
 
 
 class _Timed:
-    """A stage whose seconds travel with the rows, in a column of rows.TIMINGS that the driver takes off.
+    """Stages, one after the other, whose seconds travel with the rows, in columns of rows.TIMINGS that the driver takes off.
 
-    It gets at most `most` rows at a time: a block of encoded thumbnails holds 15,000 images, whose pixels are 2.3 GB.
+    They get at most `most` rows at a time: a block of encoded thumbnails holds 15,000 images, whose pixels are 2.3 GB.
     """
 
-    def __init__(self, seam: str, make: Callable[[], Stage], most: int | None = None) -> None:
-        self.seam, self.stage, self.most = seam, make(), most
+    def __init__(self, seams: list[Seam], most: int | None) -> None:
+        self.stages, self.most = [(seam, make()) for seam, make in seams], most
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         most = self.most or max(1, batch.num_rows)
         for at in range(0, max(1, batch.num_rows), most):
-            since = time.perf_counter()
-            table = self.stage(batch.slice(at, most))
-            yield _with_seconds(table, self.seam, time.perf_counter() - since)
+            table = batch.slice(at, most)
+            for seam, stage in self.stages:
+                since = time.perf_counter()
+                table = _with_seconds(stage(table), seam, time.perf_counter() - since)
+            yield table
 
 
 def _with_seconds(table: pa.Table, seam: str, seconds: float) -> pa.Table:
@@ -182,7 +190,8 @@ def run_pass(
 
     Raises Temporary when the pass dies, and Stalled when nothing arrives for so long that something must hang; that is gone then.
     """
-    DataContext.get_current().target_max_block_size = _block_bytes(job, artifact, careful)
+    alone = careful and not job.resources.preprocess.actors  # what comes out is small, so it is what goes in that is cut
+    DataContext.get_current().target_max_block_size = _CAREFUL_BYTES if alone else _block_bytes(job, artifact, careful)
     # Each image of a block may hang, and its successor wait for a new child, which imports torch.
     stall_s = max(STALL_S, 2 * _CAREFUL_ROWS * (job.limits.decode_timeout + 30)) if careful else STALL_S
     dataset = chain(units, job, artifact, careful=careful, only=only)

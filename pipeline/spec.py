@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.arithmetic import EngineName, Precision, check_device, check_engine
 from pipeline.demand import check_cluster
 from pipeline.fields import Digest, Endpoint, Name, Uri, Webhook, Word
 from pipeline.names import glob_matcher, glob_prefix
@@ -18,8 +19,6 @@ from pipeline.quantity import Bytes, Count, Fraction, Model, Pixels, Seconds, be
 from pipeline.resources import Cluster, Resources
 from pipeline.rows import RESERVED
 from pipeline.schedule import Schedule
-
-Precision = Literal["float32", "float16", "bfloat16", "int8"]
 
 
 class S3(Model):
@@ -81,8 +80,16 @@ class ModelSource(Model):
     """Refuse to run when the artifact's digest is another one."""
     precision: Precision = "float32"
     """Arithmetic of the model; float16 needs a GPU, int8 an artifact with model.int8.onnx."""
+    engine: EngineName = "auto"
+    """What computes. auto: torch on a GPU and for bfloat16, onnxruntime for float32 and int8 on CPUs. openvino, an extra, is the
+    fastest on CPUs with AVX-512 or AMX at bfloat16 and int8."""
     s3: S3 = S3()
     """How to reach `uri` when it is on S3."""
+
+    @model_validator(mode="after")
+    def _runs(self) -> ModelSource:
+        check_engine(self.engine, self.precision)
+        return self
 
 
 class Output(Model):
@@ -224,15 +231,7 @@ class Job(Model):
             )
         if self.publish is not None and self.output.probabilities:
             raise ValueError("publish: Delta and Iceberg have no float16, as output.probabilities are. Drop one of the two")
-        gpus = self.resources.predict.gpus_per_actor
-        if self.model.precision == "float16" and gpus == 0:
-            raise ValueError(
-                "model: precision is float16, which needs a GPU. Set resources.predict.gpus_per_actor, or take bfloat16"
-            )
-        if self.model.precision == "int8" and gpus > 0:
-            raise ValueError(
-                "model: precision is int8, which runs on CPUs. Set resources.predict.gpus_per_actor to 0, or take float16"
-            )
+        check_device(self.model.engine, self.model.precision, gpus=self.resources.predict.gpus_per_actor)
         if self.cluster is not None:
             check_cluster(self.resources, self.cluster)
         return self

@@ -32,6 +32,7 @@ def fingerprint(artifact: Artifact, job: Job) -> str:
     parts: list[object] = [artifact.digest, job.model.precision, PREPROCESSING_VERSION, OUTPUT_SCHEMA_VERSION, job.output.top_k]
     # What more the output schema has, and which column of a Parquet file is labelled: told only where it is not the default.
     parts += [name for name in ("embeddings", "probabilities") if getattr(job.output, name)]
+    parts += [job.model.engine] if job.model.engine != "auto" else []  # engines differ in the last bits
     parts += [["keep", *job.input.keep]] if job.input.keep else []
     if job.input.format == "parquet" and (job.input.image_column, job.input.key_column) != ("image", "key"):
         parts.append(["columns", job.input.image_column, job.input.key_column])

@@ -18,7 +18,6 @@ TRAINING = "data: {train: {uri: in/}}\noutput: {uri: out/}\n"
 JOBS = {
     "finetune": TRAINING,
     "distill": TRAINING + "teacher: {uri: t/}\n",
-    "quantize": "model: {uri: m/}\ncalibration: {uri: c/}\ndata: {input: {uri: d/}}\noutput: {uri: out/}\n",
 }
 
 
@@ -27,7 +26,6 @@ JOBS = {
     [
         ("finetune", "lightning", "finetune needs lightning, and there is no lightning. Install the extra: pip install"),
         ("distill", "lightning", "pip install 'nightlabel[train]'."),
-        ("quantize", "onnx,onnxscript", "there is no onnx, onnxscript. Install the extra: pip install 'nightlabel[int8]'."),
         ("demo", "sklearn", "there is no sklearn. Install the extra: pip install 'nightlabel[demo]'."),
     ],
 )

@@ -86,6 +86,24 @@ def test_refusals_name_line_field_and_way_out(more, words):
         assert word in sentence
 
 
+@pytest.mark.parametrize(
+    ("source", "more", "words"),
+    [
+        ("precision: float16", b"", "precision is float16, which needs a GPU"),
+        (
+            "precision: bfloat16, engine: onnxruntime",
+            b"",
+            "precision is bfloat16; required for engine onnxruntime: float32, int8",
+        ),
+        ("precision: int8, engine: torch", b"", "required for engine torch: float32, float16, bfloat16"),
+        ("precision: int8", b"resources: {predict: {gpus_per_actor: 1}}", "precision is int8, which runs on CPUs"),
+        ("engine: openvino", b"resources: {predict: {gpus_per_actor: 1}}", "engine is openvino, which runs on CPUs"),
+    ],
+)
+def test_an_engine_that_cannot_is_refused(source: str, more: bytes, words: str):
+    assert words in refusal(more, SIX_LINES.replace(b"{uri: model/}", f"{{uri: model/, {source}}}".encode()))
+
+
 def test_a_password_is_refused_and_not_repeated():
     sentence = refusal(b"", SIX_LINES.replace(b"photos/", b"s3://me:hunter2@photos/"))
     assert "credentials" in sentence

@@ -13,10 +13,11 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 
 #: Top to bottom. A name stands for pipeline/<name>.py or, with a dot, for a module of a sub-package.
 ROWS = """
-errors environment names quantity fields placement resources demand rows preprocessing schedule spec
+errors environment names arithmetic quantity fields placement resources demand rows preprocessing schedule spec
 recipe training complaints jobfile reference storage s3
 modeling_small_stem huggingface resnet artifact describe
-unit footer log plan cut tar read decode careful preprocess scores engine onnx_engine predict commit verify report
+unit footer log plan cut tar read decode careful preprocess
+scores engine onnx_engine openvino_engine graph predict commit verify report
 attempt committer start watch cluster run keep label
 generation published delta iceberg publish lease notify nightly retry
 ship submit
@@ -44,7 +45,8 @@ KEEPERS = {
     "rich": {"screen", "cli"},
     "simplejpeg": {"decode"},
     "onnxruntime": {"onnx_engine", "prepare.calibrate"},
-    "onnx": {"prepare.calibrate"},
+    "onnx": {"graph", "prepare.calibrate"},
+    "openvino": {"openvino_engine"},
     "transformers": {"modeling_small_stem"},
 }
 

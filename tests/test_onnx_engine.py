@@ -1,4 +1,4 @@
-"""The exported graph and its engine against torch, what is refused, and that nothing but onnxruntime is loaded."""
+"""The graph and the engines that run it against torch, what is refused, and that nothing but onnxruntime is loaded."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from pipeline.engine import TorchEngine
 from pipeline.errors import ModelError, UnfitError
 from pipeline.huggingface import Architecture
 from pipeline.onnx_engine import OnnxEngine
+from pipeline.openvino_engine import OpenVinoEngine
 from pipeline.predict import Predict
 from pipeline.prepare.onnx_export import to_onnx
 from pipeline.preprocessing import Preprocessing
 from pipeline.resnet import fold
 from pipeline.scores import Scores, Wanted
-from pipeline.spec import Output
+from pipeline.spec import ModelSource, Output
 
 SMALL_STEM = Architecture("basic", (1, 1), (8, 16), classes=3, embedding_size=8, stem="small")
 ALL = Wanted(top_k=3, embeddings=True, probabilities=True)
@@ -105,7 +106,9 @@ def test_predict_takes_the_graph_for_int8(tmp_path: Path) -> None:
     output = Output(uri="unused", top_k=2, embeddings=True, probabilities=True)
     given = table(images(8), failed=(1,), ends=(7,))
     out, want = (
-        Predict(model, precision=precision, device="cpu", batch_size=3, output=output, threads=1)(given)
+        Predict(model, ModelSource(uri="unused", precision=precision), device="cpu", batch_size=3, output=output, threads=1)(
+            given
+        )
         for model, precision in ((with_int8(artifact, to_onnx(artifact)), "int8"), (artifact, "float32"))
     )
     assert out.schema == want.schema
@@ -126,7 +129,7 @@ def test_predict_takes_the_graph_for_int8(tmp_path: Path) -> None:
 def test_what_is_no_such_graph_is_refused(graph: bytes | None, sentence: str) -> None:
     artifact = with_int8(tiny(), other_graph() if graph is None else graph)
     with pytest.raises(ModelError, match=sentence):
-        Predict(artifact, precision="int8", device="cpu", batch_size=3, output=Output(uri="unused"))
+        Predict(artifact, ModelSource(uri="unused", precision="int8"), device="cpu", batch_size=3, output=Output(uri="unused"))
 
 
 def other_graph() -> bytes:
@@ -137,10 +140,24 @@ def other_graph() -> bytes:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
 
 
-def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UnfitError, match=r"not installed. Install it: pip install nightlabel\[int8\]"):
-        OnnxEngine(b"", wanted=ALL, batch_size=1)
+def test_without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(
+        UnfitError, match=r"not installed. Install the extra: pip install 'nightlabel\[openvino\]', or take engine"
+    ):
+        OpenVinoEngine(b"", wanted=ALL, precision="int8", batch_size=1)
+
+
+@pytest.mark.parametrize(("precision", "atol"), [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_openvino_says_the_same(precision: str, atol: float) -> None:
+    pytest.importorskip("openvino")
+    artifact, pixels = tiny(), images(9)
+    rows = np.array([7, 0, 3, 8, 1])
+    got = OpenVinoEngine(to_onnx(artifact), wanted=ALL, precision=precision, batch_size=2, threads=1)(pixels, rows)
+    want = by_torch(artifact, pixels[rows])
+    np.testing.assert_allclose(got.probabilities, want.probabilities, atol=max(atol, 1e-3))
+    np.testing.assert_allclose(got.embeddings, want.embeddings, rtol=atol * 10, atol=atol)
+    assert got.finite.all()
 
 
 def test_an_int8_worker_never_imports_torch(tmp_path: Path) -> None:

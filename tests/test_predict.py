@@ -18,7 +18,7 @@ from pipeline.prepare.importer import to_huggingface
 from pipeline.preprocessing import Preprocessing
 from pipeline.resnet import ResNet
 from pipeline.scores import Wanted
-from pipeline.spec import Output
+from pipeline.spec import ModelSource, Output
 
 SIZE = 32
 TINY = Architecture("basic", (1, 1), (8, 16), classes=4, embedding_size=8)
@@ -34,7 +34,11 @@ def tiny(scale: float = 1.0) -> Artifact:
 
 def predict(artifact: Artifact, precision: str = "float32", batch_size: int = 3, **output: object) -> Predict:
     wanted = Output(uri="unused", **output)
-    return Predict(artifact, precision=precision, device="cpu", batch_size=batch_size, output=wanted, threads=1)
+    return Predict(artifact, source(precision), device="cpu", batch_size=batch_size, output=wanted, threads=1)
+
+
+def source(precision: str) -> ModelSource:
+    return ModelSource(uri="unused", precision=precision)  # type: ignore[arg-type]
 
 
 def images(n: int, size: int = SIZE) -> np.ndarray:
@@ -233,7 +237,7 @@ def test_what_cannot_run_is_refused(precision: str, device: str, sentence: str) 
     if precision == "float32" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ModelError, match=sentence):
-        Predict(tiny(), precision=precision, device=device, batch_size=4, output=Output(uri="unused"))
+        Predict(tiny(), source(precision), device=device, batch_size=4, output=Output(uri="unused"))
 
 
 def test_pixels_of_another_size_are_a_bug() -> None:
@@ -245,7 +249,7 @@ def test_pixels_of_another_size_are_a_bug() -> None:
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
 def test_a_gpu_agrees_with_the_cpu(precision: str) -> None:
     given, output = table(images(33), failed=(4,)), Output(uri="unused", top_k=2)
-    gpu = Predict(tiny(), precision=precision, device="cuda", batch_size=8, output=output)(given)
+    gpu = Predict(tiny(), source(precision), device="cuda", batch_size=8, output=output)(given)
     expected = predict(tiny(), top_k=2)(given)
     assert gpu["status"] == expected["status"]
     np.testing.assert_allclose(

@@ -25,7 +25,7 @@ from pipeline.cluster import missing_from_cluster
 from pipeline.errors import Conflict, InputMissing, Interrupted, JobError, ModelError, UnitsLeft
 from pipeline.label import Driver
 from pipeline.report import Receipt
-from pipeline.rows import PREDICTION
+from pipeline.rows import PREDICTION, TIMINGS
 from pipeline.spec import Job
 from pipeline.start import load_model, open_log
 from pipeline.storage import open_store
@@ -257,14 +257,18 @@ def test_too_many_failures_are_committed_all_the_same(tmp_path, model, on_ray):
     assert Path(receipt.where, "runs/000001/manifest.json").exists()
 
 
-def test_a_poison_image_costs_one_row(tmp_path, model, on_ray, monkeypatch):
+@pytest.mark.parametrize("decoders", [1, 0], ids=["stages apart", "one stage"])
+def test_a_poison_image_costs_one_row(tmp_path, model, on_ray, monkeypatch, decoders):
     import poison
 
     monkeypatch.setattr(run, "_make_preprocess", poison.make_preprocess)
     write_tars(tmp_path / "in", shards=3, images=4)
     members = {f"p{number}.jpg": picture(number) for number in range(4)} | {"abort.jpg": b"abort\n"}
     (tmp_path / "in/poison.tar").write_bytes(tar_bytes(members))
-    receipt = label(job(tmp_path / "in", model, tmp_path / "out"))
+    resources = LIGHT | {"preprocess": {"actors": decoders}}
+    receipt = label(job(tmp_path / "in", model, tmp_path / "out", resources=resources))
+    assert set(receipt.seam_seconds) == set(TIMINGS)
+    assert min(receipt.seam_seconds.values()) > 0
     assert (receipt.exit_code, receipt.rows_in, receipt.ok) == (0, 17, 16)
     assert receipt.failures == {"DECODER_CRASH": 1}
     assert receipt.passes == 3, "two as they come, one in careful mode"

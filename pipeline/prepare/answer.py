@@ -70,7 +70,7 @@ class Witness:
         self._preprocess = Preprocess(artifact.preprocessing, max_pixels=Limits().max_pixels, threads=threads)
         self._predict = Predict(
             artifact,
-            precision=source.precision,
+            source,
             device=device,
             batch_size=batch_size,
             output=Output(uri=source.uri, top_k=TOP, probabilities=True),  # the URI is not used: nothing is written

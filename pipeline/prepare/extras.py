@@ -10,7 +10,6 @@ from pipeline.errors import UnfitError
 _EXTRAS = {
     "finetune": ("train", ("lightning",)),
     "distill": ("train", ("lightning",)),
-    "quantize": ("int8", ("onnx", "onnxruntime", "onnxscript")),
     "apply": ("kubernetes", ("kubernetes",)),
     "demo": ("demo", ("lightning", "sklearn")),
 }

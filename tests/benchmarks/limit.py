@@ -69,7 +69,7 @@ def quantized(model: str, images: list[bytes], out: Path) -> str:
     return str(out)
 
 
-def plain(tars: list[Path], model: str, precision: str, batch: int, lines: tuple[Any, Any]) -> None:
+def plain(tars: list[Path], source: dict[str, str], batch: int, lines: tuple[Any, Any]) -> None:
     """One process of the limit: (images, seconds) after everything is loaded and warm."""
     import pyarrow as pa
 
@@ -77,11 +77,12 @@ def plain(tars: list[Path], model: str, precision: str, batch: int, lines: tuple
     from pipeline.predict import Predict
     from pipeline.preprocess import Preprocess
     from pipeline.rows import IMAGE
-    from pipeline.spec import Output
+    from pipeline.spec import ModelSource, Output
 
-    artifact = load_artifact(model)
+    wanted = ModelSource.model_validate(source)
+    artifact = load_artifact(wanted.uri)
     preprocess = Preprocess(artifact.preprocessing, max_pixels=10**8)
-    predict = Predict(artifact, precision=precision, device="cpu", batch_size=batch, output=Output(uri="x"), threads=1)
+    predict = Predict(artifact, wanted, device="cpu", batch_size=batch, output=Output(uri="x"), threads=1)
     tables = []
     for tar in tars:
         images = [data for name, data in read_tar(tar) if name.endswith(".jpg")]
@@ -96,14 +97,14 @@ def plain(tars: list[Path], model: str, precision: str, batch: int, lines: tuple
     results.put((sum(table.num_rows for table in tables), time.perf_counter() - since))
 
 
-def limit(folder: Path, model: str, precision: str, batch: int) -> float:
-    """Images a second of one plain process per core, together."""
+def limit(folder: Path, source: dict[str, str], batch: int) -> float:
+    """Images a second of one plain process per core, together, with the model and engine of a job's `model`."""
     cores = len(os.sched_getaffinity(0))
     spawn = multiprocessing.get_context("spawn")
     gate, results = spawn.Barrier(cores), spawn.Queue()
     tars = sorted(folder.glob("*.tar"))
     os.environ["OMP_NUM_THREADS"] = "1"
-    common = (model, precision, batch, (gate, results))
+    common = (source, batch, (gate, results))
     workers = [spawn.Process(target=plain, args=(tars[at::cores], *common)) for at in range(cores)]
     for worker in workers:
         worker.start()
