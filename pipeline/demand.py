@@ -52,7 +52,7 @@ def check_cluster(resources: Resources, cluster: Cluster) -> None:
 
 def check_demand(resources: Resources, nodes: Sequence[Node], *, where: str) -> None:
     """Hold the demand against the nodes of a cluster, which `where` names ("8 workers"). Raises ValueError with the sentence."""
-    pools = resources.pools()
+    pools = [pool for pool in resources.pools() if pool.size]
     _check_sums(resources, nodes, where)
     for pool in pools:
         if not any(node.holds(pool) for node in nodes):

@@ -104,6 +104,11 @@ def test_an_engine_that_cannot_is_refused(source: str, more: bytes, words: str):
     assert words in refusal(more, SIX_LINES.replace(b"{uri: model/}", f"{{uri: model/, {source}}}".encode()))
 
 
+def test_a_pool_of_nobody_needs_no_room():
+    alone = b"resources: {preprocess: {actors: 0, cpus_per_actor: 64}}\ncluster: {workers: {cpus: 2}}"
+    assert parse_job(SIX_LINES + alone).resources.preprocess.actors == 0
+
+
 def test_a_password_is_refused_and_not_repeated():
     sentence = refusal(b"", SIX_LINES.replace(b"photos/", b"s3://me:hunter2@photos/"))
     assert "credentials" in sentence
