@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputMissing, ModelError
-from pipeline.huggingface import (
+from pipeline.model.huggingface import (
     MODELING,
     Architecture,
     modeling_code,
@@ -28,14 +28,14 @@ from pipeline.huggingface import (
     write_config,
     write_preprocessor,
 )
-from pipeline.preprocessing import Preprocessing
+from pipeline.model.preprocessing import Preprocessing
 from pipeline.spec import S3
 from pipeline.storage import Store, join, open_store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.resnet import ResNet
+    from pipeline.model.resnet import ResNet
 
 CONFIG, PREPROCESSOR, WEIGHTS, INT8 = "config.json", "preprocessor_config.json", "model.safetensors", "model.int8.onnx"
 #: What the digest covers, in the order of writing; the last two are optional.
@@ -109,7 +109,7 @@ def make_artifact(
     architecture, or the labels its classes."""
     from safetensors.torch import save
 
-    from pipeline.resnet import load_state
+    from pipeline.model.resnet import load_state
 
     model = load_state(architecture, state, "the weights")
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
@@ -155,7 +155,7 @@ def build(artifact: Artifact) -> ResNet:
     """The network with its weights, float32, in eval mode, without gradients. Raises ModelError when the weights do not fit."""
     from safetensors.torch import load
 
-    from pipeline.resnet import load_state
+    from pipeline.model.resnet import load_state
 
     return load_state(artifact.architecture, load(artifact.files[WEIGHTS]), WEIGHTS)
 

@@ -16,18 +16,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn  # noqa: E40
 
 import typer  # noqa: E402
 
-from pipeline import cli_cluster, cli_kube, cli_model, cli_nightly  # noqa: E402
-from pipeline.cli_model import AsJson, print_json  # noqa: E402
-from pipeline.cli_nightly import Date, JobPath  # noqa: E402
+from pipeline.commands import cluster as cli_cluster  # noqa: E402
+from pipeline.commands import kube as cli_kube  # noqa: E402
+from pipeline.commands import model as cli_model  # noqa: E402
+from pipeline.commands import nightly as cli_nightly  # noqa: E402
+from pipeline.commands.model import AsJson, print_json  # noqa: E402
+from pipeline.commands.nightly import Date, JobPath  # noqa: E402
 from pipeline.errors import EXIT_BUG, Interrupted, NightlabelError  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pipeline.job.recipe import EvaluateJob, QuantizeJob
+    from pipeline.job.training import DistillJob, FinetuneJob
     from pipeline.plan import Plan
     from pipeline.prepare.outcome import Outcome
-    from pipeline.recipe import EvaluateJob, QuantizeJob
-    from pipeline.training import DistillJob, FinetuneJob
 
     Preparation = FinetuneJob | DistillJob | QuantizeJob | EvaluateJob
 
@@ -68,7 +71,7 @@ def run(
     job: JobPath, *, date: Dates = None, if_running: IfRunning = None, as_json: AsJson = False, metrics: MetricsTo = None
 ) -> None:
     """Do what the job says: label, finetune, distill, quantize or evaluate; go on where an earlier run stopped."""
-    from pipeline.jobfile import asked_day, at_day, load_template
+    from pipeline.job.jobfile import asked_day, at_day, load_template
     from pipeline.prometheus import Metrics
     from pipeline.spec import Job
 
@@ -79,7 +82,7 @@ def run(
         command = shlex.join(["nightlabel", "run", str(job), *(["--date", day] if day else [])])
         with telling:
             _run_preparation(at_day(template, day, name=str(job)), as_json=as_json, command=command)
-    from pipeline.nightly import asked
+    from pipeline.nights.nightly import asked
 
     days = asked(template, date, name=str(job))
     nights = cli_nightly.label_nights(template, days, if_running=if_running, telling=telling, started=STARTED)
@@ -107,7 +110,7 @@ def _run_preparation(job: Preparation, *, as_json: bool, command: str) -> NoRetu
 @app.command()
 def plan(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     """Show what a run would do. Starts nothing and writes nothing."""
-    from pipeline.jobfile import load_label_job
+    from pipeline.job.jobfile import load_label_job
     from pipeline.start import load_model, plan_job
 
     loaded = load_label_job(job, date=date)
@@ -154,8 +157,8 @@ def _plan_lines(planned: Plan, facts: dict[str, Any]) -> Iterator[str]:
 @app.command()
 def validate(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     """Does the job's output hold together: every footer, every count, every manifest, no input labelled twice."""
-    from pipeline.generation import validate_all
-    from pipeline.jobfile import load_label_job
+    from pipeline.job.jobfile import load_label_job
+    from pipeline.nights.generation import validate_all
     from pipeline.start import load_model, open_log
     from pipeline.verify import open_runs
 
@@ -181,7 +184,7 @@ def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="The field reference, as in jobs/README.md.")] = False,
 ) -> None:
     """Print the JSON schema of a job file, for editors."""
-    from pipeline.reference import json_schema, reference
+    from pipeline.job.reference import json_schema, reference
 
     typer.echo(reference() if markdown else json_schema(), nl=False)
 

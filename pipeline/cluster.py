@@ -17,8 +17,8 @@ from ray.data import DataContext, ExecutionResources
 from ray.exceptions import AuthenticationError
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from pipeline.demand import Node, check_demand
 from pipeline.errors import JobError, NightlabelError, PermissionDenied, Temporary, UnfitError
+from pipeline.job.demand import Node, check_demand
 from pipeline.spec import Job
 
 KNOCK_S = 10.0  # for a head to answer

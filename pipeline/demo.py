@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 
 from pipeline.attempt import Observer
 from pipeline.errors import JobError
-from pipeline.jobfile import load_job, load_label_job
+from pipeline.job.jobfile import load_job, load_label_job
+from pipeline.job.training import FinetuneJob
 from pipeline.label import Driver
 from pipeline.prepare import finetune
 from pipeline.prepare.digits import pack_digits
 from pipeline.report import Receipt
-from pipeline.training import FinetuneJob
 
 WANTED = 0.95  # of the labels must be right, or the demo has failed
 

@@ -23,7 +23,7 @@ from pipeline.commit import Provenance, UnitBuffer
 from pipeline.committer import Committer
 from pipeline.environment import set_ray_environment
 from pipeline.errors import Stalled, Temporary, UnitsLeft
-from pipeline.jobfile import dump_job
+from pipeline.job.jobfile import dump_job
 from pipeline.log import Log
 from pipeline.plan import Plan
 from pipeline.report import Receipt

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import rows
-from pipeline.arithmetic import engine_for
 from pipeline.artifact import INT8, Artifact, build
+from pipeline.engines.scores import Engine, Scores, Wanted
 from pipeline.errors import ModelError
-from pipeline.scores import Engine, Scores, Wanted
+from pipeline.job.arithmetic import engine_for
 from pipeline.spec import ModelSource, Output
 
 _TAKEN = frozenset({*rows.IMAGE.names, *rows.PREDICTION.names, "pixels"})
@@ -103,18 +103,18 @@ def _engine(
     precision = source.precision
     name = engine_for(source.engine, precision, gpu=device != "cpu")
     if name != "torch":
-        from pipeline.onnx_engine import OnnxEngine
+        from pipeline.engines.onnx_engine import OnnxEngine
 
         graph = _graph(artifact, precision, device)
         if name == "openvino":
-            from pipeline.openvino_engine import OpenVinoEngine
+            from pipeline.engines.openvino_engine import OpenVinoEngine
 
             return OpenVinoEngine(graph, wanted=wanted, precision=precision, batch_size=batch_size, threads=threads)
         return OnnxEngine(graph, wanted=wanted, batch_size=batch_size, threads=threads, where=INT8)
     import torch
 
-    from pipeline.engine import TorchEngine
-    from pipeline.resnet import fold
+    from pipeline.engines.torch_engine import TorchEngine
+    from pipeline.model.resnet import fold
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -127,11 +127,11 @@ def _graph(artifact: Artifact, precision: str, device: str) -> bytes:
     if device != "cpu":
         raise ModelError(f"model: precision is {precision} on {device}", need="the CPU", do="Take torch, and float16, on a GPU")
     if precision == "int8":
-        from pipeline.onnx_engine import check_int8
+        from pipeline.engines.onnx_engine import check_int8
 
         check_int8(artifact, "model")
         return artifact.files[INT8]
-    from pipeline.graph import to_onnx
+    from pipeline.engines.onnx_graph import to_onnx
 
     return to_onnx(artifact)
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from pipeline.careful import CarefulDecoder, CarefulLimits
 from pipeline.decode import BadImage
-from pipeline.preprocessing import Preprocessing
+from pipeline.model.preprocessing import Preprocessing
 from pipeline.rows import Failure, pixels_array
 
 Prepared = tuple[np.ndarray, int, int]

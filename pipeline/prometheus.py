@@ -24,9 +24,9 @@ from pipeline.errors import EXIT_BUG, JobError, NightlabelError
 from pipeline.spec import Job
 
 if TYPE_CHECKING:
-    from pipeline.recipe import EvaluateJob, QuantizeJob
+    from pipeline.job.recipe import EvaluateJob, QuantizeJob
+    from pipeline.job.training import DistillJob, FinetuneJob
     from pipeline.report import Receipt
-    from pipeline.training import DistillJob, FinetuneJob
 
     Preparation = FinetuneJob | DistillJob | QuantizeJob | EvaluateJob
 

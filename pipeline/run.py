@@ -23,7 +23,7 @@ from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from pipeline.artifact import Artifact
 from pipeline.cluster import connect
 from pipeline.errors import ModelError, NightlabelError, Stalled, Temporary
-from pipeline.preprocessing import Preprocessing
+from pipeline.model.preprocessing import Preprocessing
 from pipeline.rows import TIMINGS
 from pipeline.spec import S3, Input, Job
 from pipeline.storage import Store, open_store

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import JobError
-from pipeline.jobfile import asked_days, at_day, dump_job
+from pipeline.job.jobfile import asked_days, at_day, dump_job
 from pipeline.spec import Job, absolute
 
 MAX_BYTES = 100 * 2**20  # what Ray's dashboard accepts as the body of a request

@@ -11,14 +11,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.arithmetic import EngineName, Precision, check_device, check_engine
-from pipeline.demand import check_cluster
-from pipeline.fields import Digest, Endpoint, Name, Uri, Webhook, Word
+from pipeline.job.arithmetic import EngineName, Precision, check_device, check_engine
+from pipeline.job.demand import check_cluster
+from pipeline.job.fields import Digest, Endpoint, Name, Uri, Webhook, Word
+from pipeline.job.quantity import Bytes, Count, Fraction, Model, Pixels, Seconds, between, in_bytes, in_pixels, in_seconds
+from pipeline.job.resources import Cluster, Resources
+from pipeline.job.schedule import Schedule
 from pipeline.names import glob_matcher, glob_prefix
-from pipeline.quantity import Bytes, Count, Fraction, Model, Pixels, Seconds, between, in_bytes, in_pixels, in_seconds
-from pipeline.resources import Cluster, Resources
 from pipeline.rows import RESERVED
-from pipeline.schedule import Schedule
 
 
 class S3(Model):

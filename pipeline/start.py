@@ -12,13 +12,13 @@ from functools import partial
 from pipeline.artifact import Artifact, load_artifact
 from pipeline.commit import Provenance, retire_unit
 from pipeline.cut import count_suffixes, cut, kept_fields, list_inputs
+from pipeline.engines.onnx_engine import check_int8
 from pipeline.errors import InputMissing, ModelError, StoreError
-from pipeline.jobfile import dump_job
+from pipeline.job.jobfile import dump_job
+from pipeline.job.recipe import Start
 from pipeline.log import Log
-from pipeline.onnx_engine import check_int8
+from pipeline.model.preprocessing import PREPROCESSING_VERSION
 from pipeline.plan import Plan, make_plan
-from pipeline.preprocessing import PREPROCESSING_VERSION
-from pipeline.recipe import Start
 from pipeline.rows import OUTPUT_SCHEMA_VERSION, output_schema
 from pipeline.spec import Job, ModelSource
 from pipeline.storage import Object, Store, join, open_store

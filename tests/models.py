@@ -8,9 +8,9 @@ import torch
 from shards import picture
 
 from pipeline.decode import decode
+from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.importer import import_model
 from pipeline.preprocess import resize_and_crop
-from pipeline.preprocessing import Preprocessing
 
 
 def make_artifact(folder: Path, images: list[bytes], *, preprocessing: Preprocessing, seed: int = 0) -> str:

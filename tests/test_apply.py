@@ -15,11 +15,11 @@ import pytest
 from kube_server import ApiServer
 from test_render import DIGEST, GOLDEN, HEAD_ONLY, job_of
 
-from pipeline.apiserver import Api
-from pipeline.apply import apply
 from pipeline.errors import Conflict, JobError, PermissionDenied, Temporary, UnfitError, UnitsLeft
-from pipeline.follow import Progress
-from pipeline.render import Thing, Wish, render
+from pipeline.kube.apiserver import Api
+from pipeline.kube.apply import apply
+from pipeline.kube.follow import Progress
+from pipeline.kube.render import Thing, Wish, render
 
 NAME = "nightly-products"
 RAYJOBS = "/apis/ray.io/v1/namespaces/labelling/rayjobs"

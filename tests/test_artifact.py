@@ -29,11 +29,11 @@ from pipeline.artifact import (
     with_files,
 )
 from pipeline.errors import ModelError
-from pipeline.huggingface import Architecture
+from pipeline.model.huggingface import Architecture
+from pipeline.model.preprocessing import PRESETS, Preprocessing
+from pipeline.model.resnet import ResNet, fold
 from pipeline.prepare.importer import crop_share, import_model
 from pipeline.preprocess import resize_and_crop
-from pipeline.preprocessing import PRESETS, Preprocessing
-from pipeline.resnet import ResNet, fold
 
 TINY = Architecture("basic", (1, 1), (8, 16), classes=3, embedding_size=8)
 RESNET18 = Architecture("basic", (2, 2, 2, 2), (64, 128, 256, 512), classes=10)

@@ -15,9 +15,9 @@ from trainings import SIDES, SMALL, picture, tiny_artifact, tiny_network, write_
 
 from pipeline.artifact import build, load_artifact, save_artifact
 from pipeline.errors import JobError
+from pipeline.job.training import DistillJob
+from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.distill import Distil, run_job
-from pipeline.preprocessing import Preprocessing
-from pipeline.training import DistillJob
 
 
 @pytest.fixture(scope="module")

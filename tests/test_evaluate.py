@@ -23,13 +23,13 @@ from shards import picture, tar_bytes, write_parquet
 
 from pipeline.artifact import build, load_artifact, make_artifact, save_artifact
 from pipeline.errors import JobError, ModelError, NightlabelError, StoreError, UnfitError
-from pipeline.jobfile import parse_job
+from pipeline.job.jobfile import parse_job
+from pipeline.job.recipe import EvaluateJob
 from pipeline.prepare.evaluate import run_job
 from pipeline.prepare.evaluation_page import MATRIX, SHOWN, TABLE, THUMBNAIL, render, thumbnail
 from pipeline.prepare.metrics import Answers, measure
 from pipeline.prepare.outcome import Outcome
 from pipeline.preprocess import resize_and_crop
-from pipeline.recipe import EvaluateJob
 from pipeline.spec import ModelSource
 from pipeline.storage import open_store
 

@@ -18,15 +18,15 @@ from trainings import SIDES, SMALL, accuracy, picture, tiny_artifact, write_shar
 
 from pipeline.artifact import Artifact, build, load_artifact, save_artifact
 from pipeline.errors import InputMissing, JobError, ModelError, StoreError
-from pipeline.huggingface import Architecture
+from pipeline.job.training import FinetuneJob, Random
+from pipeline.model.huggingface import Architecture
+from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.finetune import architecture_of, classifier_line, run_job, starting_network
 from pipeline.prepare.images import labelled, read_images
 from pipeline.prepare.resume import finished
 from pipeline.prepare.train import Place
-from pipeline.preprocessing import Preprocessing
 from pipeline.spec import Input
 from pipeline.storage import open_store
-from pipeline.training import FinetuneJob, Random
 
 if TYPE_CHECKING:
     from seaweed import Seaweed

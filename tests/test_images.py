@@ -13,12 +13,12 @@ from shards import tar_bytes
 from trainings import SMALL, picture, write_shards
 
 from pipeline.errors import InputError, JobError
+from pipeline.job.training import Augment
+from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Change
 from pipeline.prepare.data import NO_LABEL, LeftOut, class_index
 from pipeline.prepare.images import Images, Order, Visits, find_classes, fitting, labelled, read_images, seeded, split
-from pipeline.preprocessing import Preprocessing
 from pipeline.spec import Input
-from pipeline.training import Augment
 
 STILL = Augment(crop=(1, 1), flip=False)
 

@@ -162,7 +162,7 @@ def test_the_readmes_commands_are_commands(line):
 
 
 def test_the_readmes_first_job_fits_the_laptops_cluster(tmp_path):
-    from pipeline.jobfile import load_label_job
+    from pipeline.job.jobfile import load_label_job
 
     path = tmp_path / "job.yaml"
     path.write_text(blocks("yaml")[0])
@@ -171,8 +171,8 @@ def test_the_readmes_first_job_fits_the_laptops_cluster(tmp_path):
 
 
 def test_two_nights_of_the_readmes_job_fit_the_namespace(tmp_path):
-    from pipeline.jobfile import load_label_job
-    from pipeline.render import Wish, render
+    from pipeline.job.jobfile import load_label_job
+    from pipeline.kube.render import Wish, render
 
     nightly = yaml.safe_load((ROOT / "jobs/nightly-products.yaml").read_text())
     for section, fields in yaml.safe_load(blocks("yaml")[1]).items():
@@ -254,7 +254,7 @@ def test_ray_takes_the_cluster_file_and_ec2_its_nodes():
 
 
 def test_the_cluster_file_brings_what_the_nightly_job_asks_for():
-    from pipeline.jobfile import load_label_job
+    from pipeline.job.jobfile import load_label_job
 
     workers = load_label_job(ROOT / "jobs/nightly-products.yaml", date="2026-11-01").cluster.workers
     worker = yaml.safe_load(filled("ray-cluster.yaml"))["available_node_types"]["worker"]

@@ -10,13 +10,13 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.demand import Node, check_demand
 from pipeline.errors import JobError
-from pipeline.jobfile import dump_job, load_job, parse_job
-from pipeline.quantity import _BYTES, quantity, text
-from pipeline.reference import _FILES, json_schema, reference
-from pipeline.resources import Resources
-from pipeline.training import FinetuneJob
+from pipeline.job.demand import Node, check_demand
+from pipeline.job.jobfile import dump_job, load_job, parse_job
+from pipeline.job.quantity import _BYTES, quantity, text
+from pipeline.job.reference import _FILES, json_schema, reference
+from pipeline.job.resources import Resources
+from pipeline.job.training import FinetuneJob
 
 SIX_LINES = b"""
 kind: label

@@ -13,21 +13,23 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 
 #: Top to bottom. A name stands for pipeline/<name>.py or, with a dot, for a module of a sub-package.
 ROWS = """
-errors environment names arithmetic quantity fields placement resources demand rows preprocessing schedule spec
-recipe training complaints jobfile reference storage s3
-modeling_small_stem huggingface resnet artifact describe
+errors environment names job.arithmetic job.quantity job.fields job.placement job.resources job.demand rows
+model.preprocessing job.schedule spec
+job.recipe job.training job.complaints job.jobfile job.reference storage s3
+model.modeling_small_stem model.huggingface model.resnet artifact model.describe
 unit footer log plan cut tar read decode careful preprocess
-scores engine onnx_engine openvino_engine graph predict commit verify report
+engines.scores engines.torch_engine engines.onnx_engine engines.openvino_engine engines.onnx_graph predict commit verify report
 attempt committer start watch cluster run keep label
-generation published delta iceberg publish lease notify nightly retry
+nights.generation tables.published tables.delta tables.iceberg tables.publish nights.lease nights.notify nights.nightly
+nights.retry
 ship submit
 prepare.extras prepare.outcome prepare.data prepare.metrics prepare.card
 prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate
 prepare.importer prepare.augment prepare.images prepare.learner prepare.checkpoint prepare.train
 prepare.workers prepare.dataset prepare.resume prepare.finetune prepare.distill prepare.digits
 prepare.onnx_export prepare.calibrate prepare.gate prepare.quantize
-kubetypes pods kuberay cronjob render follow apiserver apply
-demo screen prometheus cli_model cli_nightly cli_cluster cli_kube cli __main__
+kube.types kube.pods kube.kuberay kube.cronjob kube.render kube.follow kube.apiserver kube.apply
+demo screen prometheus commands.model commands.nightly commands.cluster commands.kube cli __main__
 """
 LADDER = ROWS.split()
 
@@ -35,19 +37,19 @@ LADDER = ROWS.split()
 KEEPERS = {
     "ray": {"cluster", "keep", "run", "submit", "prepare.workers"},
     "requests": {"submit"},
-    "kubernetes": {"apiserver"},
+    "kubernetes": {"kube.apiserver"},
     "lightning": {"prepare.checkpoint", "prepare.learner", "prepare.train"},
     "fsspec": {"storage", "s3"},
     "s3fs": {"storage", "s3"},
-    "typer": {"cli", "cli_cluster", "cli_kube", "cli_model", "cli_nightly"},
-    "deltalake": {"delta"},
-    "pyiceberg": {"iceberg"},
+    "typer": {"cli", "commands.cluster", "commands.kube", "commands.model", "commands.nightly"},
+    "deltalake": {"tables.delta"},
+    "pyiceberg": {"tables.iceberg"},
     "rich": {"screen", "cli"},
     "simplejpeg": {"decode"},
-    "onnxruntime": {"onnx_engine", "prepare.calibrate"},
-    "onnx": {"graph", "prepare.calibrate"},
-    "openvino": {"openvino_engine"},
-    "transformers": {"modeling_small_stem"},
+    "onnxruntime": {"engines.onnx_engine", "prepare.calibrate"},
+    "onnx": {"engines.onnx_graph", "prepare.calibrate"},
+    "openvino": {"engines.openvino_engine"},
+    "transformers": {"model.modeling_small_stem"},
 }
 
 

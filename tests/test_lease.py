@@ -16,7 +16,7 @@ import pytest
 from seaweed import Seaweed
 
 from pipeline.errors import StoreError, Temporary, UnitsLeft
-from pipeline.lease import Beat, Lease, Office, Pace
+from pipeline.nights.lease import Beat, Lease, Office, Pace
 from pipeline.storage import Store, open_store
 
 FAST = Pace(beat=0.1, dead=1.5, stale=600.0, grace=5.0, look=0.02)
@@ -125,7 +125,7 @@ def test_a_strangers_object_is_a_sentence(place):
 
 HOLD = """
 import sys, time
-from pipeline.lease import Office
+from pipeline.nights.lease import Office
 from pipeline.storage import open_store
 with Office(open_store(sys.argv[1]), sys.argv[1]).acquire("skip", wait=0.0, say=print):
     print("held", flush=True)

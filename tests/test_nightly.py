@@ -20,15 +20,15 @@ from test_lease import FAST, until
 from test_run import LIGHT, cli, files, job, problems, table
 from typer.testing import CliRunner
 
-from pipeline import nightly, notify
 from pipeline.cli import app
 from pipeline.errors import InputMissing, Interrupted, JobError, Temporary, UnfitError, UnitsLeft
-from pipeline.jobfile import at_day, parse_job
+from pipeline.job.jobfile import at_day, parse_job
+from pipeline.job.schedule import Schedule, days_of
 from pipeline.label import Driver
-from pipeline.lease import Office
-from pipeline.nightly import Day, Night, asked, gravest, lease_folder, run_nights
+from pipeline.nights import nightly, notify
+from pipeline.nights.lease import Office
+from pipeline.nights.nightly import Day, Night, asked, gravest, lease_folder, run_nights
 from pipeline.report import Receipt
-from pipeline.schedule import Schedule, days_of
 from pipeline.spec import Job, Notify
 from pipeline.storage import open_store
 
@@ -65,7 +65,7 @@ def test_days(text, zone, days):
 
 
 def test_today_is_today_where_the_schedule_is(monkeypatch):
-    from pipeline import schedule
+    from pipeline.job import schedule
 
     class Clock(datetime):
         @classmethod

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from pipeline.careful import CarefulLimits
-from pipeline.complaints import nested_model
 from pipeline.cut import list_inputs
 from pipeline.errors import JobError, NightlabelError
-from pipeline.jobfile import KINDS, dump_job, parse_job
+from pipeline.job.complaints import nested_model
+from pipeline.job.jobfile import KINDS, dump_job, parse_job
 from pipeline.spec import Job
 from pipeline.storage import Disk, open_store
 

@@ -15,16 +15,16 @@ from test_artifact import RESNET18, TINY, V1, made
 from test_predict import images, table, tiny
 
 from pipeline.artifact import INT8, Artifact, Origin, build, save_artifact, with_files
-from pipeline.engine import TorchEngine
+from pipeline.engines.onnx_engine import OnnxEngine
+from pipeline.engines.openvino_engine import OpenVinoEngine
+from pipeline.engines.scores import Scores, Wanted
+from pipeline.engines.torch_engine import TorchEngine
 from pipeline.errors import ModelError, UnfitError
-from pipeline.huggingface import Architecture
-from pipeline.onnx_engine import OnnxEngine
-from pipeline.openvino_engine import OpenVinoEngine
+from pipeline.model.huggingface import Architecture
+from pipeline.model.preprocessing import Preprocessing
+from pipeline.model.resnet import fold
 from pipeline.predict import Predict
 from pipeline.prepare.onnx_export import to_onnx
-from pipeline.preprocessing import Preprocessing
-from pipeline.resnet import fold
-from pipeline.scores import Scores, Wanted
 from pipeline.spec import ModelSource, Output
 
 SMALL_STEM = Architecture("basic", (1, 1), (8, 16), classes=3, embedding_size=8, stem="small")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from test_run import cli, table
 
-from pipeline.preprocessing import Preprocessing
+from pipeline.model.preprocessing import Preprocessing
 from pipeline.storage import Disk, open_store
 from pipeline.tar import Stream, members
 

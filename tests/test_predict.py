@@ -10,14 +10,14 @@ from torch import nn
 
 from pipeline import rows
 from pipeline.artifact import Artifact, make_artifact
-from pipeline.engine import TorchEngine
+from pipeline.engines.scores import Wanted
+from pipeline.engines.torch_engine import TorchEngine
 from pipeline.errors import ModelError
-from pipeline.huggingface import Architecture
+from pipeline.model.huggingface import Architecture
+from pipeline.model.preprocessing import Preprocessing
+from pipeline.model.resnet import ResNet
 from pipeline.predict import Predict
 from pipeline.prepare.importer import to_huggingface
-from pipeline.preprocessing import Preprocessing
-from pipeline.resnet import ResNet
-from pipeline.scores import Wanted
 from pipeline.spec import ModelSource, Output
 
 SIZE = 32

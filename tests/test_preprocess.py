@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 
 from pipeline import rows
 from pipeline.careful import CarefulLimits
+from pipeline.model.preprocessing import Preprocessing
 from pipeline.preprocess import Preprocess, resize_and_crop
-from pipeline.preprocessing import Preprocessing
 
 MAX_PIXELS = 10**7
 PREPROCESSINGS = {

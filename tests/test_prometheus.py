@@ -113,7 +113,7 @@ def test_a_run_tells_a_pushgateway_from_start_to_end(gateway, monkeypatch):
 
 
 def test_a_job_that_is_not_heard_of_before_its_end_never_looks_stuck(tmp_path):
-    from pipeline.recipe import EvaluateJob
+    from pipeline.job.recipe import EvaluateJob
 
     content = {"kind": "evaluate", "name": "nightly", "model": {"uri": "m"}, "output": {"uri": "o"}}
     job = EvaluateJob.model_validate(content | {"data": {"input": {"uri": "in"}, "label": "cls"}})

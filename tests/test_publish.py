@@ -22,15 +22,15 @@ from inprocess import without_ray
 from shards import write_tars
 from test_run import job, label, problems
 
-from pipeline import generation
 from pipeline.errors import JobError, StoreError
-from pipeline.jobfile import parse_job
+from pipeline.job.jobfile import parse_job
 from pipeline.log import Log
-from pipeline.publish import Published, publish
+from pipeline.nights import generation
 from pipeline.rows import PREDICTION
 from pipeline.spec import Job
 from pipeline.start import fingerprint, load_model
 from pipeline.storage import join, open_store
+from pipeline.tables.publish import Published, publish
 
 FINGERPRINT = "0123456789ab"
 
@@ -108,13 +108,13 @@ def read(labels: Labels) -> pa.Table:
     if labels.job.publish.format == "delta":
         from deltalake import DeltaTable
 
-        from pipeline.delta import _options
+        from pipeline.tables.delta import _options
 
         options = _options(labels.job.output.s3) if labels.log.root.startswith("s3://") else None
         return DeltaTable(labels.log.root, storage_options=options).to_pyarrow_table()
     from pyiceberg.catalog import load_catalog
 
-    from pipeline.iceberg import _options as options_of
+    from pipeline.tables.iceberg import _options as options_of
 
     return load_catalog("night", **options_of(labels.job.output.s3)).load_table(labels.job.publish.table).scan().to_arrow()
 
@@ -164,7 +164,7 @@ def test_a_transaction_says_of_which_run_it_is(make, kind):
     if kind == "delta":
         from deltalake import DeltaTable
 
-        from pipeline.delta import _options
+        from pipeline.tables.delta import _options
 
         options = _options(labels.job.output.s3) if labels.log.root.startswith("s3://") else None
         table = DeltaTable(labels.log.root, storage_options=options)
@@ -173,7 +173,7 @@ def test_a_transaction_says_of_which_run_it_is(make, kind):
     else:
         from pyiceberg.catalog import load_catalog
 
-        from pipeline.iceberg import _options as options_of
+        from pipeline.tables.iceberg import _options as options_of
 
         table = load_catalog("night", **options_of(labels.job.output.s3)).load_table(labels.job.publish.table)
         assert table.current_snapshot().summary["nightlabel.run"] == "000007"

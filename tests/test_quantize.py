@@ -25,16 +25,16 @@ from test_run import label, table
 
 from pipeline.artifact import INT8, Artifact, load_artifact, save_artifact
 from pipeline.decode import decode
+from pipeline.engines.onnx_engine import OnnxEngine
+from pipeline.engines.scores import Wanted
 from pipeline.errors import InputMissing, JobError, ModelError
-from pipeline.onnx_engine import OnnxEngine
+from pipeline.job.recipe import Gate, QuantizeJob
 from pipeline.prepare import calibrate, gate
 from pipeline.prepare.gate import FLOAT32, Measurement, best_of, passes
 from pipeline.prepare.onnx_export import to_onnx
 from pipeline.prepare.outcome import Outcome
 from pipeline.prepare.quantize import run_job
 from pipeline.preprocess import resize_and_crop
-from pipeline.recipe import Gate, QuantizeJob
-from pipeline.scores import Wanted
 from pipeline.spec import Job
 from pipeline.start import load_model
 

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from kubeschema import check, check_kuberay, templates, unrestricted
 
 from pipeline.errors import JobError
-from pipeline.jobfile import parse_job
-from pipeline.pods import object_name
-from pipeline.render import Wish, render, to_yaml
+from pipeline.job.jobfile import parse_job
+from pipeline.kube.pods import object_name
+from pipeline.kube.render import Wish, render, to_yaml
 from pipeline.spec import Job
 
 NIGHTLY = (ROOT / "jobs/nightly-products.yaml").read_text()

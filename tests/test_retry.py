@@ -20,9 +20,9 @@ from test_run import LIGHT, files, job, label
 from pipeline import label as driver
 from pipeline import read, run
 from pipeline.errors import JobError
-from pipeline.generation import __doc__ as sql_doc
-from pipeline.generation import generations, validate_all
-from pipeline.retry import Retried, Retry, parse_classes
+from pipeline.nights.generation import __doc__ as sql_doc
+from pipeline.nights.generation import generations, validate_all
+from pipeline.nights.retry import Retried, Retry, parse_classes
 from pipeline.spec import Job
 from pipeline.start import load_model, open_log
 from pipeline.storage import open_store

@@ -14,9 +14,9 @@ from test_artifact import RESNET18, RESNET50, TINY, V1, made
 from torch import nn
 
 from pipeline.artifact import Origin, save_artifact
-from pipeline.describe import architecture_name, layers
-from pipeline.huggingface import Architecture
-from pipeline.resnet import ResNet
+from pipeline.model.describe import architecture_name, layers
+from pipeline.model.huggingface import Architecture
+from pipeline.model.resnet import ResNet
 
 IMAGENET18 = replace(RESNET18, classes=1000)
 RESNET34 = Architecture("basic", (3, 4, 6, 3), (64, 128, 256, 512), classes=5)

@@ -24,7 +24,7 @@ from shards import picture, tar_bytes
 
 from pipeline.environment import Address, cluster_address
 from pipeline.errors import JobError, PermissionDenied, Temporary, UnfitError
-from pipeline.jobfile import load_template
+from pipeline.job.jobfile import load_template
 from pipeline.ship import Parcel, number, pack
 from pipeline.spec import Job
 

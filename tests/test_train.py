@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from trainings import SMALL, accuracy, picture, tiny_network
 
 from pipeline.errors import JobError, ModelError, StoreError, Temporary, UnfitError
+from pipeline.job.training import Augment, Training, Workers
+from pipeline.model.resnet import ResNet
 from pipeline.prepare.checkpoint import replace
 from pipeline.prepare.images import Images
 from pipeline.prepare.learner import CrossEntropy, Learner, balanced_weights, decay_groups, warmup_cosine
 from pipeline.prepare.train import Place, Result, fit
-from pipeline.resnet import ResNet
-from pipeline.training import Augment, Training, Workers
 
 QUICK = Training(epochs=3, batch_size=8, learning_rate=3e-3, augment=Augment(crop=(1, 1), flip=False))
 

@@ -12,11 +12,11 @@ from shards import tar_bytes
 
 from pipeline.artifact import Artifact, make_artifact
 from pipeline.decode import decode
-from pipeline.huggingface import Architecture
+from pipeline.model.huggingface import Architecture
+from pipeline.model.preprocessing import Preprocessing
+from pipeline.model.resnet import ResNet
 from pipeline.prepare.images import Images
 from pipeline.preprocess import resize_and_crop
-from pipeline.preprocessing import Preprocessing
-from pipeline.resnet import ResNet
 
 SIDES = ("left", "right", "top")
 SMALL = Preprocessing(size=16, crop_pct=1.0)

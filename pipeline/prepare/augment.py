@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from pipeline.job.training import Augment
+from pipeline.model.preprocessing import Preprocessing
 from pipeline.preprocess import resize_and_crop
-from pipeline.preprocessing import Preprocessing
-from pipeline.training import Augment
 
 
 class Change:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.onnx_engine import INPUT
+from pipeline.engines.onnx_engine import INPUT
 
 OPERATORS = ("Conv", "Relu", "Add", "MaxPool", "Gemm")
 

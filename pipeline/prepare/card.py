@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from pipeline.artifact import INT8, Artifact
-from pipeline.describe import giga, millions, numbers, plain, preprocessing_text
+from pipeline.model.describe import giga, millions, numbers, plain, preprocessing_text
 
 #: A model's name on a hub (`microsoft/resnet-18`) or in a library; digests and paths are not.
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

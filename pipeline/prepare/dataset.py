@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import JobError
+from pipeline.job.training import Data
 from pipeline.prepare.data import NO_LABEL, LeftOut
 from pipeline.prepare.images import Found, Images, find_classes, fitting, labelled, read_images, split
-from pipeline.training import Data
 
 
 @dataclass(frozen=True)

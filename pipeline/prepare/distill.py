@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from pipeline.artifact import Artifact, Origin, build, make_artifact
 from pipeline.errors import JobError
+from pipeline.job.training import Distillation, DistillJob
+from pipeline.model.preprocessing import Preprocessing
+from pipeline.model.resnet import ResNet
 from pipeline.prepare.data import NO_LABEL
 from pipeline.prepare.dataset import TrainingData, read_taught
 from pipeline.prepare.finetune import (
@@ -35,10 +38,7 @@ from pipeline.prepare.outcome import Outcome, Say
 from pipeline.prepare.resume import checkpoint_line, checkpoints, close, finished, job_key
 from pipeline.prepare.train import Place, Result, fit
 from pipeline.preprocess import Prepare
-from pipeline.preprocessing import Preprocessing
-from pipeline.resnet import ResNet
 from pipeline.start import load_source
-from pipeline.training import Distillation, DistillJob
 
 Fit = Callable[[str, Objective, TrainingData], Result]
 

@@ -21,6 +21,7 @@ import torch
 from pipeline.artifact import Artifact
 from pipeline.cut import list_inputs
 from pipeline.errors import JobError, ModelError, UnfitError
+from pipeline.job.recipe import EvaluateJob, Measured
 from pipeline.prepare.answer import TRUTH, Mistake, Witness, mistakes
 from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, image_rows, label_texts
 from pipeline.prepare.evaluation import (
@@ -39,7 +40,6 @@ from pipeline.prepare.evaluation import (
 from pipeline.prepare.evaluation_page import SHOWN, render, thumbnail
 from pipeline.prepare.metrics import agreement, measure
 from pipeline.prepare.outcome import Outcome, Say
-from pipeline.recipe import EvaluateJob, Measured
 from pipeline.start import load_source
 from pipeline.storage import open_store
 

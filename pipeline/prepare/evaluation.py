@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import InputMissing, StoreError
+from pipeline.job.recipe import Folder
 from pipeline.prepare.data import LeftOut
 from pipeline.prepare.metrics import Metrics
-from pipeline.recipe import Folder
 from pipeline.storage import Store, join, open_store
 
 VERSION = 1

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from pipeline.artifact import Artifact, Origin, build, make_artifact
 from pipeline.errors import JobError
-from pipeline.huggingface import Architecture, write_preprocessor
+from pipeline.job.training import DistillJob, FinetuneJob, Random
+from pipeline.model.huggingface import Architecture, write_preprocessor
+from pipeline.model.preprocessing import Preprocessing
+from pipeline.model.resnet import ResNet
 from pipeline.prepare.data import NO_LABEL
 from pipeline.prepare.dataset import TrainingData, read_data
 from pipeline.prepare.images import seeded
@@ -17,10 +20,7 @@ from pipeline.prepare.learner import CrossEntropy, Learner, balanced_weights
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.prepare.resume import checkpoint_line, checkpoints, close, finished, job_key
 from pipeline.prepare.train import Place, Result, fit
-from pipeline.preprocessing import Preprocessing
-from pipeline.resnet import ResNet
 from pipeline.start import load_source
-from pipeline.training import DistillJob, FinetuneJob, Random
 
 _BASIC, _BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
 _DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # arXiv 1512.03385

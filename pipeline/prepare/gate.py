@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pipeline.engines.onnx_engine import OnnxEngine
+from pipeline.engines.scores import Scores, Wanted
 from pipeline.errors import ModelError
-from pipeline.onnx_engine import OnnxEngine
-from pipeline.recipe import Gate
-from pipeline.scores import Scores, Wanted
+from pipeline.job.recipe import Gate
 
 BATCH = 16  # images; from 8 to 32 no model changes by more than 5 %
 ROUNDS = 7  # at least, by repeating the first batch when there are fewer

@@ -20,10 +20,10 @@ from torch.utils.data import Dataset, Sampler
 
 from pipeline.decode import decode
 from pipeline.errors import JobError
+from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Change
 from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, has_labels, image_rows, label_texts
 from pipeline.preprocess import Preprocess
-from pipeline.preprocessing import Preprocessing
 from pipeline.spec import Input
 
 MAX_PIXELS = 100 * 10**6

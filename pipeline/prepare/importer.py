@@ -23,9 +23,9 @@ from torch import Tensor
 
 from pipeline.artifact import CONFIG, PREPROCESSOR, WEIGHTS, Artifact, Origin, make_artifact, save_artifact
 from pipeline.errors import InputMissing, ModelError, Temporary
-from pipeline.huggingface import Architecture, read_config, read_preprocessor
+from pipeline.model.huggingface import Architecture, read_config, read_preprocessor
+from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.card import folder_name, model_card
-from pipeline.preprocessing import Preprocessing
 from pipeline.spec import S3
 from pipeline.storage import join, open_store
 

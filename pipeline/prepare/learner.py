@@ -18,10 +18,10 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
+from pipeline.job.training import Training
+from pipeline.model.preprocessing import Preprocessing
+from pipeline.model.resnet import ResNet
 from pipeline.prepare.images import seeded
-from pipeline.preprocessing import Preprocessing
-from pipeline.resnet import ResNet
-from pipeline.training import Training
 
 _LAST_RATE = 0.01  # of the learning rate, at the end of the cosine
 

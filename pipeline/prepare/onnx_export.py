@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline import graph
 from pipeline.artifact import Artifact
+from pipeline.engines import onnx_graph as graph
+from pipeline.engines.onnx_engine import OnnxEngine
+from pipeline.engines.scores import Wanted
 from pipeline.errors import ModelError
-from pipeline.onnx_engine import OnnxEngine
-from pipeline.scores import Wanted
 
 
 def to_onnx(artifact: Artifact) -> bytes:

@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.artifact import INT8, RECORD, Artifact, Origin, load_artifact, save_artifact, with_files
-from pipeline.describe import file_sizes
 from pipeline.errors import InputMissing, JobError, ModelError
+from pipeline.job.recipe import QuantizeJob
+from pipeline.model.describe import file_sizes
 from pipeline.prepare.calibrate import calibrate, cpu_saturates, quantize, schemes
 from pipeline.prepare.card import folder_name, model_card
 from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, image_rows, label_texts
@@ -27,7 +28,6 @@ from pipeline.prepare.gate import BATCH, FLOAT32, Batch, Measurement, best_of, m
 from pipeline.prepare.onnx_export import to_onnx
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.preprocess import Preprocess
-from pipeline.recipe import QuantizeJob
 from pipeline.rows import pixels_view
 from pipeline.spec import Input, Limits
 from pipeline.start import load_source

@@ -17,16 +17,16 @@ from typing import Any
 
 from pipeline.artifact import RECORD, Artifact, load_artifact, save_artifact
 from pipeline.cut import list_inputs
-from pipeline.describe import file_sizes
 from pipeline.errors import InputMissing, JobError
+from pipeline.job.training import DistillJob, FinetuneJob
+from pipeline.model.describe import file_sizes
+from pipeline.model.preprocessing import PREPROCESSING_VERSION
 from pipeline.prepare.card import folder_name, model_card
 from pipeline.prepare.checkpoint import LAST
 from pipeline.prepare.outcome import Outcome
 from pipeline.prepare.train import Place
-from pipeline.preprocessing import PREPROCESSING_VERSION
 from pipeline.spec import Input
 from pipeline.storage import join, open_store
-from pipeline.training import DistillJob, FinetuneJob
 
 Job = FinetuneJob | DistillJob
 

@@ -25,14 +25,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from pipeline.errors import JobError, ModelError, UnfitError
+from pipeline.job.training import Training, Workers
+from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Change
 from pipeline.prepare.checkpoint import BEST, LAST, OneStep, make_folder, read, replace
 from pipeline.prepare.images import MAX_PIXELS, Images, Order, Visits
 from pipeline.prepare.learner import Learner, precision_of
 from pipeline.prepare.outcome import Say
 from pipeline.preprocess import Prepare
-from pipeline.preprocessing import Preprocessing
-from pipeline.training import Training, Workers
 
 _LIGHTNING = {"float32": "32-true", "float16": "16-mixed", "bfloat16": "bf16-mixed"}
 

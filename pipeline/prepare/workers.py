@@ -16,10 +16,10 @@ from typing import Any
 
 from pipeline.environment import set_ray_environment
 from pipeline.errors import JobError, NightlabelError, Temporary
-from pipeline.jobfile import dump_job, parse_job
+from pipeline.job.jobfile import dump_job, parse_job
+from pipeline.job.training import DistillJob, FinetuneJob, Workers
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.prepare.train import Place
-from pipeline.training import DistillJob, FinetuneJob, Workers
 
 _OBJECT_STORE = 128 * 2**20  # nothing but lines goes through it
 

@@ -96,7 +96,7 @@ def outcome(server: Any, bucket: str, prefix: str) -> tuple[dict[str, Any], dict
 def measure(args: argparse.Namespace, server: Any, folder: Path) -> list[dict[str, Any]]:
     from models import make_artifact
 
-    from pipeline.preprocessing import Preprocessing
+    from pipeline.model.preprocessing import Preprocessing
 
     bucket = server.bucket()
     images = upload(server, bucket, args.photos, args.copies)

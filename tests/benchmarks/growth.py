@@ -108,7 +108,7 @@ def raylets(actors: int, nodes: int) -> Any:
 def measure(folder: Path, args: argparse.Namespace, actors: int) -> dict[str, Any]:
     import resource
 
-    from pipeline.jobfile import load_label_job
+    from pipeline.job.jobfile import load_label_job
     from pipeline.label import Driver
 
     images = int(actors * args.rate * args.seconds)
@@ -185,7 +185,7 @@ def main() -> None:
     from result import write_result
     from shards import picture, tar_bytes
 
-    from pipeline.preprocessing import Preprocessing
+    from pipeline.model.preprocessing import Preprocessing
 
     replace_stages(args.rate, args.size, args.batch)
     rows = []

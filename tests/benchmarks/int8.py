@@ -55,8 +55,8 @@ def black_tar(path: Path) -> str:
 
 def quantized(model: str, tars: list[str], out: Path, *, calibration: list[str] | str, threads: int) -> dict[str, Any]:
     """Facts of a quantize job with the default gate."""
+    from pipeline.job.recipe import QuantizeJob
     from pipeline.prepare.quantize import run_job
-    from pipeline.recipe import QuantizeJob
 
     content = {
         "kind": "quantize",
@@ -101,7 +101,7 @@ def main() -> None:
     from models import make_artifact
 
     from pipeline.errors import ModelError
-    from pipeline.preprocessing import Preprocessing
+    from pipeline.model.preprocessing import Preprocessing
 
     results: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as name:

@@ -134,7 +134,7 @@ def main() -> None:
     import yaml
     from models import make_artifact
 
-    from pipeline.preprocessing import Preprocessing
+    from pipeline.model.preprocessing import Preprocessing
 
     resources = (
         json.loads(args.resources)

@@ -74,7 +74,7 @@ def main() -> None:
     from models import make_artifact
     from raylets import Place, Raylets
 
-    from pipeline.preprocessing import Preprocessing
+    from pipeline.model.preprocessing import Preprocessing
 
     with tempfile.TemporaryDirectory() as name, network():
         folder = Path(name)

@@ -19,7 +19,7 @@ import seaweed  # noqa: E402
 from test_publish import FINGERPRINT, Labels, parquet  # noqa: E402
 from test_run import job  # noqa: E402
 
-from pipeline.lease import Office  # noqa: E402
+from pipeline.nights.lease import Office  # noqa: E402
 from pipeline.storage import open_store  # noqa: E402
 
 server = seaweed.start(Path(tempfile.mkdtemp()))

@@ -223,7 +223,7 @@ COLUMNS = (
 def prepared(folder: Path, photos: Path, copies: int) -> Bench:
     from models import make_artifact
 
-    from pipeline.preprocessing import Preprocessing
+    from pipeline.model.preprocessing import Preprocessing
 
     images = copy_tars(photos, folder / "tars", copies)
     (folder / "jpg").mkdir()

@@ -28,7 +28,7 @@ sys.path.insert(0, str(HERE.parent))
 
 STORE_PLAN = """
 import sys, pathlib
-from pipeline.jobfile import load_label_job
+from pipeline.job.jobfile import load_label_job
 from pipeline.start import load_model, plan_job
 job = load_label_job(pathlib.Path(sys.argv[1]))
 print(len(plan_job(job, load_model(job, weights=False))[1].units))

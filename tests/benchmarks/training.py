@@ -12,7 +12,7 @@ transfer: cats and dogs at 32 pixels, from a random start and from the model of 
 distill: a ResNet-50 trained the same way, then ResNet-18 without and with it; gain in points on the test images.
 amp: images a second and memory of training at 224 pixels, by precision.
 
-Data lies in ../shared/data or where --data says. Writes tests/benchmarks/results/training-<what>.json.
+Data lies where --data says. Writes tests/benchmarks/results/training-<what>.json.
 """
 
 from __future__ import annotations
@@ -158,10 +158,10 @@ def steps(name: str, device: str, count: int) -> dict[str, float]:
     """Median images a second of five times `count` steps, and the most memory on a GPU."""
     import torch
 
+    from pipeline.job.training import Random
+    from pipeline.model.preprocessing import Preprocessing
     from pipeline.prepare.finetune import starting_network
     from pipeline.prepare.learner import CrossEntropy, Normalise, decay_groups
-    from pipeline.preprocessing import Preprocessing
-    from pipeline.training import Random
 
     dtype, batch, cuda = getattr(torch, name), 256 if device == "cuda" else 32, device == "cuda"
     network = starting_network(None, Random(), tuple(map(str, range(1000))), seed=0).train()

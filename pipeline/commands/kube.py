@@ -1,0 +1,127 @@
+"""The part of the command line that is about Kubernetes. Prints, like `cli`, which catches and exits."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.errors import Interrupted, JobError, NightlabelError
+from pipeline.kube.pods import Target
+
+if TYPE_CHECKING:
+    from pipeline.kube.apiserver import Api
+    from pipeline.kube.kuberay import RayJob
+    from pipeline.kube.render import Thing, Wish
+    from pipeline.spec import Job
+
+JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML; jobs/README.md lists its fields.")]
+AsTarget = Annotated[
+    Target,
+    typer.Option(
+        help="rayjob: one run (KubeRay 1.6). raycronjob: by schedule (KubeRay 1.7). cronjob: by schedule, where that is not."
+    ),
+]
+Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today, yesterday, or A..B.")]
+Image = Annotated[str | None, typer.Option(help="Container image by digest, in place of cluster.kubernetes.image.")]
+
+_LOOK_S = 2.0
+
+
+def render(job: JobPath, *, target: AsTarget = "rayjob", date: Date = None, image: Image = None) -> None:
+    """Print the job as Kubernetes objects in YAML, for `kubectl apply` or a repository. Starts nothing."""
+    from pipeline.kube.render import Wish, to_yaml
+
+    typer.echo(to_yaml(_things(_load(job, date), job, Wish(target, date, image))), nl=False)
+
+
+def apply(
+    job: JobPath,
+    *,
+    target: AsTarget = "rayjob",
+    date: Date = None,
+    image: Image = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not follow the run to its end.")] = False,
+    scheduled: Annotated[
+        bool, typer.Option("--scheduled", help="As a CronJob's pod does it: the RayJob alone, schedule.if_running as policy.")
+    ] = False,
+) -> None:
+    """Make the job's Kubernetes objects, follow the run and end with its exit code. Ctrl-C leaves it running."""
+    from pipeline.prepare.extras import check_installed
+
+    check_installed("apply")
+    from pipeline.kube.apiserver import Api
+    from pipeline.kube.apply import apply as make
+    from pipeline.kube.render import Wish
+
+    loaded = _load(job, date)
+    things = _things(loaded, job, Wish(target, date, image))
+    things = [thing for thing in things if not scheduled or thing["kind"] == "RayJob"]
+    api = Api()
+    policy = loaded.schedule.if_running if scheduled and loaded.schedule else "refuse"
+    run = make(api, things, if_running=policy, say=_say)
+    if run is not None and not detach:
+        sys.exit(_follow(api, run))
+
+
+def _follow(api: Api, run: RayJob) -> int:
+    where = f"rayjob {run['metadata']['name']} -n {run['metadata']['namespace']}"
+    over = threading.Event()
+    reader = threading.Thread(target=_print_log, args=(api, run, over), daemon=True)
+    try:
+        for progress in api.follow(run):
+            _say(f"{where}: {progress.line()}")
+            if progress.state == "Running" and not reader.ident:
+                reader.start()
+    except Interrupted as error:
+        do = f"The run goes on; the same command follows it again, kubectl delete {where} ends it"
+        raise Interrupted(error.got, signal_number=error.exit_code - 128, do=do) from None
+    over.set()
+    if reader.ident:
+        reader.join(timeout=10.0)
+    return progress.exit_code
+
+
+def _print_log(api: Api, run: RayJob, over: threading.Event) -> None:
+    """Prints what the driver prints. A pod that is not up yet is asked again, a log that broke off is read on where it did."""
+    printed, trouble, last = Counter[str](), "", False
+    while not last:
+        last = over.is_set()
+        read = Counter[str]()
+        try:
+            for pod, line in api.logs(run):
+                read[pod] += 1
+                if read[pod] > printed[pod]:
+                    typer.echo(line)
+                    printed[pod] += 1
+        except NightlabelError as error:
+            trouble = str(error)
+        over.wait(_LOOK_S)
+    if trouble and not printed:
+        _say(f"log     {trouble}")
+
+
+def _load(path: Path, date: str | None) -> Job:
+    from pipeline.job.jobfile import asked_days, at_day, load_template
+    from pipeline.spec import Job
+
+    job = load_template(path)
+    if not isinstance(job, Job):
+        raise JobError(f"{path}: kind is {job.kind}", need="label", do="Give a labelling job")
+    for day in asked_days(job, date, name=str(path))[:1]:
+        at_day(job, day, name=str(path))  # a job that needs a date has one
+    return job
+
+
+def _things(job: Job, path: Path, wish: Wish) -> list[Thing]:
+    from pipeline.kube.render import render as objects
+
+    return objects(job, path.read_text(encoding="utf-8"), wish)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)

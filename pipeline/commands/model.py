@@ -1,0 +1,111 @@
+"""The part of the command line that is about models: bring one in, look at one. Prints, like `cli`, which catches and exits."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.errors import JobError
+from pipeline.model.preprocessing import PRESETS, Preprocessing, Preset
+
+prepare = typer.Typer(no_args_is_help=True, help="Make and import models.")
+model = typer.Typer(no_args_is_help=True, help="Look at models.")
+
+_CHOICE = f"{', '.join(list(PRESETS)[:-1])} or {list(PRESETS)[-1]}"
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@model.command()
+def show(
+    folder: Annotated[str, typer.Argument(help="Folder of the artifact; local or s3://.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print architecture, classes, parameters, GMACs, size, preprocessing, lineage, metrics and the layers of an artifact."""
+    from pipeline.artifact import load_artifact
+    from pipeline.model.describe import facts, file_sizes, lines
+
+    artifact, sizes = load_artifact(folder, weights=False), file_sizes(folder)
+    if as_json:
+        print_json(facts(artifact, folder, sizes))
+        return
+    for line in lines(artifact, folder, sizes):
+        typer.echo(line)
+
+
+@prepare.command("import")
+def import_(
+    source: Annotated[
+        str, typer.Argument(help="Hugging Face folder, weights file (.pth, .safetensors), or torchvision weights name.")
+    ],
+    out: Annotated[str, typer.Argument(help="Folder of the new artifact; local or s3://.")],
+    *,
+    labels: Annotated[Path | None, typer.Option(help="Text file with one label a line, or a JSON list.")] = None,
+    preprocessing: Annotated[
+        Preset | None,
+        typer.Option(
+            help="What the weights were trained to see: torchvision 256 → 224 bilinear, huggingface 224/0.875 bicubic, timm "
+            "224/0.95 bicubic. Absent: what the source says, and torchvision's for a file, which says nothing."
+        ),
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Another size than 224, in pixels, with --preprocessing.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Import a ResNet as an artifact: one folder with weights, preprocessing and labels, named by its digest."""
+    wanted = _preprocessing(preprocessing, size)
+    from pipeline.model.describe import architecture_name, millions, numbers, preprocessing_text
+    from pipeline.prepare.importer import import_model
+
+    words = ["nightlabel", "prepare", "import", source, out]
+    for name, value in (("labels", labels), ("preprocessing", preprocessing), ("size", size)):
+        words += [f"--{name}", str(value)] if value is not None else []
+    artifact = import_model(
+        source, out, labels=tuple(_labels(labels)) if labels else None, preprocessing=wanted, command=shlex.join(words)
+    )
+    if as_json:
+        print_json({"uri": out, "digest": artifact.digest, "classes": len(artifact.labels)})
+        return
+    count = millions(numbers(artifact)["parameters"])
+    typer.echo(f"{out}: {architecture_name(artifact.architecture)}, {len(artifact.labels):,} classes, {count} parameters")
+    typer.echo(f"digest  {artifact.digest}")
+    typer.echo(f"sees    {preprocessing_text(artifact.preprocessing)}{_known(artifact.preprocessing)}")
+    typer.echo(f"        not what it was trained with? Import into another folder with --preprocessing {_CHOICE}")
+    typer.echo(f"next    nightlabel model show {shlex.quote(out)}")
+
+
+def _preprocessing(preset: Preset | None, size: int | None) -> Preprocessing | None:
+    if preset is None:
+        if size is not None:
+            need = "the crop and filter that go with it"
+            raise JobError(f"--size {size} alone", need=need, do=f"Add --preprocessing {_CHOICE}")
+        return None
+    try:
+        return replace(PRESETS[preset], size=PRESETS[preset].size if size is None else size)
+    except ValueError as error:
+        raise JobError(f"--size: {error}", do="Give another size") from None
+
+
+def _known(preprocessing: Preprocessing) -> str:
+    name = next((name for name, known in PRESETS.items() if replace(known, size=preprocessing.size) == preprocessing), None)
+    return f", as {name} does" if name else ""
+
+
+def _labels(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise JobError(f"{path}: {error}", need="a label a line, or a JSON list of labels", do="Check the file") from error
+    if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
+        raise JobError(
+            f"{path}: holds something else than labels", need="a label a line, or a JSON list of labels", do="Check the file"
+        )
+    return values
+
+
+def print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))

@@ -1,0 +1,136 @@
+"""The part of the command line that labels: one day or several, under a lease. Prints, like `cli`, which catches and exits."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.commands.model import AsJson, print_json
+from pipeline.errors import NightlabelError
+
+if TYPE_CHECKING:
+    from pipeline.nights.nightly import Day, Night, Policy
+    from pipeline.prometheus import Metrics
+    from pipeline.report import Receipt
+    from pipeline.spec import Job
+
+
+JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML; jobs/README.md lists its fields.")]
+Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today or yesterday.")]
+
+
+def retry_failed(
+    job: JobPath,
+    *,
+    classes: Annotated[str, typer.Option("--class", help="Classes of failure with commas between: FETCH_FAILED,DECODE_TIMEOUT.")],
+    date: Date = None,
+    as_json: AsJson = False,
+) -> None:
+    """Label images again that failed, into a new generation of their units; what was committed stays as it is."""
+    from pipeline.job.jobfile import load_label_job
+    from pipeline.nights.retry import Retry, parse_classes  # brings Ray
+    from pipeline.screen import Screen
+    from pipeline.start import load_model, open_log
+    from pipeline.tables.publish import publish
+
+    loaded = load_label_job(job, date=date)
+    with Screen() as screen:
+        outcome = Retry(loaded, parse_classes(classes), observe=screen.observe, started=time.perf_counter()).retry()
+    table = publish(loaded, open_log(loaded, load_model(loaded, weights=False))) if outcome.exit_code in (0, 4) else None
+    if as_json:
+        print_json(outcome.as_dict() | {"table": table and table.as_dict()})
+    for line in () if as_json else [*outcome.lines(), *([table.line()] if table else [])]:
+        typer.echo(line)
+    sys.exit(outcome.exit_code)
+
+
+def label_nights(
+    template: Job, days: tuple[Day, ...], *, if_running: Policy | None, telling: Metrics, started: float
+) -> list[Night]:
+    """Labels the days that are asked for, with a screen and metrics. `started` is when the command was."""
+    from pipeline.nights.nightly import gravest, run_nights
+
+    starts = [started]
+    with ExitStack() as stack:
+
+        def label(job: Job, check: Callable[[], None]) -> Receipt:
+            from pipeline.label import Driver  # brings Ray
+            from pipeline.screen import Screen
+
+            if starts:  # a run that is skipped tells nothing
+                stack.enter_context(telling)
+            with Screen() as screen:
+                observe = telling.beside(screen.observe)
+
+                def checked(event: str, fields: dict[str, Any]) -> None:
+                    check()
+                    observe(event, fields)
+
+                receipt = Driver(job, observe=checked, started=starts.pop() if starts else time.perf_counter()).label()
+            telling.receipt(receipt)
+            return receipt
+
+        nights = run_nights(template, days, label=label, say=_say, if_running=if_running)
+        telling.account.exit_code = gravest(nights)
+    return nights
+
+
+def print_nights(nights: list[Night], *, as_json: bool, path: Path) -> int:
+    """A receipt, or a table of days; the exit code. Raises what stopped a single one."""
+    from pipeline.nights.nightly import gravest
+
+    if not nights:
+        _print_skipped(as_json)
+    elif len(nights) == 1:
+        _print_night(nights[0], as_json=as_json, path=path)
+    elif as_json:
+        print_json({"exit_code": gravest(nights), "days": [night.as_dict() for night in nights]})
+    else:
+        for night in nights:
+            typer.echo(night.line())
+    return gravest(nights)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _print_skipped(as_json: bool) -> None:
+    if as_json:
+        print_json({"skipped": True, "exit_code": 0})
+    else:
+        typer.echo("skipped: another run is at it. --if-running queue, replace or share do otherwise")
+
+
+def _print_night(night: Night, *, as_json: bool, path: Path) -> None:
+    if isinstance(night.outcome, NightlabelError):
+        raise night.outcome
+    if as_json:
+        print_json(night.outcome.as_dict() | {name: night.as_dict()[name] for name in ("table", "exit_code")})
+        return
+    print_receipt(night.outcome, as_json=False, job=f"{path}{f' --date {night.date}' if night.date else ''}")
+    if isinstance(night.table, NightlabelError):
+        raise night.table
+    if night.table is not None:
+        typer.echo(night.table.line())
+
+
+def print_receipt(receipt: Receipt, *, as_json: bool, job: str) -> None:
+    """The receipt of one run and what to do next; `job` is what stands behind `nightlabel run`."""
+    if as_json:
+        print_json(receipt.as_dict())
+        return
+    for line in receipt.lines():
+        typer.echo(line)
+    if receipt.exit_code not in (0, 4):
+        typer.echo(f"next    mend what is named above, then again: nightlabel run {job}")
+        return
+    typer.echo(f"next    nightlabel validate {job}")
+    query = f"select label, count(*) from '{receipt.where}/data/*.parquet' group by label"
+    typer.echo(f'        duckdb -c "{query}"')

@@ -1,0 +1,179 @@
+"""YAML text → `spec.Job`. A narrow YAML: no aliases, no duplicate keys, at most 1 MB; complaints name file, line, way out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.errors import JobError
+from pipeline.job.complaints import line_of, sentences, shown
+from pipeline.job.recipe import EvaluateJob, QuantizeJob
+from pipeline.job.schedule import days_of
+from pipeline.job.training import DistillJob, FinetuneJob
+from pipeline.spec import Job
+
+Filled = TypeVar("Filled", bound=BaseModel)
+AnyJob = Job | FinetuneJob | DistillJob | QuantizeJob | EvaluateJob
+KINDS: dict[str, type[AnyJob]] = {
+    "label": Job,
+    "finetune": FinetuneJob,
+    "distill": DistillJob,
+    "quantize": QuantizeJob,
+    "evaluate": EvaluateJob,
+}
+MAX_BYTES = 1_000_000
+#: What YAML can spell and neither a file system nor Arrow can hold.
+_UNTEXT = re.compile("[\\0\ud800-\udfff]")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses what a job file never needs: aliases (billion laughs) and duplicate keys (the last one wins)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.constructor.ConstructorError(None, None, "an alias (*name) is not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_job(path: Path, *, date: str | None = None) -> AnyJob:
+    """The job in a YAML file, `{date}` filled in. Raises JobError: unreadable, not YAML, or not a job."""
+    return parse_job(_read(path), name=str(path), date=date)
+
+
+def load_template(path: Path) -> AnyJob:
+    """Same, with `{date}` left in."""
+    return _parse(_read(path), str(path))
+
+
+def load_label_job(path: Path, *, date: str | None = None) -> Job:
+    """Same, of a job that labels. Raises JobError for another kind too."""
+    job = load_job(path, date=date)
+    if not isinstance(job, Job):
+        raise JobError(f"{path}: kind is {job.kind}", need="label", do="Give a labelling job; nightlabel run takes every kind")
+    return job
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise JobError(f"{path}: {error.strerror}", need="a job file in YAML", do="Give the path of a job file") from error
+
+
+def parse_job(raw: bytes, *, name: str = "job", date: str | None = None) -> AnyJob:
+    """Same, from bytes. `name` is what messages call the file, `date` one day, in any of the forms that `--date` takes."""
+    return one_day(_parse(raw, name), date, name=name)
+
+
+def one_day(job: Filled, date: str | None, *, name: str = "job") -> Filled:
+    """The job of the one day that `--date` names. Raises JobError: none, several, or none given where the job needs one."""
+    return at_day(job, asked_day(job, date, name=name), name=name)
+
+
+def asked_day(job: BaseModel, date: str | None, *, name: str = "job") -> str | None:
+    """The one day that `--date` names, or None. Raises JobError when it names none or several."""
+    days = asked_days(job, date, name=name)
+    if len(days) > 1:
+        raise JobError(f"{name}: --date {date} is {len(days)} days", need="one", do="Give a day; runs of labelling take several")
+    return days[0]
+
+
+def asked_days(job: BaseModel, date: str | None, *, name: str = "job") -> tuple[str | None, ...]:
+    """The days that `--date` names, or one None. Raises JobError when it names none."""
+    schedule = job.schedule if isinstance(job, Job) else None
+    try:
+        return (None,) if date is None else days_of(date, schedule.timezone if schedule else "UTC")
+    except ValueError as error:
+        raise JobError(f"{name}: {error}") from None
+
+
+def at_day(job: Filled, day: str | None, *, name: str = "job") -> Filled:
+    """`{date}` replaced in every `uri`, of whatever kind of job. Raises JobError when it needs a day and `day` is None."""
+
+    def fill(value: Any, *, uri: bool = False) -> Any:
+        if isinstance(value, dict):
+            return {key: fill(inner, uri=key == "uri") for key, inner in value.items()}
+        if isinstance(value, list):
+            return [fill(inner, uri=uri) for inner in value]
+        if not uri or not isinstance(value, str) or "{date}" not in value:
+            return value
+        if day is None:
+            do = "Give --date YYYY-MM-DD, today or yesterday"
+            raise JobError(f"{name}: {value} contains {{date}}, which needs a date", do=do)
+        return value.replace("{date}", day)
+
+    return type(job).model_validate(fill(job.model_dump(mode="json")))
+
+
+def _parse(raw: bytes, name: str) -> AnyJob:
+    if len(raw) > MAX_BYTES:
+        raise JobError(
+            f"{name}: {len(raw):,} bytes", need=f"at most {MAX_BYTES:,}", do="Name prefixes or globs instead of listing images"
+        )
+    root, data = _yaml(raw, name)
+    kind = data.setdefault("kind", "label")
+    if not isinstance(kind, str) or kind not in KINDS:
+        close = difflib.get_close_matches(str(kind), KINDS, n=1)
+        do = f"Did you mean {close[0]}?" if close else "Change it"
+        raise JobError(f"{name}{line_of(root, ['kind'])}: kind is {shown(kind)}", need=", ".join(KINDS), do=do)
+    model = KINDS[kind]
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise JobError("\n".join(sentences(error, name, root, model))) from None
+    except ValueError as error:
+        raise JobError(f"{name}: {error}") from None
+
+
+def _yaml(raw: bytes, name: str) -> tuple[yaml.Node, dict[str, Any]]:
+    """(the parsed tree, for line numbers; the mapping that it is)."""
+    try:
+        loader = _Loader(raw.decode())
+        root = loader.get_single_node()
+        data = loader.construct_document(root) if root is not None else None
+    except UnicodeDecodeError as error:
+        raise JobError(f"{name}: not UTF-8 text", need="a job file in YAML", do="Save the file as UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise JobError(
+            f"{name}{line}: {getattr(error, 'problem', None) or error}", need="plain YAML", do="Mend that line"
+        ) from error
+    except (ValueError, TypeError, RecursionError) as error:  # a date of the 30th of February, a list as a key, 1,000 brackets
+        reason = str(error).splitlines()[0]
+        raise JobError(f"{name}: cannot be read ({reason})", need="plain YAML", do="Put text in quotation marks") from error
+    if not isinstance(data, dict):
+        raise JobError(
+            f"{name}: {type(data).__name__}", need="a mapping with kind, name, input, model, output", do="See jobs/README.md"
+        )
+    if any(isinstance(part, yaml.ScalarNode) and _UNTEXT.search(part.value) for part in _nodes(root)):
+        raise JobError(f"{name}: holds NUL or half a character", need="text", do="Remove \\0 and \\ud800 to \\udfff")
+    return cast(yaml.Node, root), data
+
+
+def _nodes(node: yaml.Node | None) -> Iterator[yaml.Node]:
+    if node is not None:
+        yield node
+    for part in node.value if isinstance(node, yaml.CollectionNode) else ():
+        for inner in part if isinstance(part, tuple) else (part,):
+            yield from _nodes(inner)
+
+
+def dump_job(job: AnyJob) -> bytes:
+    """The job as YAML with every default written out: what a run keeps as spec.yaml."""
+    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode()

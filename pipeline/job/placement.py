@@ -1,0 +1,53 @@
+"""Where a job stands on Kubernetes: the `cluster.kubernetes` section. It holds names only, never a credential."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline.job.quantity import Bytes, Count, Model, Seconds
+
+#: A name by RFC 1123, as namespaces, service accounts and Secrets have.
+DnsLabel = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+LabelKey = Annotated[
+    str, Field(pattern=r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$")
+]
+LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$")]
+
+
+class Kubernetes(Model):
+    """How the job stands on Kubernetes; read by `render` and `apply`."""
+
+    image: Annotated[str, Field(pattern=r"^[a-z0-9][A-Za-z0-9._:/@-]*$")] | None = None
+    """Container image with nightlabel, by digest (`name@sha256:…`); `--image` stands in for it."""
+    allow_tags: bool = False
+    """Take an image by tag too, which may be another one tomorrow."""
+    namespace: DnsLabel = "default"
+    """Namespace of everything that is made."""
+    service_account: DnsLabel = "default"
+    """Whose rights the pods have on the stores."""
+    service_account_annotations: dict[LabelKey, str] = Field(default={})
+    """Make the account, with these: `eks.amazonaws.com/role-arn` or `iam.gke.io/gcp-service-account`."""
+    labels: dict[LabelKey, LabelValue] = Field(default={})
+    """More labels for every object, such as `kueue.x-k8s.io/queue-name`."""
+    pod_labels: dict[LabelKey, LabelValue] = Field(default={})
+    """More labels for every pod, such as `azure.workload.identity/use: "true"`."""
+    secrets: tuple[DnsLabel, ...] = ()
+    """Secrets whose keys become environment variables of the pods; by name, the values never stand in a job file."""
+    pull_secrets: tuple[DnsLabel, ...] = ()
+    """Secrets to pull the image with."""
+    node_selector: dict[LabelKey, LabelValue] = Field(default={})
+    """Labels that every node must have."""
+    gpu_label: LabelKey = "cloud.google.com/gke-accelerator"
+    """Node label that holds `workers.gpu_type`; off GKE `nvidia.com/gpu.product` or `karpenter.k8s.aws/instance-gpu-name`."""
+    spot: dict[LabelKey, LabelValue] = Field(default={})
+    """Labels of spot nodes, such as `karpenter.sh/capacity-type: spot`; workers go there, taints or not, the head does not."""
+    attempts: Count = 2
+    """How many clusters may be tried, each with its own `limits.deadline`. Two that overlap only share the work."""
+    scratch: Bytes = 16 * 2**30
+    """Disk of a pod for /tmp: Ray's logs, and blocks that do not fit into shared memory."""
+    ttl: Seconds = 300.0
+    """How long a finished cluster stays for a look; logs and report are in the output before."""
+    suspend: bool = False
+    """Create it suspended: a queue such as Kueue, or a person, lets it start."""

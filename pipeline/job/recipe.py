@@ -1,0 +1,113 @@
+"""What is asked of model preparation, frozen pydantic models like `spec.Job`: quantize and evaluate jobs, and what all share.
+
+Each job turns an artifact and shards into an artifact or a report. Inputs are those of labelling: the same readers, the same
+preprocessing. Jobs that train are in `training`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from pipeline.job.fields import Digest, Name, Uri, Word
+from pipeline.job.quantity import Count, Fraction, Model, Positive
+from pipeline.spec import S3, Input, ModelSource
+
+
+class Start(Model):
+    """An artifact to begin from."""
+
+    uri: Uri
+    """Folder of the artifact."""
+    digest: Digest | None = None
+    """Refuse to run when the artifact's digest is another one."""
+    s3: S3 = S3()
+    """How to reach `uri` when it is on S3."""
+
+
+class Folder(Model):
+    """Where the result goes."""
+
+    uri: Uri
+    """Folder of the new artifact or report."""
+    s3: S3 = S3()
+    """How to reach `uri` when it is on S3."""
+
+
+class Preparation(Model):
+    """What every job of model preparation has."""
+
+    name: Name
+    """Lower case letters, digits and dashes, at most 50."""
+    output: Folder
+    """Where the result goes; what stands there is never overwritten."""
+
+
+class Measured(Model):
+    """Labelled images to measure with."""
+
+    input: Input
+    """Where the images are."""
+    label: Word = "cls"
+    """Sidecar or column that holds the label, a class name or its number."""
+    images: Count | None = None
+    """At most this many, from the front."""
+
+    @model_validator(mode="after")
+    def _labelled(self) -> Measured:
+        if self.input.format == "images":
+            raise ValueError("loose images carry no labels; required: webdataset or parquet. Pack them with their labels")
+        return self
+
+
+class Gate(Model):
+    """What a quantized model must reach, measured beside its float32 original on this machine, or it is not published."""
+
+    max_accuracy_loss: Fraction = 0.005
+    """Largest loss of top-1 accuracy, in points."""
+    min_speedup: Positive = 1.0
+    """Images a second against float32 on the same engine."""
+
+
+class QuantizeJob(Preparation):
+    """Static INT8 for ONNX Runtime: the artifact with `model.int8.onnx` beside its weights, for this kind of CPU."""
+
+    kind: Literal["quantize"]
+    """What the job does."""
+    model: Start
+    """The artifact to quantize."""
+    calibration: Input
+    """Images that show the ranges of the activations; no labels are needed."""
+    calibration_images: Count = 256
+    """How many of them, from the front."""
+    data: Measured
+    """Labelled images of several classes that the gate measures with; not those of the calibration."""
+    gate: Gate = Gate()
+    """What must be reached."""
+    threads: Count | None = None
+    """Threads of ONNX Runtime while measuring; absent: all CPUs."""
+
+
+class EvaluateJob(Preparation):
+    """Measure an artifact on labelled images: JSON, a table, and a page with plots."""
+
+    kind: Literal["evaluate"]
+    """What the job does."""
+    model: ModelSource
+    """The artifact to measure, and the precision to do it in."""
+    compare: ModelSource | None = None
+    """Another artifact, with the same classes, to measure agreement with."""
+    data: Measured
+    """Labelled images."""
+    gpus: Literal[0, 1] = 0
+    """1 needs CUDA, there is no fall back to the CPU."""
+    batch_size: Count = 32
+    """Images in one forward pass."""
+
+    @model_validator(mode="after")
+    def _precisions(self) -> EvaluateJob:
+        for source in (self.model, self.compare):
+            if source is not None and source.precision == "float16" and not self.gpus:
+                raise ValueError("model: precision is float16, which needs a GPU. Set gpus to 1, or take bfloat16")
+        return self

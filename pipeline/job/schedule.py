@@ -1,0 +1,79 @@
+"""Which day a run is for, and what a night does when the last one still runs.
+
+A day is asked for as `--date 2026-11-01`, `today`, `yesterday`, or `A..B` with both ends; today is today in `schedule.timezone`,
+so a run at two in the morning labels the same day wherever its machine stands.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, date, datetime, timedelta, tzinfo
+from typing import Annotated, Literal
+from zoneinfo import ZoneInfo
+
+from pydantic import BeforeValidator
+
+from pipeline.job.fields import Cron
+from pipeline.job.quantity import Model, Seconds
+
+IfRunning = Literal["skip", "queue", "replace"]
+WAIT_S = 6 * 3600.0
+FORMS = "YYYY-MM-DD, today, yesterday, or two of them with .. between"
+
+
+def _zone(name: str) -> tzinfo:
+    try:
+        return UTC if name == "UTC" else ZoneInfo(name)  # not every container has a time zone database
+    except (OSError, KeyError, ValueError):
+        raise ValueError("a time zone such as Europe/Berlin, of the database on this machine") from None
+
+
+def _timezone(value: object) -> object:
+    if isinstance(value, str):
+        _zone(value)
+    return value
+
+
+class Schedule(Model):
+    """When to run, and what a run does when the last one still runs. A job with a schedule runs under a lease."""
+
+    cron: Cron
+    """Five cron fields, for `render` and `apply` with a target that is scheduled; `run` and `submit` begin at once."""
+    timezone: Annotated[str, BeforeValidator(_timezone)] = "UTC"
+    """Time zone of `cron`, and of `--date today`."""
+    if_running: IfRunning = "skip"
+    """What to do when the last one still runs: end with a sentence and exit code 0, wait for it, or ask it to stop and go on from
+    where it was."""
+    wait: Seconds = WAIT_S
+    """`if_running: queue`: how long to wait for the other one."""
+    catch_up: Seconds | None = None
+    """With `--date today` or `yesterday`: how far back to look for days that are not labelled, such as `7d`. A day without input
+    is passed over, one that is labelled costs a listing."""
+
+
+def days_of(text: str, timezone: str = "UTC", *, now: datetime | None = None) -> tuple[str, ...]:
+    """The days that `--date` names, oldest first, as YYYY-MM-DD. Raises ValueError: it names none."""
+    first, dots, last = text.partition("..")
+    start = _day(first, text, timezone, now)
+    stop = _day(last, text, timezone, now) if dots else start
+    if stop < start:
+        raise ValueError(f"--date is {text!r}; required: the older day first. Give {last}..{first}")
+    return tuple((start + timedelta(number)).isoformat() for number in range((stop - start).days + 1))
+
+
+def _day(word: str, text: str, timezone: str, now: datetime | None) -> date:
+    if word in ("today", "yesterday"):
+        return (now or datetime.now(_zone(timezone))).date() - timedelta(word == "yesterday")
+    try:
+        if not re.fullmatch(r"\d{4}-\d\d-\d\d", word):  # fromisoformat takes weeks too
+            raise ValueError
+        return date.fromisoformat(word)
+    except ValueError:
+        raise ValueError(f"--date is {text!r}; required: {FORMS}. Give a day such as 2026-11-01") from None
+
+
+def looked_back(day: str, schedule: Schedule | None) -> tuple[str, ...]:
+    """The days before `day` that `schedule.catch_up` reaches, oldest first."""
+    days = int((schedule.catch_up or 0.0) // 86_400) if schedule else 0
+    last = date.fromisoformat(day)
+    return tuple((last - timedelta(number)).isoformat() for number in range(days, 0, -1))

@@ -1,0 +1,190 @@
+"""What is asked of a training, frozen pydantic models like `spec.Job`: finetune and distill jobs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.job.quantity import Count, Fraction, Model, Positive
+from pipeline.job.recipe import Preparation, Start
+from pipeline.model.preprocessing import Preprocessing, Resample
+from pipeline.spec import Input
+
+Part = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Triple = tuple[float, float, float]
+
+
+class Random(Model):
+    """A network of random weights, where there is no artifact to begin from."""
+
+    depth: Literal[18, 34, 50, 101, 152] = 18
+    """Layers of the ResNet."""
+    stem: Literal["standard", "small"] = "standard"
+    """standard: 7 × 7 convolution of stride 2 and pooling, for 100 pixels and more; small: 3 × 3 of stride 1, for 32 or 64."""
+
+
+class Seen(Model):
+    """Where the preprocessing differs from the artifact's, or from torchvision's (256 → 224 bilinear) for a random start."""
+
+    size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Edge of the square that the model sees, pixels; 224 for a random start."""
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the resized shortest edge that the crop keeps."""
+    resample: Resample | None = None
+    """Filter of the antialiased resize."""
+    mean: Triple | None = None
+    """Mean of R, G, B on the scale 0..1."""
+    std: Triple | None = None
+    """Standard deviation of R, G, B on the scale 0..1."""
+
+    def over(self, base: Preprocessing) -> Preprocessing:
+        """`base` with what is set here in its place."""
+        changed = self.model_dump(exclude_none=True)
+        return Preprocessing(**{name: changed.get(name, getattr(base, name)) for name in base.__slots__})
+
+
+class Data(Model):
+    """Labelled images to train on and to choose the best epoch by."""
+
+    train: Input
+    """Images to train on."""
+    validation: Input | None = None
+    """Images that choose the best epoch; when absent, `validation_share` of `train`, never trained on."""
+    validation_share: Annotated[Fraction, Field(gt=0, lt=1)] = 0.1
+    """Share of every class held back when there is no `validation`."""
+    label: str | None = "cls"
+    """Sidecar or column with the label, a class name or its number in `classes`; null, for distill: there are none."""
+    classes: tuple[str, ...] = ()
+    """Names in the order of their numbers; absent: the model's if the labels are just those, else those found, sorted."""
+
+
+class Augment(Model):
+    """Random changes of the training images; every image draws its own, anew in every epoch."""
+
+    crop: tuple[Part, Part] = (0.35, 1.0)
+    """Range of the area that a random crop keeps before it is resized; [1, 1] keeps all of it."""
+    flip: bool = True
+    """Mirror half of the images left to right; wrong for digits, letters and signs."""
+    jitter: Part = 0.0
+    """Strength of random changes of brightness, contrast and saturation."""
+
+
+class Training(Model):
+    """How to train. The defaults suit a fine-tuning; a random start wants more epochs."""
+
+    epochs: Count = 12
+    """Passes over the training images, at most."""
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    """Images of one step of one worker; batch normalisation needs two."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum of 0.9."""
+    learning_rate: Positive = 1e-3
+    """Highest rate, after the warm-up; for SGD 0.1 is usual."""
+    weight_decay: NotNegative = 0.05
+    """Decay of convolution and classifier weights; norms and biases have none. For SGD 5e-4 is usual."""
+    warmup_epochs: NotNegative = 1.0
+    """Epochs in which the rate climbs; then it falls as half a cosine."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the target spread over all classes."""
+    mixup: NotNegative = 0.0
+    """Alpha of mixup (arXiv 1710.09412); 0 is off, 0.2 is usual."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: a class counts in inverse proportion to its images."""
+    gradient_clip: NotNegative = 1.0
+    """Largest norm of a step's gradient; 0 is off."""
+    patience: Count = 5
+    """Epochs without a better validation accuracy before the training stops."""
+    freeze: Annotated[int, Field(ge=0, le=5)] = 0
+    """Parts that keep their weights: 1 is the stem, 5 everything but the classifier."""
+    unfreeze_epoch: Count | None = None
+    """From this epoch on (the first is 1) everything is trained; absent, never."""
+    precision: Literal["float32", "float16", "bfloat16"] | None = None
+    """Arithmetic; absent: float16 with a scaled gradient on a GPU, float32 on a CPU."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of the random start, the order of images, the augmentation."""
+    augment: Augment = Augment()
+    """Random changes of the training images."""
+
+
+class Workers(Model):
+    """Who trains. More than one worker is data parallel, on Ray Train."""
+
+    count: Count = 1
+    """Processes that train together, on one machine or on many."""
+    cpus_per_worker: Count | None = None
+    """CPUs a worker takes, its threads; absent: all of the machine for one worker, one for each of several."""
+    gpus_per_worker: Literal[0, 1] = 0
+    """GPUs a worker takes; 1 needs CUDA, there is no fall back to the CPU."""
+    loaders: Annotated[int, Field(ge=0)] = 0
+    """Processes beside a worker that decode and augment; 0 decodes in between the steps, right on a few CPUs."""
+
+
+class _Trains(Preparation):
+    data: Data
+    """Labelled images."""
+    network: Random = Random()
+    """The network of a random start; ignored when an artifact is given."""
+    preprocessing: Seen = Seen()
+    """What the model sees, where it differs from what it saw."""
+    training: Training = Training()
+    """How to train."""
+    workers: Workers = Workers()
+    """Who trains."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.training.precision == "float16" and not self.workers.gpus_per_worker:
+            raise ValueError("training: precision is float16, which needs a GPU. Set workers.gpus_per_worker, or take bfloat16")
+        low, high = self.training.augment.crop
+        if not 0 < low <= high:
+            raise ValueError(f"training.augment.crop is {low} to {high}; required: over 0, the smaller first. Turn them round")
+        if len(set(self.data.classes)) < len(self.data.classes):
+            raise ValueError("data.classes names a class twice; required: every class once. Leave one out")
+        if "images" in (self.data.train.format, self.data.validation.format if self.data.validation else ""):
+            raise ValueError("data: loose images carry no labels; required: webdataset or parquet. Pack them with their labels")
+        return self
+
+
+class FinetuneJob(_Trains):
+    """Train a model on labelled images: from an artifact, or from a random start."""
+
+    kind: Literal["finetune"]
+    """What the job does."""
+    model: Start | None = None
+    """The artifact to begin from; its classifier is replaced unless the classes are the same. Absent: a random start."""
+
+    @model_validator(mode="after")
+    def _learns(self) -> Self:
+        if self.data.label is None:
+            raise ValueError(
+                "data.label is null, so there is nothing to learn; required: the name of the labels. Set it, or distill"
+            )
+        return self
+
+
+class Distillation(Model):
+    """How the student learns from the teacher (arXiv 1503.02531)."""
+
+    temperature: Positive = 4.0
+    """Divides the logits of both before they are compared."""
+    alpha: Part = 0.9
+    """Weight of the teacher's answer; the rest is the label's. Unlabelled images have only the teacher's."""
+    features: NotNegative = 0.0
+    """Weight of the squared distance of the normalised embeddings; 0 is off."""
+    baseline: bool = True
+    """Train the same student without the teacher too, so that the report can say what the teacher is worth."""
+
+
+class DistillJob(_Trains):
+    """Train a student on the answers of a teacher, with or without labels."""
+
+    kind: Literal["distill"]
+    """What the job does."""
+    teacher: Start
+    """The artifact that answers."""
+    student: Start | None = None
+    """The artifact to begin from. Absent: a random start."""
+    distillation: Distillation = Distillation()
+    """How the student learns."""

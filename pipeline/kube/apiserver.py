@@ -1,0 +1,216 @@
+"""The API server of a Kubernetes cluster, through the official client: make, change, delete, follow, read a log.
+
+What stands there and is not ours is never touched. An API server that is away is waited for, since a run does not need us.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+from kubernetes import client, config, watch
+from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import HTTPError
+
+from pipeline.errors import Conflict, JobError, NightlabelError, PermissionDenied, Temporary, UnfitError, UnitsLeft
+from pipeline.kube.follow import Progress, progress_of
+from pipeline.kube.kuberay import RayJob
+from pipeline.kube.render import Thing
+
+PATIENCE_S = 600.0  # an API server that is being upgraded is away for some minutes
+_PAUSE_S = 1.0
+_WATCH_S = 300
+_TIMEOUT_S = (5, 60)  # to connect, to answer
+_NOUNS = {"ConfigMap": "config_map", "ServiceAccount": "service_account"}
+_PLURALS = {kind: f"{kind.lower()}s" for kind in ("RayJob", "RayCronJob", "CronJob", "Role", "RoleBinding")}
+
+
+class Api:
+    """The API server that KUBECONFIG, the default kubeconfig or the pod's service account leads to."""
+
+    def __init__(self, *, patience: float = PATIENCE_S, pause: float = _PAUSE_S) -> None:
+        self._patience, self._pause = patience, pause
+        try:
+            _configure()
+        except (config.ConfigException, yaml.YAMLError, TypeError, AttributeError, KeyError, ValueError, OSError) as error:
+            # The client checks little of a file before it reads in it.
+            need = "a kubeconfig, or a pod with a service account"
+            raise UnfitError(
+                f"no way to a Kubernetes cluster ({str(error).splitlines()[0]})", need=need, do="Set KUBECONFIG"
+            ) from None
+        self._core, self._custom = client.CoreV1Api(), client.CustomObjectsApi()
+
+    def find(self, thing: Thing) -> dict[str, Any] | None:
+        """What stands under the thing's name. Raises Conflict when it is not ours."""
+        try:
+            with _explained(f"look for {title(thing)}"):
+                standing = self._call("get", thing, thing["metadata"]["name"])
+        except _Absent:
+            return None
+        if standing["metadata"].get("labels", {}).get("app.kubernetes.io/managed-by") != "nightlabel":
+            do = "Give the job another name, or that one"
+            raise Conflict(f"{title(thing)} stands there and is not of nightlabel", need="a free name", do=do)
+        return standing
+
+    def put(self, thing: Thing) -> str:
+        """Make it, or make what stands there like it; fields that others have set beside ours stay. Says which it was."""
+        if self.create(thing):
+            return "made"
+        standing = self.find(thing)
+        if standing is not None:
+            meta = {**standing["metadata"], **{key: value for key, value in thing["metadata"].items() if key != "annotations"}}
+            meta["annotations"] = {**standing["metadata"].get("annotations", {}), **thing["metadata"].get("annotations", {})}
+            with _explained(f"change {title(thing)}"):
+                self._call("replace", thing, thing["metadata"]["name"], {**standing, **thing, "metadata": meta})
+        return "updated"
+
+    def create(self, thing: Thing) -> bool:
+        """False when something stands there."""
+        try:
+            with _explained(f"make {title(thing)}"):
+                self._call("create", thing, thing)
+        except _Exists:
+            return False
+        except _Absent as error:
+            raise _nowhere(thing, error) from None
+        return True
+
+    def delete(self, thing: RayJob, standing: dict[str, Any]) -> None:
+        """Gone when this returns: KubeRay stops the run, its cluster goes with it. What somebody has made in its place stays."""
+        only = client.V1DeleteOptions(preconditions=client.V1Preconditions(uid=standing["metadata"].get("uid")))
+        since = time.monotonic()
+        try:
+            while time.monotonic() - since < self._patience:
+                with _explained(f"delete {title(thing)}"):
+                    self._call("delete", thing, thing["metadata"]["name"], body=only)
+                time.sleep(self._pause)
+        except (_Absent, _Exists):
+            return
+        raise Temporary(f"{title(thing)} does not go, for {self._patience:g} s", do="Look at the operator's log")
+
+    def follow(self, thing: RayJob) -> Iterator[Progress]:
+        """How it stands, whenever that changes, to its end. Raises UnitsLeft when somebody deletes it, Temporary when the API
+        server does not answer for as long as our patience."""
+        heard, last = time.monotonic(), None
+        while last is None or not last.ended:
+            try:
+                for standing in self._standings(thing):
+                    heard, now = time.monotonic(), progress_of(standing)
+                    if now != last:
+                        last = now
+                        yield now
+                    if now.ended:
+                        return
+            except _Absent:
+                raise UnitsLeft(f"{title(thing)} was deleted", do="Apply again to go on from there") from None
+            except Temporary as error:
+                if time.monotonic() - heard > self._patience:
+                    do = "The run goes on without us; the same command follows it again"
+                    raise Temporary(f"{error.got}, for {self._patience:g} s", do=do) from None
+            time.sleep(self._pause)
+
+    def _standings(self, thing: RayJob) -> Iterator[dict[str, Any]]:
+        """The object now, and whenever it changes, until the watch ends, as watches do."""
+        name = thing["metadata"]["name"]
+        with _explained(f"follow {title(thing)}"):
+            standing = self._call("get", thing, name)
+            yield standing
+            events = watch.Watch().stream(
+                self._custom.list_namespaced_custom_object,
+                *_path(thing),
+                field_selector=f"metadata.name={name}",
+                resource_version=standing["metadata"].get("resourceVersion"),
+                timeout_seconds=_WATCH_S,
+                _request_timeout=(_TIMEOUT_S[0], _WATCH_S + 30),
+            )
+            for event in events:
+                if event["type"] == "DELETED":
+                    raise _Absent("deleted")
+                yield event["object"]
+
+    def logs(self, thing: RayJob) -> Iterator[tuple[str, str]]:
+        """(pod, line) of what the driver prints, as the newest submitter's pod hands it on, until that ends or breaks off."""
+        meta = thing["metadata"]
+        with _explained(f"read the log of {title(thing)}"):
+            pods = self._core.list_namespaced_pod(
+                meta["namespace"], label_selector=f"job-name={meta['name']}", _request_timeout=_TIMEOUT_S
+            ).items
+            for pod in sorted(pods, key=lambda pod: str(pod.metadata.creation_timestamp))[-1:]:
+                name = pod.metadata.name
+                for line in watch.Watch().stream(self._core.read_namespaced_pod_log, name=name, namespace=meta["namespace"]):
+                    yield name, line
+
+    def _call(self, verb: str, thing: Thing, *rest: Any, **more: Any) -> dict[str, Any]:
+        noun = _NOUNS.get(thing["kind"])
+        if noun is None:
+            call = getattr(self._custom, f"{verb}_namespaced_custom_object")
+            answer = call(*_path(thing), *rest, **more, _request_timeout=_TIMEOUT_S)
+        else:
+            call = getattr(self._core, f"{verb.replace('get', 'read')}_namespaced_{noun}")
+            name, body = rest[:1] if verb != "create" else (), rest[1:] if verb != "create" else rest
+            answer = call(*name, thing["metadata"]["namespace"], *body, _request_timeout=_TIMEOUT_S)
+        found: dict[str, Any] = self._core.api_client.sanitize_for_serialization(answer)
+        return found
+
+
+def _configure() -> None:
+    # load_config would print, and has read KUBECONFIG when it was imported.
+    path = os.environ.get("KUBECONFIG") or os.path.expanduser("~/.kube/config")
+    if os.environ.get("KUBECONFIG") or os.path.exists(path):
+        config.load_kube_config(config_file=path)
+    else:
+        config.load_incluster_config()
+
+
+class _Absent(Temporary):
+    """404; temporary where somebody else was faster."""
+
+
+class _Exists(Temporary):
+    """409; the same."""
+
+
+@contextmanager
+def _explained(doing: str) -> Iterator[None]:
+    """The client's errors as ours. Raises _Absent and _Exists for what is no error everywhere."""
+    try:
+        yield
+    except ApiException as error:
+        raise _reason(doing, error) from None
+    except (HTTPError, OSError) as error:
+        raise Temporary(f"cannot {doing}: the API server does not answer ({type(error).__name__})", do="Try again") from None
+
+
+def _reason(doing: str, error: ApiException) -> NightlabelError:
+    try:
+        told = str(json.loads(error.body or "")["message"])
+    except (ValueError, KeyError, TypeError):
+        told = str(error.reason)
+    got = f"cannot {doing}: {told.rstrip('.')}"
+    if error.status in (401, 403):
+        return PermissionDenied(got, do="Log in, or ask for a role that may")
+    if error.status in (404, 409):
+        return (_Absent if error.status == 404 else _Exists)(got, do="Try again")
+    if error.status in (400, 422):
+        return JobError(got, do="Change the job; KubeRay 1.7 or later knows every field that is set")
+    return Temporary(got, do="Try again")
+
+
+def _nowhere(thing: Thing, error: _Absent) -> NightlabelError:
+    if "namespace" in error.got:
+        return UnfitError(error.got, do=f"kubectl create namespace {thing['metadata']['namespace']}, or name another one")
+    return UnfitError(error.got, need=f"a cluster that knows {thing['kind']}", do="Install KubeRay, or take --target cronjob")
+
+
+def _path(thing: Thing) -> tuple[str, str, str, str]:
+    group, _, version = thing["apiVersion"].partition("/")
+    return group, version, thing["metadata"]["namespace"], _PLURALS[thing["kind"]]
+
+
+def title(thing: Thing) -> str:
+    return f"{thing['kind']} {thing['metadata']['namespace']}/{thing['metadata']['name']}"

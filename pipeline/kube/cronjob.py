@@ -1,0 +1,173 @@
+"""A job as a CronJob, for clusters whose KubeRay has no RayCronJob, or that have no KubeRay.
+
+With workers, the pod of a night is small: it runs `nightlabel apply`, which makes the RayJob and follows it, so that the Job ends
+when the run does and concurrencyPolicy means the whole run. Without workers the pod itself runs the job, on a Ray of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired, TypedDict
+
+from pipeline.job.resources import Cluster
+from pipeline.job.schedule import Schedule
+from pipeline.kube.kuberay import CLOSING_S, NODES_S
+from pipeline.kube.pods import Site, Size, container, pod, ray_pod
+from pipeline.kube.types import Meta, PodMeta, PodTemplate, ServiceAccount
+from pipeline.spec import Job
+
+_APPLIER = Size(cpus=0.25, memory=512 * 2**20)
+Concurrency = Literal["Forbid", "Allow", "Replace"]
+_CONCURRENCY: dict[str, Concurrency] = {"skip": "Forbid", "queue": "Allow", "replace": "Replace"}
+_HOPELESS = [2, 3, 4, 6, 70, 77]  # exit codes that the same command would only repeat
+_FOLLOWED = [*_HOPELESS, 5]  # KubeRay has tried its attempts already; what is left to repeat is 75, an API server out of reach
+
+
+class ExitCodes(TypedDict):
+    operator: Literal["In"]
+    values: list[int]
+
+
+class PodCondition(TypedDict):
+    type: Literal["DisruptionTarget"]
+
+
+class FailureRule(TypedDict):
+    action: Literal["FailJob", "Ignore"]
+    onExitCodes: NotRequired[ExitCodes]
+    onPodConditions: NotRequired[list[PodCondition]]
+
+
+class FailurePolicy(TypedDict):
+    rules: list[FailureRule]
+
+
+class JobSpec(TypedDict):
+    backoffLimit: int
+    podFailurePolicy: FailurePolicy
+    activeDeadlineSeconds: NotRequired[int]
+    ttlSecondsAfterFinished: int
+    template: PodTemplate
+
+
+class JobTemplate(TypedDict):
+    metadata: PodMeta
+    spec: JobSpec
+
+
+class CronJobSpec(TypedDict):
+    schedule: str
+    timeZone: str
+    concurrencyPolicy: Concurrency
+    suspend: bool
+    jobTemplate: JobTemplate
+
+
+class Rule(TypedDict):
+    apiGroups: list[str]
+    resources: list[str]
+    verbs: list[str]
+
+
+class RoleRef(TypedDict):
+    apiGroup: str
+    kind: Literal["Role"]
+    name: str
+
+
+class Subject(TypedDict):
+    kind: Literal["ServiceAccount"]
+    name: str
+    namespace: str
+
+
+class CronJob(TypedDict):
+    apiVersion: Literal["batch/v1"]
+    kind: Literal["CronJob"]
+    metadata: Meta
+    spec: CronJobSpec
+
+
+class Role(TypedDict):
+    apiVersion: Literal["rbac.authorization.k8s.io/v1"]
+    kind: Literal["Role"]
+    metadata: Meta
+    rules: list[Rule]
+
+
+class RoleBinding(TypedDict):
+    apiVersion: Literal["rbac.authorization.k8s.io/v1"]
+    kind: Literal["RoleBinding"]
+    metadata: Meta
+    roleRef: RoleRef
+    subjects: list[Subject]
+
+
+def local_cron_job(job: Job, cluster: Cluster, site: Site, *, command: list[str], schedule: Schedule) -> list[CronJob]:
+    """The run in one pod, by schedule."""
+    size = Size(cluster.head.cpus, cluster.head.memory, object_store=job.resources.object_store)
+    template = ray_pod(site, size, command=command, job_file=True, spot=True)
+    # Ray listens on the pod's address: a token, which it makes up itself, keeps the neighbours out.
+    template["spec"]["containers"][0]["env"].append({"name": "RAY_AUTH_MODE", "value": "token"})
+    return [_cron_job(job, site, template, schedule, hopeless=_HOPELESS)]
+
+
+def apply_cron_job(
+    job: Job, site: Site, *, command: list[str], schedule: Schedule
+) -> list[ServiceAccount | Role | RoleBinding | CronJob]:
+    """A pod that makes the RayJob, by schedule, and what it needs to be allowed to."""
+    name = f"{site.name}-apply"
+    template = pod(site, container("apply", site, _APPLIER, command=command), job_file=True)
+    template["spec"]["serviceAccountName"] = name
+    template["spec"]["automountServiceAccountToken"] = True
+    return [
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": site.meta(name), "automountServiceAccountToken": False},
+        {
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "Role",
+            "metadata": site.meta(name),
+            "rules": [
+                {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "get", "list", "watch", "delete"]},
+                {"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]},
+                {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
+            ],
+        },
+        {
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "RoleBinding",
+            "metadata": site.meta(name),
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name},
+            "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": site.settings.namespace}],
+        },
+        _cron_job(job, site, template, schedule, hopeless=_FOLLOWED),
+    ]
+
+
+def _cron_job(job: Job, site: Site, template: PodTemplate, schedule: Schedule, *, hopeless: list[int]) -> CronJob:
+    template["spec"]["restartPolicy"] = "Never"
+    spec: JobSpec = {
+        "backoffLimit": site.settings.attempts - 1,
+        "podFailurePolicy": {
+            "rules": [
+                # A node that goes is not the job's fault.
+                {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},
+                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": hopeless}},
+            ]
+        },
+        "ttlSecondsAfterFinished": 7 * 86_400,
+        "template": template,
+    }
+    if job.limits.deadline is not None:
+        runs = site.settings.attempts if hopeless is _FOLLOWED else 1
+        spec["activeDeadlineSeconds"] = runs * (NODES_S + int(job.limits.deadline) + CLOSING_S)
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "CronJob",
+        "metadata": site.meta(),
+        "spec": {
+            "schedule": schedule.cron,
+            "timeZone": schedule.timezone,
+            "concurrencyPolicy": _CONCURRENCY[schedule.if_running],
+            "suspend": site.settings.suspend,
+            "jobTemplate": {"metadata": site.pod_meta(), "spec": spec},
+        },
+    }

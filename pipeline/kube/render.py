@@ -1,0 +1,136 @@
+"""The job as Kubernetes objects, in the order in which they are to be made; and as YAML."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from pipeline.errors import JobError
+from pipeline.job.resources import Cluster
+from pipeline.job.schedule import Schedule, days_of
+from pipeline.kube.cronjob import CronJob, Role, RoleBinding, apply_cron_job, local_cron_job
+from pipeline.kube.kuberay import RayCronJob, RayJob, ray_cron_job, ray_job
+from pipeline.kube.pods import JOB_FILE, Site, Target, object_name
+from pipeline.kube.types import ConfigMap, ServiceAccount
+from pipeline.spec import Job
+
+Thing = RayJob | RayCronJob | CronJob | ConfigMap | ServiceAccount | Role | RoleBinding
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for beside the job: with which image, for which date, `today` and `yesterday` included."""
+
+    target: Target
+    date: str | None = None
+    image: str | None = None
+
+
+def render(job: Job, text: str, wish: Wish) -> list[Thing]:
+    """The objects of a job; `text` is its file, which goes into the cluster as it is. Raises JobError."""
+    cluster = _cluster(job)
+    site = Site(object_name(job.name), _image(cluster, wish), cluster.kubernetes)
+    return [*_account(site), _job_file(site, text), *_runs(job, text, site, wish)]
+
+
+def _runs(job: Job, text: str, site: Site, wish: Wish) -> list[Thing]:
+    cluster = _cluster(job)
+    date = ["--date", _date(job, wish)] if wish.date else []
+    run = ["nightlabel", "run", JOB_FILE, *date]
+    # The name of a RayJob and the policy of a CronJob keep runs apart, so their drivers need no lease, which an attempt whose
+    # cluster was lost would leave behind for the next one to respect.
+    share = ["--if-running", "share"] if job.schedule else []
+    if wish.target == "rayjob":
+        made = ray_job(job, cluster, site, entrypoint=" ".join([*run, *share]))
+        asked = json.dumps([text, made["spec"]]).encode()  # `apply` knows by it whether the run under way is this one
+        made["metadata"]["annotations"] = {"nightlabel/asked": hashlib.sha256(asked).hexdigest()[:16]}
+        return [made]
+    schedule = _schedule(job, wish)
+    if wish.target == "raycronjob":
+        return [ray_cron_job(job, cluster, site, entrypoint=" ".join(run), schedule=schedule)]
+    if cluster.workers is None:
+        command = run if schedule.if_running == "queue" else [*run, *share]
+        return [*local_cron_job(job, cluster, site, command=command, schedule=schedule)]
+    apply = ["nightlabel", "apply", JOB_FILE, *date, "--scheduled", "--image", site.image]
+    return [*apply_cron_job(job, site, command=apply, schedule=schedule)]
+
+
+def _date(job: Job, wish: Wish) -> str:
+    """The day itself for one run, so that an attempt after midnight is for the same one. Where the run looks back for missed
+    days, which it does for `today` and `yesterday` alone, the word."""
+    asked, schedule = wish.date or "", job.schedule
+    if wish.target != "rayjob" or (schedule and schedule.catch_up):
+        return asked
+    days = days_of(asked, schedule.timezone if schedule else "UTC")
+    return days[0] if len(days) == 1 else f"{days[0]}..{days[-1]}"
+
+
+def _cluster(job: Job) -> Cluster:
+    if job.cluster is None:
+        do = "Add it; jobs/README.md says what it holds"
+        raise JobError("the job has no cluster section", need="cluster.head and cluster.workers, which a pod is made of", do=do)
+    for field, uri in (
+        *(("input.uri", uri) for uri in job.input.uris),
+        ("model.uri", job.model.uri),
+        ("output.uri", job.output.uri),
+    ):
+        if not uri.startswith("s3://"):
+            raise JobError(f"{field} is {uri}", need="s3://, which pods reach too", do="Put it into a bucket")
+    cluster = job.cluster
+    store, node = job.resources.object_store, cluster.workers or cluster.head
+    if store > node.memory // 2:
+        got = f"resources.object_store is {store / 2**30:.3g} GiB of a node's {node.memory / 2**30:.3g} GiB"
+        raise JobError(got, need="half of the memory at most, of which it is a part", do="Change the one or the other")
+    return cluster
+
+
+def _schedule(job: Job, wish: Wish) -> Schedule:
+    if job.schedule is None:
+        do = "Add it, or take --target rayjob for one run"
+        raise JobError(f"--target {wish.target} and no schedule in the job", need="schedule.cron", do=do)
+    return job.schedule
+
+
+def _image(cluster: Cluster, wish: Wish) -> str:
+    image = wish.image or cluster.kubernetes.image
+    if image is None:
+        raise JobError("no image", need="cluster.kubernetes.image or --image, name@sha256:…", do="Name the image of your build")
+    if "@sha256:" not in image and not cluster.kubernetes.allow_tags:
+        do = "Take the digest that the push printed, or set cluster.kubernetes.allow_tags"
+        raise JobError(f"image {image} has no digest", need="name@sha256:…, since a tag may be another image tomorrow", do=do)
+    return image
+
+
+def _account(site: Site) -> list[ServiceAccount]:
+    if not site.settings.service_account_annotations:
+        return []
+    meta = site.meta(site.settings.service_account)
+    meta["annotations"] = site.settings.service_account_annotations
+    return [{"apiVersion": "v1", "kind": "ServiceAccount", "metadata": meta, "automountServiceAccountToken": False}]
+
+
+def _job_file(site: Site, text: str) -> ConfigMap:
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": site.meta(), "data": {"job.yaml": text}}
+
+
+class _Dumper(yaml.SafeDumper):
+    """No anchors for what stands in two places, and text of several lines as a block."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def to_yaml(things: list[Thing]) -> str:
+    """A stream of YAML documents, for `kubectl apply -f -`."""
+    return yaml.dump_all(things, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=130, explicit_start=True)

@@ -1,0 +1,157 @@
+"""Runs of one job, one after the other for every day that is asked for, under the lease: label, publish, tell whoever waits.
+
+A day that fails does not stop the others; the gravest exit code is that of all. A signal stops them, and so does another run that
+was told to replace this one. A night that was missed is not remembered anywhere: `catch_up` looks at the days themselves, so what
+came late or was left over is taken up as well, and a day that is labelled costs a listing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.cut import list_inputs
+from pipeline.errors import EXIT_BUG, InputMissing, Interrupted, JobError, NightlabelError
+from pipeline.job.jobfile import asked_days, at_day
+from pipeline.job.schedule import WAIT_S, looked_back
+from pipeline.log import Log
+from pipeline.nights.lease import Office
+from pipeline.nights.notify import account, tell
+from pipeline.report import Receipt
+from pipeline.spec import Job
+from pipeline.storage import join, open_store
+from pipeline.tables.publish import Published, check_publisher, publish
+
+Policy = Literal["skip", "queue", "replace", "share"]
+Check = Callable[[], None]
+Label = Callable[[Job, Check], Receipt]  # labels a job, and calls the check now and then, which may raise
+Say = Callable[[str], None]
+
+#: From the mildest to the gravest: what mends itself before what somebody must mend.
+GRAVITY = (0, 4, 5, 75, 3, 6, 77, 2, EXIT_BUG)
+
+
+@dataclass(frozen=True)
+class Day:
+    """A day to label. `behind`: nobody asked for it, schedule.catch_up looks whether it was left over."""
+
+    date: str | None
+    behind: bool = False
+
+
+@dataclass(frozen=True)
+class Night:
+    """How a day ended."""
+
+    job: str
+    date: str | None
+    outcome: Receipt | NightlabelError
+    table: Published | NightlabelError | None = None
+
+    @property
+    def exit_code(self) -> int:
+        return _gravest([self.outcome.exit_code, self.table.exit_code if isinstance(self.table, NightlabelError) else 0])
+
+    def as_dict(self) -> dict[str, Any]:
+        table = {"error": str(self.table)} if isinstance(self.table, NightlabelError) else self.table and self.table.as_dict()
+        return account(self.job, self.date, self.outcome) | {"exit_code": self.exit_code, "table": table}
+
+    def line(self) -> str:
+        """Its line in the table of days."""
+        said = self.outcome.lines()[0] if isinstance(self.outcome, Receipt) else str(self.outcome)
+        also = f"; {self.table}" if isinstance(self.table, NightlabelError) else ""
+        return f"{self.date}  {self.exit_code:>2}  {said}{also}"
+
+
+def asked(template: Job, date: str | None, *, name: str) -> tuple[Day, ...]:
+    """The days that `--date` and `schedule.catch_up` name, oldest first. Raises JobError."""
+    days = asked_days(template, date, name=name)
+    if len(days) > 1 and not template.is_dated:
+        need = "{date} in a uri of the job"
+        raise JobError(f"{name}: --date {date} is {len(days)} days", need=need, do="Add it, or run without --date")
+    behind = looked_back(days[0], template.schedule) if days[0] and date in ("today", "yesterday") and template.is_dated else ()
+    return (*(Day(day, behind=True) for day in behind), *map(Day, days))
+
+
+def gravest(nights: list[Night]) -> int:
+    """The exit code of several days."""
+    return _gravest([night.exit_code for night in nights])
+
+
+def _gravest(codes: list[int]) -> int:
+    return max(codes, key=GRAVITY.index, default=0)
+
+
+def run_nights(template: Job, days: tuple[Day, ...], *, label: Label, say: Say, if_running: Policy | None = None) -> list[Night]:
+    """How every day ended; none when another run is at it and the policy is to skip. `if_running` overrules the schedule's; a job
+    that has neither takes no lease. Raises Interrupted, and UnitsLeft when another run takes over."""
+    check_publisher(template)
+    policy = if_running or (template.schedule.if_running if template.schedule else "share")
+    with ExitStack() as stack:
+        check: Check = lambda: None  # noqa: E731
+        if policy != "share":
+            office = Office(open_store(template.output.uri, template.output.s3), lease_folder(template))
+            lease = office.acquire(policy, wait=template.schedule.wait if template.schedule else WAIT_S, say=say)
+            if lease is None:
+                return []
+            check = stack.enter_context(lease).check
+        return list(_each(template, days, label, check, say))
+
+
+def lease_folder(template: Job) -> str:
+    """Beside the folders of fingerprints; above that of the day, so that one night sees another."""
+    uri = template.output.uri
+    if "{date}" in uri:
+        uri = uri.partition("{date}")[0].rpartition("/")[0] or "."
+    return join(uri, "leases", template.name)
+
+
+def _each(template: Job, days: tuple[Day, ...], label: Label, check: Check, say: Say) -> Iterator[Night]:
+    for day in days:
+        check()
+        job = at_day(template, day.date)
+        if day.behind and not _has_input(job):
+            continue
+        if len(days) > 1:
+            say(f"day     {day.date}")
+        outcome = _outcome(job, label, check, day, say)
+        night = Night(job.name, day.date, outcome, _publish(job, outcome))
+        if not (day.behind and isinstance(night.outcome, Receipt) and night.outcome.run is None):
+            tell(job.notify, night.as_dict(), say=say)
+        yield night
+
+
+def _outcome(job: Job, label: Label, check: Check, day: Day, say: Say) -> Receipt | NightlabelError:
+    try:
+        return label(job, check)
+    except Interrupted:
+        raise
+    except NightlabelError as error:
+        check()  # when it was told to stop, that is no failure of the day
+        return error
+    except Exception as error:
+        tell(job.notify, account(job.name, day.date, NightlabelError(f"a bug: {error!r}")), say=say)
+        raise
+
+
+def _publish(job: Job, outcome: Receipt | NightlabelError) -> Published | NightlabelError | None:
+    """The labels are there and verified whatever becomes of the table; the next run makes up for it."""
+    if not isinstance(outcome, Receipt) or outcome.exit_code not in (0, 4):
+        return None
+    try:
+        return publish(job, Log(open_store(outcome.where, job.output.s3), outcome.where))
+    except Interrupted:
+        raise
+    except NightlabelError as error:
+        return error
+
+
+def _has_input(job: Job) -> bool:
+    try:
+        return bool(list_inputs(open_store(job.input.uris[0], job.input.s3), job.input).inputs)
+    except InputMissing:
+        return False
+    except NightlabelError:  # the run says it
+        return True

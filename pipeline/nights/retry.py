@@ -1,0 +1,228 @@
+"""Labels images again that failed, by class of failure, into a new generation. What was committed stays as it is.
+
+The driver of a run does it, with two differences: a unit's buffer begins with the rows that stay, and of its inputs only the
+images in question are read (of loose images), or decoded (of shards). An image whose input is gone or was replaced since is not
+retried: replaced, it is a new input that the next run labels. A retry that was killed is gone on with by the same command.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from io import BytesIO
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.attempt import Observer
+from pipeline.commit import Provenance, UnitBuffer, commit_unit
+from pipeline.cut import list_inputs
+from pipeline.environment import set_ray_environment
+from pipeline.errors import JobError
+from pipeline.footer import Footer, read_footer
+from pipeline.label import TRIES, Driver
+from pipeline.log import Log
+from pipeline.nights.generation import RUN, Generation, generations, newest
+from pipeline.plan import Plan
+from pipeline.report import UnitTrouble, exit_code
+from pipeline.rows import TIMINGS, Failure
+from pipeline.spec import Job
+from pipeline.start import CODE_VERSION, load_model, open_log
+from pipeline.storage import Object, open_store
+from pipeline.unit import Input, Unit
+from pipeline.verify import verify
+
+#: What would take the pass down once more outside of careful mode.
+_POISON = {Failure.DECODE_TIMEOUT, Failure.DECODER_CRASH}
+
+
+@dataclass(frozen=True)
+class Retried:
+    """The account of a retry: of `retried` images `mended` are labelled now. `generation` None: there was nothing to retry."""
+
+    job: str
+    where: str
+    classes: tuple[str, ...]
+    generation: int | None = None
+    units: int = 0
+    units_done: int = 0
+    retried: int = 0
+    mended: int = 0
+    failures: Mapping[str, int] | None = None
+    trouble: tuple[UnitTrouble, ...] = ()
+    exit_code: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """For a screen."""
+        names = ", ".join(self.classes)
+        if self.generation is None:
+            return [f"nothing to retry: no image of {self.job} failed with {names}, of inputs that are still there"]
+        state = "done" if self.units == self.units_done else "not finished"
+        lines = [f"{state}: {self.retried:,} images retried ({names}), {self.mended:,} labelled now"]
+        if self.failures:
+            lines.append("failed  " + ", ".join(f"{name} {number:,}" for name, number in self.failures.items()))
+        lines += [f"left    {item.error_class}: {item.error}" for item in self.trouble[:10]]
+        return [*lines, f"where   {self.where}", f"units   {self.units_done} of {self.units}, generation {self.generation}"]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A unit, its rows as they are, and the numbers of those to label again."""
+
+    unit: Unit
+    rows: pa.Table
+    only: frozenset[int]
+
+
+class Retry(Driver):
+    """One attempt at a retry."""
+
+    def __init__(self, job: Job, classes: tuple[str, ...], *, observe: Observer, started: float) -> None:
+        super().__init__(job, observe=observe, started=started)
+        self.classes = classes
+        self._tasks: dict[str, _Task] = {}
+
+    def retry(self) -> Retried:
+        """Raises JobError when another retry is unfinished, and what `Driver.label` raises."""
+        set_ray_environment()
+        self.artifact = load_model(self.job, weights=True)
+        log = open_log(self.job, self.artifact)
+        generation = self._generation(log)
+        units = self._plan(generation)
+        if not units:
+            return Retried(self.job.name, log.root, self.classes)
+        plan = Plan(RUN, tuple(units), generation.standing([unit.id for unit in units]).committed)
+        for task in [self._tasks[unit.id] for unit in plan.todo if not self._tasks[unit.id].only]:  # their inputs are gone since
+            commit_unit(generation, task.unit, task.rows, Provenance(log.fingerprint, "", CODE_VERSION))
+        plan = Plan(RUN, plan.units, generation.standing([unit.id for unit in units]).committed)
+        size = sum(part.size for unit in plan.todo for part in unit.parts)
+        done = len(plan.committed)
+        self.attempt.tell("planned", run=RUN, units=len(units), done=done, bytes=size, todo_bytes=size)
+        if plan.todo:
+            from pipeline.cluster import cluster
+
+            run = importlib.import_module("pipeline.run")
+            only = {unit_id: task.only for unit_id, task in self._tasks.items()}
+            if _POISON & set(self.classes):
+                self.tries.update(dict.fromkeys(only, TRIES - 1))
+            with cluster(self.job, tell=self.attempt.tell):
+                plan = self.passes(generation, plan, partial(run.run_pass, job=self.job, artifact=self.artifact, only=only))
+        return self._settle(generation, plan)
+
+    def buffer(self, unit_id: str) -> UnitBuffer:
+        """A buffer that has the rows that stay."""
+        task, buffer = self._tasks[unit_id], super().buffer(unit_id)
+        rows = task.rows.filter(pc.invert(pc.is_in(task.rows.column("index"), value_set=pa.array(sorted(task.only), pa.int64()))))
+        for name in TIMINGS.values():
+            rows = rows.append_column(name, pa.nulls(rows.num_rows, pa.float32()))
+        buffer.add(rows)
+        return buffer
+
+    def _is_stuck(self, _: Unit) -> bool:
+        return False  # never split: the unit is what it was
+
+    def _generation(self, log: Log) -> Generation:
+        """The unfinished one, or the one after the last."""
+        begun = generations(log)
+        if begun and not any(run.finished for run in begun[-1].runs()):
+            classes = tuple(json.loads(log.store.read(begun[-1].note_key))["classes"])
+            if classes != self.classes:
+                do = f"Finish it first with --class {','.join(classes)}"
+                raise JobError(f"the retry of {', '.join(classes)} is not finished", do=do)
+            return begun[-1]
+        return Generation(log, begun[-1].number + 1 if begun else 1)
+
+    def _plan(self, generation: Generation) -> list[Unit]:
+        """The units of the generation, planned now or before; fills the tasks."""
+        log, job = generation.base, self.job
+        there = list_inputs(open_store(job.input.uris[0], job.input.s3), job.input).inputs
+        pins = {(item.uri, item.etag, item.size) for item in there}
+        planned = generation.runs()
+        units = planned[0].units if planned else self._candidates(log, there)
+        versions = newest(log, before=generation.number)
+        with ThreadPoolExecutor(16) as pool:
+            tasks = list(pool.map(lambda unit: self._task(log, unit, versions, pins), units))
+        if not planned:
+            tasks = [task for task in tasks if task.only]
+            if not tasks:
+                return []
+            log.store.create(generation.note_key, json.dumps({"classes": self.classes}).encode())
+            if generation.append([task.unit for task in tasks], after=[]) is None:
+                return self._plan(generation)  # another one was faster: its plan is the plan
+        self._tasks = {task.unit.id: task for task in tasks}
+        return [task.unit for task in tasks]
+
+    def _candidates(self, log: Log, there: list[Object]) -> list[Unit]:
+        """Units of these inputs whose newest version has failures of the classes."""
+        uris = pa.array([item.uri for item in there], pa.string())
+        known = {unit.id: unit for run in log.runs(uris) for unit in run.units}
+        versions = {unit_id: item for unit_id, item in newest(log).items() if unit_id in known}
+        with ThreadPoolExecutor(16) as pool:
+            footers = list(pool.map(lambda item: read_footer(log.store, item.uri), versions.values()))
+        wanted = set(self.classes)
+        return [known[footer.unit] for footer in footers if wanted & {name for name, count in footer.failures.items() if count}]
+
+    def _task(self, log: Log, unit: Unit, versions: Mapping[str, Object], pins: set[Input]) -> _Task:
+        rows = pq.read_table(BytesIO(log.store.read(versions[unit.id].uri)), page_checksum_verification=True)
+        rows = rows.replace_schema_metadata(None)
+        changed = {part.uri for part in unit.parts if part.input not in pins}
+        failed = rows.filter(pc.is_in(rows.column("error_class"), value_set=pa.array(self.classes)))
+        numbers = zip(failed.column("index").to_pylist(), failed.column("source").to_pylist(), strict=True)
+        return _Task(unit, rows, frozenset(index for index, source in numbers if source not in changed))
+
+    def _settle(self, generation: Generation, plan: Plan) -> Retried:
+        done = [unit for unit in plan.units if unit.id in plan.committed]
+        footers = list(verify(generation, done))
+        left = {unit.id for unit in plan.todo}
+        trouble = tuple(item for item in self.attempt.trouble.values() if item.unit in left)
+        retried = sum(len(self._tasks[footer.unit].only) for footer in footers)
+        ok_before = sum(pc.sum(pc.equal(self._tasks[footer.unit].rows.column("status"), "ok")).as_py() or 0 for footer in footers)
+        everything = (
+            [read_footer(generation.store, item.uri) for item in newest(generation.base).values()] if not left else footers
+        )
+        rows, failed = sum(footer.rows_in for footer in everything), sum(footer.failed for footer in everything)
+        counts = {"left": len(left), "done": len(done), "rows": rows, "failed": failed}
+        outcome = Retried(
+            job=self.job.name,
+            where=generation.root,
+            classes=self.classes,
+            generation=generation.number,
+            units=len(plan.units),
+            units_done=len(done),
+            retried=retried,
+            mended=sum(footer.ok for footer in footers) - ok_before,
+            failures=dict(sorted(sum((Counter(footer.failures) for footer in footers), Counter[str]()).items())),
+            trouble=trouble,
+            exit_code=exit_code(trouble, **counts, limit=self.job.limits.max_failed),
+        )
+        if not left:
+            generation.store.create(generation.run_key(RUN, "manifest.json"), _manifest(outcome, footers))
+        return outcome
+
+
+def _manifest(outcome: Retried, footers: list[Footer]) -> bytes:
+    sums = {
+        name: sum(getattr(footer, field) for footer in footers)
+        for name, field in (("in", "rows_in"), ("ok", "ok"), ("failed", "failed"))
+    }
+    fields = {name: value for name, value in outcome.as_dict().items() if name not in ("trouble", "exit_code")}
+    return json.dumps({"version": 1, "code": CODE_VERSION, **fields, "rows": sums}, indent=1).encode()
+
+
+def parse_classes(text: str) -> tuple[str, ...]:
+    """Classes of failure with commas between, sorted, each once. Raises JobError for one that is none."""
+    wanted = sorted({name.strip().upper() for name in text.split(",")})
+    unknown = [name for name in wanted if name not in Failure.__members__]
+    if unknown:
+        raise JobError(f"--class is {unknown[0] or 'empty'}", need=f"some of {', '.join(Failure)}", do="Change it")
+    return tuple(wanted)

@@ -1,0 +1,103 @@
+"""A Delta table over the files of one fingerprint: `_delta_log` lies beside them, in `<output.uri>/<fingerprint>/`.
+
+A change is one transaction that adds and removes files. Delta names a file by its path, so two writers that add the same file at
+once leave it in the table once. The run's number goes in as the version of the application `nightlabel`, so any reader of Delta
+can ask which run the table has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+
+import pyarrow as pa
+from deltalake import DeltaTable, Schema
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
+
+from pipeline.errors import StoreError, Temporary
+from pipeline.spec import S3
+from pipeline.storage import join
+from pipeline.tables.published import Changed, File
+
+_APP = "nightlabel"
+
+
+class Delta:
+    """The table at `root`, made when there is none."""
+
+    def __init__(self, root: str, name: str, s3: S3) -> None:
+        self.where, self._name = root, name
+        self._options = _options(s3) if root.startswith("s3://") else None
+        self._table: DeltaTable | None = None
+
+    def files(self) -> set[str]:
+        """URIs of the files that the table has now."""
+        try:
+            self._table = DeltaTable(self.where, storage_options=self._options)
+            paths = pa.table(self._table.get_add_actions()).column("path").to_pylist()
+        except TableNotFoundError:
+            return set()
+        except (DeltaError, OSError) as error:
+            raise _explained(self.where, error) from error
+        return {join(self.where, path) for path in paths}
+
+    def change(self, added: Sequence[File], removed: Sequence[str], *, run: str) -> None:
+        """One transaction. Raises Changed when another writer was faster, StoreError for columns that Delta does not know or that
+        are not the table's."""
+        try:
+            schema = self._schema(added)
+            if self._table is None:
+                self._table = DeltaTable.create(self.where, schema, mode="ignore", name=self._name, storage_options=self._options)
+            now = int(time.time() * 1000)
+            adds = [
+                AddAction(self._path(file.uri), file.size, {}, now, True, json.dumps({"numRecords": file.rows})) for file in added
+            ]
+            removes = [RemoveAction(self._path(uri), True, now) for uri in removed]
+            properties = CommitProperties(app_transactions=[Transaction(_APP, int(run))], max_commit_retries=0)
+            self._table.create_write_transaction([*adds, *removes], "append", schema, commit_properties=properties)
+        except CommitFailedError as error:
+            raise Changed from error
+        except (DeltaError, OSError) as error:
+            raise _explained(self.where, error) from error
+
+    def _schema(self, added: Sequence[File]) -> Schema:
+        schema = Schema.from_arrow(self._table.schema().to_arrow()) if self._table else _converted(added[0])
+        for file in added:
+            if _converted(file) != schema:
+                raise StoreError(
+                    f"{file.uri}: its columns are not those of the table {self.where}",
+                    need="the same columns with the same types in every file",
+                    do="Keep columns of one type with input.keep, or label into another output",
+                )
+        return schema
+
+    def _path(self, uri: str) -> str:
+        return uri.removeprefix(self.where.rstrip("/") + "/")
+
+
+def _converted(file: File) -> Schema:
+    try:
+        return Schema.from_arrow(file.schema)
+    except Exception as error:  # deltalake raises a bare Exception for a type that Delta does not have
+        reason = str(error).splitlines()[0]
+        raise StoreError(
+            f"{file.uri}: {reason}", need="columns that Delta has a type for", do="Leave it out of input.keep"
+        ) from error
+
+
+def _options(s3: S3) -> dict[str, str]:
+    """Credentials it finds by itself, as s3fs does: environment, profile, role."""
+    endpoint = s3.endpoint or os.environ.get("AWS_ENDPOINT_URL")
+    options = {"AWS_REGION": s3.region or os.environ.get("AWS_REGION") or "us-east-1"}
+    options |= {"AWS_ENDPOINT_URL": endpoint} if endpoint else {}
+    options |= {"AWS_ALLOW_HTTP": "true"} if endpoint and endpoint.startswith("http://") else {}
+    return options | ({"AWS_REQUEST_PAYER": "true"} if s3.requester_pays else {})
+
+
+def _explained(where: str, error: Exception) -> Temporary:
+    return Temporary(
+        f"the Delta table {where}: {str(error).splitlines()[0]}", do="The labels are complete; run again to publish them"
+    )

@@ -1,0 +1,90 @@
+"""An Iceberg table over the files of an output, in a catalog that pyiceberg knows by name (`.pyiceberg.yaml`, or
+PYICEBERG_CATALOG__<NAME>__URI and its like in the environment, where the catalog's secrets belong too).
+
+A change is one snapshot that adds and removes files; the catalog's own compare-and-swap decides between two writers. The
+snapshot's summary says of which run it is, `nightlabel.run`. Metadata lies in `<output.uri>/<fingerprint>/iceberg/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pyiceberg.catalog import load_catalog
+from pyiceberg.exceptions import CommitFailedException, NamespaceAlreadyExistsError, NoSuchTableError, TableAlreadyExistsError
+from pyiceberg.io.pyarrow import UnsupportedPyArrowTypeException, parquet_files_to_data_files
+from pyiceberg.table import TableProperties
+
+from pipeline.errors import NightlabelError, StoreError, Temporary
+from pipeline.spec import S3, Publish
+from pipeline.storage import join
+from pipeline.tables.published import Changed, File
+
+if TYPE_CHECKING:
+    from pyiceberg.manifest import DataFile
+    from pyiceberg.table import Table
+
+
+class Iceberg:
+    """The table that `wanted` names, made when there is none; its metadata lies under `root`."""
+
+    def __init__(self, wanted: Publish, table: str, root: str, s3: S3) -> None:
+        self.where, self._root, self._catalog_name = table, root, wanted.catalog
+        self._options = _options(s3) if root.startswith("s3://") else {}
+        self._table: Table | None = None
+        self._known: dict[str, DataFile] = {}
+
+    def files(self) -> set[str]:
+        """URIs of the files that the table has now."""
+        try:
+            self._catalog = load_catalog(self._catalog_name, **self._options)
+            self._table = self._catalog.load_table(self.where)
+            self._known = {task.file.file_path: task.file for task in self._table.scan().plan_files()}
+        except NoSuchTableError:
+            self._table = None
+            return set()
+        except Exception as error:
+            raise self._explained(error) from error
+        return set(self._known)
+
+    def change(self, added: Sequence[File], removed: Sequence[str], *, run: str) -> None:
+        """One snapshot. Raises Changed when another writer was faster, StoreError for columns that are not the table's."""
+        try:
+            table = self._table or self._create(added[0])
+            with table.transaction() as transaction:
+                if transaction.table_metadata.name_mapping() is None:  # the files carry names, no field ids
+                    mapping = transaction.table_metadata.schema().name_mapping.model_dump_json()
+                    transaction.set_properties({TableProperties.DEFAULT_NAME_MAPPING: mapping})
+                new = parquet_files_to_data_files(table.io, transaction.table_metadata, iter([file.uri for file in added]))
+                with transaction.update_snapshot(snapshot_properties={"nightlabel.run": run}).overwrite() as snapshot:
+                    for uri in removed:
+                        snapshot.delete_data_file(self._known[uri])
+                    for file in new:
+                        snapshot.append_data_file(file)
+        except (CommitFailedException, TableAlreadyExistsError) as error:
+            raise Changed from error
+        except Exception as error:
+            raise self._explained(error) from error
+
+    def _create(self, first: File) -> Table:
+        namespace = self.where.rpartition(".")[0]
+        with contextlib.suppress(NamespaceAlreadyExistsError):
+            self._catalog.create_namespace(namespace)
+        return self._catalog.create_table(self.where, first.schema, location=join(self._root, "iceberg"))
+
+    def _explained(self, error: Exception) -> NightlabelError:
+        """pyiceberg raises what its catalogs, its file systems and pydantic raise."""
+        if isinstance(error, NightlabelError):
+            return error
+        got = f"the Iceberg table {self.where}: {(str(error) or type(error).__name__).splitlines()[0]}"
+        if isinstance(error, (UnsupportedPyArrowTypeException, ValueError, TypeError)):
+            need = f"a catalog {self._catalog_name} that pyiceberg can open, and columns that the table has"
+            return StoreError(got, need=need, do="The labels are complete; mend it and run again to publish them")
+        return Temporary(got, do="The labels are complete; run again to publish them")
+
+
+def _options(s3: S3) -> dict[str, str]:
+    endpoint, region = s3.endpoint or os.environ.get("AWS_ENDPOINT_URL"), s3.region or os.environ.get("AWS_REGION")
+    return {name: value for name, value in {"s3.endpoint": endpoint, "s3.region": region}.items() if value}

@@ -1,0 +1,117 @@
+"""After the manifest: the files of an output registered as a Delta or Iceberg table, as they lie, nothing copied or rewritten.
+
+What the table should have is the newest version of every unit (`generation`); what it has is asked; the difference is one
+transaction. So a second time changes nothing, a publish that failed is made up for by the next run, and a retry replaces files.
+A file without rows (a tombstone, an empty shard) is not registered. A table in which somebody else has put or rewritten files is
+refused, since nobody could say then which images it has.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.errors import StoreError, Temporary, UnfitError
+from pipeline.log import Log
+from pipeline.nights.generation import listing, newest
+from pipeline.spec import Job, Publish
+from pipeline.storage import Object, RangeFile, Store, join
+from pipeline.tables.published import Changed, File, Table
+
+ATTEMPTS = 5
+_OURS = re.compile(r"[/=]([0-9a-f]{12})/(generations/\d+/)?data/[0-9a-f]{32}\.parquet$")
+_PACKAGES = {"delta": "deltalake", "iceberg": "pyiceberg"}
+
+
+@dataclass(frozen=True)
+class Published:
+    """The table, and what this run changed in it."""
+
+    format: str
+    table: str
+    added: int
+    removed: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def line(self) -> str:
+        what = f"{self.added:,} files added" + (f", {self.removed:,} replaced" if self.removed else "")
+        return f"table   {self.format} {self.table}: {what if self.added or self.removed else 'has everything'}"
+
+
+def check_publisher(job: Job) -> None:
+    """Raises UnfitError when what the job's table needs is not installed: better before the images than after them."""
+    package = _PACKAGES[job.publish.format] if job.publish else ""
+    if job.publish and importlib.util.find_spec(package) is None:
+        do = f"Install the extra: pip install 'nightlabel[{job.publish.format}]'"
+        raise UnfitError(f"publish needs {package}, which is not installed", do=do)
+
+
+def publish(job: Job, log: Log) -> Published | None:
+    """Brings the job's table up to date; None when it wants none. The transaction says which run was the last.
+
+    Raises UnfitError: not installed, columns or a table that cannot be; Temporary: run again.
+    """
+    wanted = job.publish
+    if wanted is None:
+        return None
+    check_publisher(job)
+    table = _table(wanted, job, log)
+    for _ in range(ATTEMPTS):
+        try:
+            return _bring_up_to_date(wanted, table, log)
+        except Changed:
+            continue
+    raise Temporary(f"the table {table.where} was changed {ATTEMPTS} times by others", do="Run again to publish")
+
+
+def _table(wanted: Publish, job: Job, log: Log) -> Table:
+    if wanted.format == "delta":
+        from pipeline.tables.delta import Delta
+
+        return Delta(log.root, job.name, job.output.s3)
+    from pipeline.tables.iceberg import Iceberg
+
+    return Iceberg(wanted, wanted.table.replace("{fingerprint}", log.fingerprint), log.root, job.output.s3)
+
+
+def _bring_up_to_date(wanted: Publish, table: Table, log: Log) -> Published:
+    has = table.files()
+    foreign = [uri for uri in has if not _is_ours(uri, log)]
+    if foreign:
+        raise StoreError(
+            f"the table {table.where} holds {foreign[0]}",
+            need=f"nothing but the files under {log.root}"
+            + (", or its like of other days" if wanted.format == "iceberg" else ""),
+            do="Compact a copy instead, and name another table for another model"
+            + (", with {fingerprint} in publish.table" if wanted.format == "iceberg" else ""),
+        )
+    should = {item.uri: item for item in newest(log).values()}
+    added = list(_look(log.store, (item for uri, item in should.items() if uri not in has)))
+    removed = sorted(uri for uri in has if uri.startswith(log.root.rstrip("/") + "/") and uri not in should)
+    if added or removed:
+        runs = (item.uri.rpartition("/runs/")[2].partition("/")[0] for item in listing(log.store, join(log.root, "runs")))
+        table.change(added, removed, run=max(runs, default="0"))
+    return Published(wanted.format, table.where, len(added), len(removed))
+
+
+def _is_ours(uri: str, log: Log) -> bool:
+    """Of this fingerprint; under another day's root when the output's URI has a date."""
+    found = _OURS.search(uri)
+    return found is not None and found[1] == log.fingerprint
+
+
+def _look(store: Store, objects: Iterable[Object]) -> Iterable[File]:
+    def look(item: Object) -> File:
+        metadata = pq.read_metadata(RangeFile(store, item))
+        return File(item.uri, item.size, metadata.num_rows, metadata.schema.to_arrow_schema().remove_metadata())
+
+    with ThreadPoolExecutor(16) as pool:
+        return [file for file in pool.map(look, objects) if file.rows]
