@@ -13,13 +13,11 @@ from pipeline import cluster, run
 
 def run_pass(units, job, artifact, *, careful=False, lost=None, only=None):
     """Stands in for `run.run_pass`."""
-    preprocess = run._Timed("preprocess", partial(run._make_preprocess, job, artifact.preprocessing, careful))
-    predict = run._Timed("predict", partial(run._make_predict, job, artifact.digest))
+    preprocess = partial(run._make_preprocess, job, artifact.preprocessing, careful)
+    stages = run._Timed([("preprocess", preprocess), ("predict", partial(run._make_predict, job, artifact.digest))], None)
     for unit in units:
-        item = run._item(unit, only)
-        for table in run._read(pa.Table.from_pylist([item]), wanted=job.input):
-            for pixels in preprocess(table):
-                yield from predict(pixels)
+        for table in run._read(pa.Table.from_pylist([run._item(unit, only)]), wanted=job.input):
+            yield from stages(table)
 
 
 @contextmanager
