@@ -226,7 +226,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
-    except NightlabelError as error:
+    except (NightlabelError, Interrupted) as error:
         if "--json" in sys.argv:
             print_json({"error": str(error), "error_class": type(error).__name__, "exit_code": error.exit_code})
         typer.echo(f"nightlabel: {error}", err=True)

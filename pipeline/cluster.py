@@ -106,8 +106,6 @@ def start_ray(*, object_store: int) -> None:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **({} if address else own))
     except SystemExit:  # by Ray's own handler, which stands there meanwhile and says no word how to go on
         terminated = True
-    except NightlabelError:  # by ours: a signal
-        raise
     except Exception as error:
         raise _failure(error, address) from error
     finally:

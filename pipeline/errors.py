@@ -14,8 +14,8 @@
     ├── Conflict          6   another run's object stands where ours belongs
     ├── Temporary        75   try again
     │   └── Stalled           something hangs
-    ├── PermissionDenied 77
-    └── Interrupted 130/143   stopped by a signal; resumable
+    └── PermissionDenied 77
+    Interrupted     130/143   stopped by a signal; resumable. Beside the tree, for what catches trouble must let it through
 
 Anything else that escapes is a bug of ours: a traceback and exit code 70.
 """
@@ -117,9 +117,10 @@ class PermissionDenied(NightlabelError):
     error_class = "PERMISSION_DENIED"
 
 
-class Interrupted(NightlabelError):
-    exit_code = 130
+class Interrupted(BaseException):
+    """Raised by a signal, wherever the main thread is just then. No Exception, like KeyboardInterrupt: what catches trouble there
+    to blame a unit for it, or to go on without, lets it through."""
 
     def __init__(self, got: str, *, signal_number: int = 2, do: str = "") -> None:
-        super().__init__(got, do=do)
-        self.exit_code = 128 + signal_number
+        super().__init__(f"{got}. {do}." if do else f"{got}.")
+        self.got, self.exit_code = got, 128 + signal_number

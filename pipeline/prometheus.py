@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from pipeline.errors import EXIT_BUG, JobError, NightlabelError
+from pipeline.errors import EXIT_BUG, Interrupted, JobError, NightlabelError
 from pipeline.spec import Job
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _check(to: str) -> None:
 def _code(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
-    return error.exit_code if isinstance(error, NightlabelError) else EXIT_BUG
+    return error.exit_code if isinstance(error, (NightlabelError, Interrupted)) else EXIT_BUG
 
 
 def _post(gateway: str, account: Account) -> None:

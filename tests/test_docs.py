@@ -44,6 +44,7 @@ def test_columns_failures_and_exit_codes_are_documented():
         for error in vars(errors).values()
         if isinstance(error, type) and issubclass(error, errors.NightlabelError)
     }
+    codes.add(errors.Interrupted("x").exit_code)
     table = "\n".join(re.findall(r"^\| [\d, ]+ \|", README, re.MULTILINE))
     assert {str(code) for code in codes} <= set(re.findall(r"\d+", table))
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.cut import list_inputs
-from pipeline.errors import EXIT_BUG, InputMissing, Interrupted, JobError, NightlabelError
+from pipeline.errors import EXIT_BUG, InputMissing, JobError, NightlabelError
 from pipeline.job.jobfile import asked_days, at_day
 from pipeline.job.schedule import WAIT_S, looked_back
 from pipeline.log import Log
@@ -126,8 +126,6 @@ def _each(template: Job, days: tuple[Day, ...], label: Label, check: Check, say:
 def _outcome(job: Job, label: Label, check: Check, day: Day, say: Say) -> Receipt | NightlabelError:
     try:
         return label(job, check)
-    except Interrupted:
-        raise
     except NightlabelError as error:
         check()  # when it was told to stop, that is no failure of the day
         return error
@@ -142,8 +140,6 @@ def _publish(job: Job, outcome: Receipt | NightlabelError) -> Published | Nightl
         return None
     try:
         return publish(job, Log(open_store(outcome.where, job.output.s3), outcome.where))
-    except Interrupted:
-        raise
     except NightlabelError as error:
         return error
 
