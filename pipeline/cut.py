@@ -139,13 +139,14 @@ def _split_rows(store: Store, wanted: Input, item: Object, *, size: int) -> list
     footer = pq.read_metadata(RangeFile(store, item))
     check_columns(footer.schema.to_arrow_schema(), wanted, item.uri)
     together = max(1, footer.num_row_groups // -(-item.size // size))
-    units: list[Unit] = []
+    parts: list[Part] = []
     stop = 0
     for first in range(0, footer.num_row_groups, together):
         groups = range(first, min(first + together, footer.num_row_groups))
         start, stop = stop, stop + sum(footer.row_group(group).num_rows for group in groups)
-        units.append(Unit((Part(item.uri, item.etag, item.size, start, stop),)))
-    return units if len(units) > 1 else [Unit((Part(item.uri, item.etag, item.size),))]
+        if stop > start:  # row groups may be empty, and two empty ranges at the same row would be one unit twice
+            parts.append(Part(item.uri, item.etag, item.size, start, stop))
+    return [Unit((part,)) for part in (parts if len(parts) > 1 else [Part(item.uri, item.etag, item.size)])]
 
 
 def check_columns(schema: pa.Schema, wanted: Input, uri: str) -> None:

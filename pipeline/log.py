@@ -54,7 +54,8 @@ class Run:
         parts: dict[str, list[Part]] = {}
         for unit, *fields in zip(*(self.parts.column(name).to_pylist() for name in _PLAN.names), strict=True):
             parts.setdefault(unit, []).append(Part(*fields))
-        units = [Unit(tuple(items)) for items in parts.values()]
+        # Of equal parts one: plans of before 2026-11-25 name a unit twice that lies between two empty row groups of a file.
+        units = [Unit(tuple(dict.fromkeys(items))) for items in parts.values()]
         if any(unit.id != name for unit, name in zip(units, parts, strict=True)):
             raise StoreError(f"plan {self.id}: unit ids do not follow from the inputs", need="an intact plan", do="Restore it")
         return units
@@ -123,8 +124,11 @@ class Log:
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
             return list(pool.map(load, plans))
 
-    def append(self, units: Iterable[Unit], *, after: list[Run]) -> str | None:
-        """A new plan as the next entry; its run id, or None when another driver was faster (read the log again)."""
+    def append(self, units: Collection[Unit], *, after: list[Run]) -> str | None:
+        """A new plan as the next entry; its run id, or None when another driver was faster (read the log again).
+        Raises AssertionError when a unit is in it twice."""
+        if len({unit.id for unit in units}) != len(units):
+            raise AssertionError("a unit is in the plan twice")
         run_id = f"{int(after[-1].id) + 1 if after else 1:06d}"
         return run_id if self.store.create(self.run_key(run_id, "plan.parquet"), _dump(units)) else None
 

@@ -14,17 +14,25 @@ from pipeline.footer import Footer
 from pipeline.log import Log, Run
 from pipeline.unit import Input, Part, Unit
 
+_AT_ONCE = 1_000  # footers that are read ahead: a million of them, with their inputs, would be gigabytes
+
 
 def verify(log: Log, units: Iterable[Unit]) -> Iterator[Footer]:
     """The footer of every unit, read back and held against the plan. Raises what `Log.footer` raises, or Conflict."""
+    wanted = list(units)
     with ThreadPoolExecutor(16) as pool:
-        wanted = list(units)
-        for unit, footer in zip(wanted, pool.map(lambda unit: log.footer(unit.id), wanted), strict=True):
-            if footer.unit != unit.id or footer.fingerprint != log.fingerprint or footer.split:
-                holds = "a tombstone" if footer.split else f"unit {footer.unit}"
-                got = f"{log.data_key(unit.id)}: holds {holds}, fingerprint {footer.fingerprint}"
-                raise Conflict(got, need=f"rows of this unit, fingerprint {log.fingerprint}", do="Move it away and run again")
-            yield footer
+        for at in range(0, len(wanted), _AT_ONCE):
+            some = wanted[at : at + _AT_ONCE]
+            for unit, footer in zip(some, pool.map(lambda unit: log.footer(unit.id), some), strict=True):
+                _check(log, unit, footer)
+                yield footer
+
+
+def _check(log: Log, unit: Unit, footer: Footer) -> None:
+    if footer.unit != unit.id or footer.fingerprint != log.fingerprint or footer.split:
+        holds = "a tombstone" if footer.split else f"unit {footer.unit}"
+        got = f"{log.data_key(unit.id)}: holds {holds}, fingerprint {footer.fingerprint}"
+        raise Conflict(got, need=f"rows of this unit, fingerprint {log.fingerprint}", do="Move it away and run again")
 
 
 def validate(log: Log) -> tuple[list[Footer], list[str]]:

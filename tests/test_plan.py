@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import log
+from pipeline import verify as verification
 from pipeline.commit import Provenance, UnitBuffer, commit_unit, retire_unit, serialise
 from pipeline.errors import Conflict, StoreError
 from pipeline.log import Log
@@ -381,3 +383,25 @@ def test_footer_is_read_back(tmp_path):
     footer, _ = commit(log, unit)
     assert log.footer(unit.id) == footer
     assert footer.inputs == (("/in/a", "1", 10), ("/in/b", "1", 10))
+
+
+def test_a_unit_is_in_a_plan_once_and_a_plan_that_names_one_twice_is_read(tmp_path):
+    """As two empty row groups of a large file once made it."""
+    log_of_runs, unit = log_at(tmp_path), Unit((Part("/in/a.parquet", "1", 10, 100, 100),))
+    with pytest.raises(AssertionError, match="twice"):
+        log_of_runs.append([unit, unit], after=[])
+    log_of_runs.store.create(log_of_runs.run_key("000001", "plan.parquet"), log._dump([unit, unit]))
+    (run,) = log_of_runs.runs()
+    assert (run.units, run.whole) == ([unit], 1)
+
+
+def test_footers_are_read_back_slice_by_slice(tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "_AT_ONCE", 2)
+    log_of_runs, units, read = log_at(tmp_path), pairs(objects(*"abcdefghij")), []
+    for unit in units:
+        commit(log_of_runs, unit)
+    monkeypatch.setattr(Log, "footer", lambda self, unit_id, footer=Log.footer: (read.append(unit_id), footer(self, unit_id))[1])
+    footers = verify(log_of_runs, units)
+    next(footers)
+    assert len(read) == 2
+    assert [footer.unit for footer in footers] == [unit.id for unit in units[1:]]

@@ -406,3 +406,16 @@ def test_one_large_file_without_the_columns_is_a_unit_and_all_of_them_are_an_err
     assert [Path(unit.parts[0].uri).name for unit in whole] == ["b.parquet"]
     with pytest.raises(JobError, match="no column other"):
         cut(STORE, wanted.model_copy(update={"image_column": "other"}), list_inputs(STORE, wanted).inputs, tasks=10)
+
+
+@pytest.mark.parametrize("counts", [(100, 0, 0, 100, 0, 0, 100), (0, 0, 100, 0), (0, 0, 0)])
+def test_empty_row_groups_are_in_no_unit(tmp_path, counts):
+    rows = pa.table({"image": [bytes([number]) * 1000 for number in range(100)], "key": [str(number) for number in range(100)]})
+    with pq.ParquetWriter(tmp_path / "a.parquet", rows.schema, compression="none", use_dictionary=False) as writer:
+        for count in counts:
+            writer.write_table(rows.slice(0, count))
+    assert pq.read_metadata(tmp_path / "a.parquet").num_row_groups == len(counts)
+    wanted = Input(uri=str(tmp_path), format="parquet")
+    units = cut(STORE, wanted, list_inputs(STORE, wanted).inputs, tasks=10)
+    ranges = [(part.start, part.stop) for unit in units for part in unit.parts]
+    assert ranges == ([(0, 100), (100, 200), (200, 300)] if sum(counts) == 300 else [(None, None)])
