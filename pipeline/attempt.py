@@ -99,12 +99,13 @@ class Attempt:
 
     def receipt(self, job: Job, plan: Plan, artifact: Artifact, footers: Iterable[Footer], *, where: str, before: int) -> Receipt:
         """`footers` of all units that are done, read back; `before` of them were done when this attempt began."""
-        done, failures = list(footers), Counter[str]()
-        for footer in done:
+        done, failures = Counter[str](), Counter[str]()
+        for footer in footers:  # a million of them, with their inputs, are not to be held at once
+            done.update(units=1, rows=footer.rows_in, ok=footer.ok, failed=footer.failed)
             failures.update(footer.failures)
         left = {unit.id for unit in plan.todo}
-        rows, failed = sum(footer.rows_in for footer in done), sum(footer.failed for footer in done)
-        self.tell("verified", units=len(done), rows=rows, failed=failed, left=len(left))
+        units, rows, ok, failed = (done[name] for name in ("units", "rows", "ok", "failed"))
+        self.tell("verified", units=units, rows=rows, failed=failed, left=len(left))
         trouble = tuple(item for item in self.trouble.values() if item.unit in left)
         limit = job.limits.max_failed
         return Receipt(
@@ -115,10 +116,10 @@ class Attempt:
             precision=job.model.precision,
             run=plan.run_id,
             units=len(plan.units),
-            units_done=len(done),
+            units_done=units,
             units_before=before,
             rows_in=rows,
-            ok=sum(footer.ok for footer in done),
+            ok=ok,
             failed=failed,
             failures=dict(sorted(failures.items())),
             labels=dict(self.labels),
@@ -130,6 +131,6 @@ class Attempt:
             seam_seconds=self.seams if self.passes else {},
             passes=self.passes,
             trouble=trouble,
-            exit_code=exit_code(trouble, left=len(left), done=len(done), rows=rows, failed=failed, limit=limit),
+            exit_code=exit_code(trouble, left=len(left), done=units, rows=rows, failed=failed, limit=limit),
             events=tuple(self.events),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
@@ -33,6 +34,7 @@ class Committer:
     def __init__(self, log: Log, provenance: Provenance, attempt: Attempt) -> None:
         self.log, self.provenance, self.attempt = log, provenance, attempt
         self.committed: set[str] = set()
+        self.refused: set[str] = set()  # by the store, for its own reasons or a stranger's object: no fault of an input
         self._pool = ThreadPoolExecutor(_THREADS)
         self._flying: deque[tuple[Unit, UnitBuffer, Future[_Outcome]]] = deque()
         self._failures = 0  # in a row
@@ -43,6 +45,11 @@ class Committer:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
 
+    def begin(self, units: Iterable[Unit]) -> None:
+        """A new pass over these units: what the last one failed of is over, until it comes again."""
+        self._failures = 0
+        self.refused.difference_update(unit.id for unit in units)
+
     def take(self, unit: Unit, buffer: UnitBuffer) -> None:
         """Commits the unit, or blames it for the error that it arrived with. Raises Temporary when so many creates have failed
         in a row that the store is at fault, and the work of this pass would be for nothing."""
@@ -52,7 +59,6 @@ class Committer:
         self._flying.append((unit, buffer, self._pool.submit(self._commit, unit, buffer)))
         self.settle(_IN_FLIGHT)
         if self._failures >= _IN_FLIGHT:
-            self._failures = 0
             raise Temporary(
                 f"{_IN_FLIGHT} units in a row could not be committed", do="Look at the output's store, then run again"
             )
@@ -64,7 +70,9 @@ class Committer:
             try:
                 outcome = future.result()
             except NightlabelError as error:
-                self._failures += not isinstance(error, JobError)
+                if not isinstance(error, JobError):  # which is of columns that do not fit together
+                    self._failures += 1
+                    self.refused.add(unit.id)
                 self.attempt.blame(unit, error.error_class, str(error), buffer=buffer)
                 continue
             self._failures = 0

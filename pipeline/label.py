@@ -22,7 +22,7 @@ from pipeline.attempt import Attempt, Observer
 from pipeline.commit import Provenance, UnitBuffer
 from pipeline.committer import Committer
 from pipeline.environment import set_ray_environment
-from pipeline.errors import Stalled, Temporary, UnitsLeft
+from pipeline.errors import Conflict, Stalled, Temporary, UnitsLeft
 from pipeline.job.jobfile import dump_job
 from pipeline.log import Log
 from pipeline.plan import Plan
@@ -33,6 +33,8 @@ from pipeline.unit import Unit
 from pipeline.verify import verify
 
 TRIES = 3  # two passes as they come, the third in careful mode
+_REPLANS = 20  # of an attempt: enough to find any culprit, and an end where an input is written over again and again
+_AT_ONCE = 20_000  # units of a pass: each is put into Ray's store by itself before the first block can come
 _LOST = "LOST"
 
 #: A pass over units: prediction rows as they arrive, None when nothing did for a second. Why blocks were lost goes into `lost`.
@@ -45,6 +47,8 @@ class Driver:
     def __init__(self, job: Job, *, observe: Observer, started: float) -> None:
         self.job, self.attempt = job.from_root(), Attempt(started, observe)
         self.tries: Counter[str] = Counter()
+        self.moved: dict[str, int] = {}  # how many units were committed when one was first tried
+        self.probed = False
         self.artifact: Artifact
 
     def label(self) -> Receipt:
@@ -74,23 +78,24 @@ class Driver:
         """Passes over what is left, until nothing is or nothing moves. The plan that it ends with may be a newer one."""
         provenance = Provenance(log.fingerprint, self.attempt.id, CODE_VERSION)
         with Committer(log, provenance, self.attempt) as committer:
+            replans = 0
             while plan.todo:
-                for unit in plan.todo:
-                    if len(unit.parts) > 1 and self._is_stuck(unit):
-                        trouble = self.attempt.trouble[unit.id]
-                        split_unit(log, unit, self.job, self.artifact, why=f"{trouble.error_class}: {trouble.error}")
+                for unit in self._stuck(plan, committer):
+                    trouble = self.attempt.trouble[unit.id]
+                    split_unit(log, unit, self.job, self.artifact, why=f"{trouble.error_class}: {trouble.error}")
                 standing = log.standing([unit.id for unit in plan.todo])
                 if standing.split:  # by us or by another driver
-                    before, plan = len(plan.units), plan_job(self.job, self.artifact)[1]
-                    done = len(plan.committed)
-                    self.attempt.tell("replanned", run=plan.run_id, units=len(plan.units), done=done, before=before)
+                    if replans == _REPLANS:
+                        break
+                    replans += 1
+                    plan = self._replan(len(plan.units))
                     continue
-                plan = replace(plan, committed=plan.committed | standing.committed)
+                plan = replace(plan, committed=plan.committed | (standing.committed - self._disputed))
                 able = [unit for unit in plan.todo if self.tries[unit.id] < TRIES and not self._is_hopeless(unit)]
                 if not able:
                     break
                 fewest = min(self.tries[unit.id] for unit in able)
-                self._one_pass([unit for unit in able if self.tries[unit.id] == fewest], committer, run_pass)
+                self._one_pass([unit for unit in able if self.tries[unit.id] == fewest][:_AT_ONCE], committer, run_pass)
                 plan = replace(plan, committed=plan.committed | {unit.id for unit in able if unit.id in committer.committed})
         return plan
 
@@ -103,12 +108,32 @@ class Driver:
         trouble = self.attempt.trouble.get(unit.id)
         return trouble is not None and trouble.error_class not in (_LOST, Temporary.error_class)
 
-    def _is_stuck(self, unit: Unit) -> bool:
-        """Will not come through as it is. What is temporary is not the fault of an input: a store that is away for an hour must
-        not cost every unit its shape."""
+    @property
+    def _disputed(self) -> set[str]:
+        """Units in whose place something stands that is not what we would have put there."""
+        return {unit_id for unit_id, trouble in self.attempt.trouble.items() if trouble.error_class == Conflict.error_class}
+
+    def _replan(self, before: int) -> Plan:
+        _, plan = plan_job(self.job, self.artifact)
+        plan = replace(plan, committed=plan.committed - self._disputed)
+        self.attempt.tell("replanned", run=plan.run_id, units=len(plan.units), done=len(plan.committed), before=before)
+        return plan
+
+    def _stuck(self, plan: Plan, committer: Committer) -> list[Unit]:
+        """Units of several inputs that will not come through as they are, by the fault of an input: not of a store that is away
+        or full, which must not cost every unit its shape, nor of workers that lose whatever they get. Where nothing has come
+        through since they were first tried, one is split for a probe: when a piece of it does, so may those of the others."""
+        joined = [unit for unit in plan.todo if len(unit.parts) > 1 and unit.id not in committer.refused]
+        stuck = [unit for unit in joined if self._is_hopeless(unit)]
+        used_up = [unit for unit in joined if self._is_lost(unit) and self.tries[unit.id] >= TRIES]
+        lost = [unit for unit in used_up if len(committer.committed) > self.moved[unit.id]]
+        if used_up and not lost and not self.probed:
+            self.probed, lost = True, used_up[:1]
+        return stuck + lost
+
+    def _is_lost(self, unit: Unit) -> bool:
         trouble = self.attempt.trouble.get(unit.id)
-        used_up = trouble is not None and trouble.error_class == _LOST and self.tries[unit.id] >= TRIES
-        return used_up or self._is_hopeless(unit)
+        return trouble is not None and trouble.error_class == _LOST
 
     def _one_pass(self, todo: list[Unit], committer: Committer, run_pass: RunPass) -> None:
         attempt, careful = self.attempt, self.tries[todo[0].id] == TRIES - 1
@@ -117,6 +142,8 @@ class Driver:
         waiting = {unit.id: unit for unit in todo}
         buffers: dict[str, UnitBuffer] = {}
         self.tries.update(waiting.keys())
+        self.moved = {unit_id: len(committer.committed) for unit_id in waiting} | self.moved
+        committer.begin(todo)
         lost: list[str] = []
         error_class, reason = _LOST, ""
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipeline.errors import InputError
@@ -55,7 +55,7 @@ class Receipt:
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
-        fields = asdict(self)
+        fields = asdict(replace(self, events=()))  # which would be copied, one by one
         del fields["events"]
         return fields
 

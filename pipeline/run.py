@@ -47,10 +47,12 @@ def chain(
     units: list[Unit], job: Job, artifact: Artifact, *, careful: bool = False, only: Only | None = None
 ) -> ray.data.Dataset:
     """read → preprocess → predict over units: a lazy dataset of prediction rows, every unit closed by its end row. With `only`,
-    of some of their rows.
+    of some of their rows. Raises Temporary when there is no Ray, in whose place Ray Data would start another.
 
     The last two are one stage where the job has no actors of preprocess: without a GPU to keep busy, two stages only cost.
     """
+    if not ray.is_initialized():
+        raise Temporary("Ray is gone, and did not come up again", do="Run again; what is committed stays")
     read, preprocess, predict = job.resources.pools()
     rows = _block_bytes(job, artifact, careful) // (3 * artifact.preprocessing.size**2)
     decoding: Seam = "preprocess", partial(_make_preprocess, job, artifact.preprocessing, careful)
@@ -194,9 +196,9 @@ def run_pass(
     DataContext.get_current().target_max_block_size = _CAREFUL_BYTES if alone else _block_bytes(job, artifact, careful)
     # Each image of a block may hang, and its successor wait for a new child, which imports torch.
     stall_s = max(STALL_S, 2 * _CAREFUL_ROWS * (job.limits.decode_timeout + 30)) if careful else STALL_S
-    dataset = chain(units, job, artifact, careful=careful, only=only)
 
-    def start() -> Generator[pa.Table, None, None]:
+    def start() -> Generator[pa.Table, None, None]:  # under watch, for what is put into Ray's store may find Ray dying
+        dataset = chain(units, job, artifact, careful=careful, only=only)
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 
     blocks = watched(start, stall_s=stall_s, explain=_reason)

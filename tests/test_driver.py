@@ -4,10 +4,12 @@ driver is faster, nothing arrives?"""
 from __future__ import annotations
 
 import io
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import duckdb
@@ -15,10 +17,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from faults import Fault, fault_proxy
 
-from pipeline import start
-from pipeline.errors import Stalled, StoreError, Temporary, UnitsLeft
+from pipeline import cli, label, run, start
+from pipeline.commit import Provenance, UnitBuffer, commit_unit
+from pipeline.committer import Committer
+from pipeline.errors import Interrupted, Stalled, StoreError, Temporary, UnitsLeft
 from pipeline.label import TRIES, Driver
 from pipeline.log import Log
 from pipeline.plan import Plan
@@ -45,9 +50,9 @@ def broken(name: str, error_class: str) -> Answer:
     return lambda unit: (error_class, f"{name} is it") if any(Path(part.uri).name == name for part in unit.parts) else None
 
 
-def arrival(unit: Unit, error: tuple[str, str] | None = None, *, rows: int | None = None) -> pa.Table:
-    """A block of all rows of a unit, ROWS for each input, and its end; or of the first `rows` of them without it."""
-    keys = [(Path(part.uri).name, number) for part in unit.parts for number in range(ROWS)]
+def arrival(unit: Unit, error: tuple[str, str] | None = None, *, rows: int | None = None, each: int = ROWS) -> pa.Table:
+    """A block of all rows of a unit, `each` for each input, and its end; or of the first `rows` of them without it."""
+    keys = [(Path(part.uri).name, number) for part in unit.parts for number in range(each)]
     ok = {"unit": unit.id, "status": "ok", **SECONDS}
     found = [
         {**ok, "key": f"{name}/{number}", "source": name, "index": index, "label": name}
@@ -125,6 +130,17 @@ def begin(tmp_path, model):
 def finish(driver: Driver, log: Log, plan: Plan, run_pass: Callable[..., object]) -> Receipt:
     before = len(plan.committed)
     return driver.finish(log, driver.passes(log, plan, run_pass), before)
+
+
+def commit(log: Log, unit: Unit, *, each: int = ROWS) -> None:
+    """As another driver does, for which the inputs hold `each` rows."""
+    buffer = UnitBuffer()
+    buffer.add(arrival(unit, each=each).drop_columns(["unit"]))
+    commit_unit(log, unit, buffer.table(), Provenance(log.fingerprint, "another", "0"))
+
+
+def tombstones(log: Log) -> frozenset[str]:
+    return log.standing(log.objects()).split
 
 
 def rows_of(log: Log) -> list[str]:
@@ -323,3 +339,124 @@ def test_a_store_that_overwrites_is_refused_before_anything_is_labelled(begin, s
         with pytest.raises(StoreError, match=f"{proxy.endpoint} created it twice; required: a store that") as caught:
             start.begin(log, plan.run_id, driver.job)
         assert caught.value.exit_code == 2
+
+
+def test_a_signal_while_creates_are_waited_for_ends_the_run_and_is_no_units_trouble(begin, monkeypatch):
+    driver, log, plan = begin()
+    waiting, heard = threading.Event(), threading.Event()
+    settle = Committer.settle
+
+    def watched(self: Committer, most: int = 0) -> None:
+        if most == 0:
+            waiting.set()
+        settle(self, most)
+
+    class Signalling(Disk):
+        def create(self, uri: str, data: bytes) -> bool:
+            if "/data/" in uri and waiting.wait(30) and not heard.is_set():
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+                heard.wait(30)
+            return super().create(uri, data)
+
+    def interrupt(number: int, frame: object) -> None:
+        if not heard.is_set():
+            heard.set()
+            cli._interrupt(number, None)
+
+    monkeypatch.setattr(Committer, "settle", watched)
+    log.store = Signalling()
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with pytest.raises(Interrupted, match="stopped by SIGTERM") as caught:
+            finish(driver, log, plan, Passes())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (caught.value.exit_code, driver.attempt.trouble) == (143, {})
+    assert sorted(rows_of(log)) == all_rows(*range(8)), "what was on its way was not let through"
+
+
+@pytest.mark.parametrize(("answer", "rows"), [(sound, 6), (broken("5.tar", "TAR_CORRUPT"), 5)])
+def test_a_conflict_is_not_forgotten(begin, answer, rows):
+    """Another driver has seen fewer rows in the same inputs. The second case plans again meanwhile."""
+    driver, log, plan = begin()
+    receipt = finish(driver, log, plan, Passes(answer, before=lambda: commit(log, plan.units[0], each=ROWS - 1)))
+    assert (receipt.exit_code, receipt.rows_in) == (6, rows * ROWS)
+    assert plan.units[0].id in {item.unit for item in receipt.trouble if item.error_class == "CONFLICT"}
+    assert not any(run.finished for run in log.runs())
+    assert plan.units[0].id not in tombstones(log)
+
+
+def test_a_store_without_room_costs_no_unit_its_shape(begin):
+    driver, log, plan = begin()
+    log.store = FailingDisk(StoreError("no room"), times=1)
+    receipt = finish(driver, log, plan, Passes())
+    assert (receipt.exit_code, receipt.rows_in, len(receipt.trouble)) == (2, 6 * ROWS, 1)
+    assert (tombstones(log), len(log.runs())) == (set(), 1)
+
+
+def test_an_outage_costs_one_try(begin):
+    driver, log, plan = begin(40, resources={"read": {"tasks": 10}})
+    log.store = FailingDisk(Temporary("no answer"), times=16)  # until the pass is given up, and what is in flight then
+    passes = Passes()
+    receipt = finish(driver, log, plan, passes)
+    assert (receipt.exit_code, receipt.rows_in, passes.careful) == (0, 40 * ROWS, [False, False])
+
+
+def test_where_nothing_arrives_one_unit_is_split_for_a_probe_and_no_more(begin):
+    driver, log, plan = begin(160)
+    receipt = finish(driver, log, plan, Passes(lose=lambda unit: True, because="ModuleNotFoundError"))
+    assert (receipt.exit_code, receipt.passes, receipt.rows_in) == (5, 2 * TRIES, 0)
+    assert len(log.objects()) == 1
+
+
+def test_a_probe_that_comes_through_frees_the_neighbours_of_all_that_is_bad(begin):
+    _, log, plan = begin()
+    for unit in plan.units[2:]:
+        commit(log, unit)
+    driver, log, plan = begin()
+    receipt = finish(driver, log, plan, Passes(lose=lambda unit: any(part.uri[-5:] in ("1.tar", "3.tar") for part in unit.parts)))
+    assert (receipt.exit_code, receipt.rows_in) == (5, 6 * ROWS)
+    assert sorted(Path(item.inputs[0]).name for item in receipt.trouble) == ["1.tar", "3.tar"]
+
+
+def test_inputs_that_are_written_over_all_the_time_are_left_in_the_end(begin):
+    """So many that what they leave free is joined again, into units that nobody has tried."""
+    driver, log, plan = begin()
+    sizes = iter(range(200, 300))
+
+    def rewrite(unit: Unit) -> tuple[str, str]:
+        Path(unit.parts[-1].uri).write_bytes(b"y" * next(sizes))
+        return "INPUT_CHANGED", "replaced"
+
+    receipt = finish(driver, log, plan, Passes(rewrite))
+    assert (receipt.exit_code, receipt.rows_in, receipt.passes) == (3, 0, label._REPLANS + 1)
+
+
+def test_a_pass_gets_no_more_units_than_can_be_put_into_rays_store_in_time(begin, monkeypatch):
+    monkeypatch.setattr(label, "_AT_ONCE", 3)
+    driver, log, plan = begin()
+    passes = Passes()
+    assert finish(driver, log, plan, passes).exit_code == 0
+    assert [len(units) for units in passes.seen] == [3, 1]
+
+
+def test_a_ray_that_is_gone_is_temporary_and_no_other_is_started(begin, monkeypatch):
+    driver, _, plan = begin()
+    units = list(plan.units)
+    with pytest.raises(Temporary, match="Ray is gone"):
+        list(run.run_pass(units, driver.job, driver.artifact))
+    assert not ray.is_initialized()
+
+    def dies(*_: object, **__: object) -> None:
+        raise ray.exceptions.RaySystemError("the raylet is dead")
+
+    monkeypatch.setattr(run, "chain", dies)
+    with pytest.raises(Temporary, match="the pass ended early"):
+        list(run.run_pass(units, driver.job, driver.artifact))
+
+
+def test_a_receipt_does_not_copy_the_events_that_it_leaves_out(begin):
+    driver, log, plan = begin(1)
+    receipt = replace(finish(driver, log, plan, Passes()), events=({"cannot be copied": threading.Lock()},))
+    assert receipt.as_dict()["rows_in"] == ROWS
+    assert "events" not in receipt.as_dict()

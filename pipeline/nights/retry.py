@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline.attempt import Observer
 from pipeline.commit import Provenance, UnitBuffer, commit_unit
+from pipeline.committer import Committer
 from pipeline.cut import list_inputs
 from pipeline.environment import set_ray_environment
 from pipeline.errors import JobError
@@ -128,8 +129,8 @@ class Retry(Driver):
         buffer.add(rows)
         return buffer
 
-    def _is_stuck(self, _: Unit) -> bool:
-        return False  # never split: the unit is what it was
+    def _stuck(self, _plan: Plan, _committer: Committer) -> list[Unit]:
+        return []  # never split: the unit is what it was
 
     def _generation(self, log: Log) -> Generation:
         """The unfinished one, or the one after the last."""
