@@ -10,6 +10,7 @@ import shlex  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import FrameType  # noqa: E402
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn  # noqa: E402
@@ -159,14 +160,15 @@ def validate(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     """Does the job's output hold together: every footer, every count, every manifest, no input labelled twice."""
     from pipeline.job.jobfile import load_label_job
     from pipeline.nights.generation import validate_all
-    from pipeline.start import load_model, open_log
+    from pipeline.start import load_model, open_log, present
+    from pipeline.storage import open_store
     from pipeline.verify import open_runs
 
     loaded = load_label_job(job, date=date)
     artifact = load_model(loaded, weights=False)
     log = open_log(loaded, artifact)
     footers, problems = validate_all(log)
-    unfinished = open_runs(log)
+    unfinished = open_runs(log, partial(present, open_store(loaded.input.uris[0], loaded.input.s3)))
     rows, ok, failed = (sum(getattr(footer, name) for footer in footers) for name in ("rows_in", "ok", "failed"))
     if as_json:
         counts = {"units": len(footers), "rows_in": rows, "ok": ok, "failed": failed}

@@ -8,7 +8,8 @@ over it. Its size is a multiple of TOMBSTONE_BYTES: a listing tells which object
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 
@@ -55,16 +56,23 @@ def tombstone(footer: Footer, schema: pa.Schema) -> bytes:
     return _MAGIC + bytes(-len(data) % TOMBSTONE_BYTES) + data[len(_MAGIC) :]
 
 
+@contextmanager
+def reading(key: str) -> Iterator[None]:
+    """What shows that the object of a unit is none of ours, or has rotted, as Conflict."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        do = "Find out who wrote it and move it away"
+        raise Conflict(f"{key}: not a unit of nightlabel ({error})", need="a Parquet file with its account", do=do) from error
+
+
 def read_footer(store: Store, key: str) -> Footer:
     """What a unit's object says. Raises InputMissing when there is no object, Conflict when it is not one of ours."""
-    try:
+    with reading(key):
         metadata = pq.read_metadata(RangeFile(store, store.head(key)))
         fields = json.loads((metadata.metadata or {})[_KEY])
         fields["inputs"] = tuple((uri, etag, size) for uri, etag, size in fields["inputs"])
         footer = Footer(**fields)
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        do = "Find out who wrote it and move it away"
-        raise Conflict(f"{key}: not a unit of nightlabel ({error})", need="a Parquet file with its account", do=do) from error
     if (
         metadata.num_rows != footer.rows_in
         or footer.ok + footer.failed != footer.rows_in

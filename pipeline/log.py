@@ -111,9 +111,7 @@ class Log:
 
     def runs(self, uris: pa.Array | None = None) -> list[Run]:
         """All runs, oldest first; with `uris`, of each only the units that hold one of these inputs."""
-        keys = [item.uri for item in self._list("runs") if item.uri.split("/")[-2].isdigit()]
-        finished = {key.split("/")[-2] for key in keys if key.endswith("/manifest.json")}
-        plans = [key for key in keys if key.endswith("/plan.parquet")]
+        plans, finished = self._entries()
         span = pc.min_max(uris).as_py() if uris is not None else {}
 
         def load(key: str) -> Run:
@@ -123,6 +121,19 @@ class Log:
 
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
             return list(pool.map(load, plans))
+
+    def _entries(self) -> tuple[list[str], set[str]]:
+        """(keys of the plans in order, ids of the runs that have a manifest). A listing is no snapshot: on a disk it may show an
+        entry and not the one before. So a gap is looked at again; one that stays is a plan that somebody took away."""
+        gap: set[int] = set()
+        while True:
+            keys = [item.uri for item in self._list("runs") if item.uri.split("/")[-2].isdigit()]
+            plans = [key for key in keys if key.endswith("/plan.parquet")]
+            ids = {int(key.split("/")[-2]) for key in plans}
+            missing = set(range(1, max(ids, default=0))) - ids
+            if missing <= gap:
+                return plans, {key.split("/")[-2] for key in keys if key.endswith("/manifest.json")}
+            gap = missing
 
     def append(self, units: Collection[Unit], *, after: list[Run]) -> str | None:
         """A new plan as the next entry; its run id, or None when another driver was faster (read the log again).

@@ -69,7 +69,7 @@ def plan_job(job: Job, artifact: Artifact, *, write: bool = True, tell: Callable
     def retire(unit: Unit) -> bool:
         return not write or split_unit(log, unit, job, artifact, why="one of its inputs was replaced or is gone")
 
-    return log, make_plan(log, listing.inputs, cutter, present=partial(_present, store), retire=retire, write=write)
+    return log, make_plan(log, listing.inputs, cutter, present=partial(present, store), retire=retire, write=write)
 
 
 def split_unit(log: Log, unit: Unit, job: Job, artifact: Artifact, *, why: str) -> bool:
@@ -96,7 +96,8 @@ def begin(log: Log, run_id: str, job: Job) -> None:
         raise StoreError(f"{key}: {where} created it twice", need=need, do="Update the server, or write the output elsewhere")
 
 
-def _present(store: Store, part: Part) -> bool:
+def present(store: Store, part: Part) -> bool:
+    """Is the input there, in the version that was planned?"""
     try:
         return store.head(part.uri) == Object(part.uri, part.size, part.etag)
     except InputMissing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -62,11 +62,17 @@ def validate(log: Log) -> tuple[list[Footer], list[str]]:
     return list(committed.values()), problems
 
 
-def open_runs(log: Log) -> list[str]:
-    """A line for every run that has units left and no manifest. That is no mistake: the same command goes on with them."""
+def open_runs(log: Log, present: Callable[[Part], bool]) -> list[str]:
+    """A line for every run that has units left and no manifest. That is no mistake: the same command goes on with them. Not with
+    a unit of which no input is `present` any more as it was planned: nobody will ever complete it."""
     there = log.objects()
-    counts = [(run.id, sum(unit.id in there for unit in run.units), len(run.units)) for run in log.runs() if not run.finished]
-    return [f"run {run_id}: {done} of {total} units" for run_id, done, total in counts if done < total]
+    lines: list[str] = []
+    for run in log.runs():
+        units = [] if run.finished else run.units
+        left = [unit for unit in units if unit.id not in there]
+        if any(present(part) for unit in left for part in unit.parts):  # as a rule the first is
+            lines.append(f"run {run.id}: {len(units) - len(left)} of {len(units)} units")
+    return lines
 
 
 def _footers(log: Log) -> tuple[dict[str, Footer], list[str]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -265,6 +267,24 @@ def test_whatever_happens_no_input_is_committed_twice_and_none_is_lost(tmp_path_
     assert world.plan(0, set(INPUTS)).run_id is None
 
 
+def test_a_listing_that_misses_an_entry_and_shows_the_next_is_not_believed(tmp_path, monkeypatch):
+    log = log_at(tmp_path)
+    for number, name in enumerate("abc"):
+        log.append(pairs(objects(name)), after=log.runs())
+        assert len(log.runs()) == number + 1
+    listings = []
+
+    def torn(store: Disk, uri: str) -> Iterator[Object]:
+        listings.append(uri)
+        return (item for item in whole(store, uri) if len(listings) > 1 or "/000002/" not in item.uri)
+
+    whole = Disk.list
+    monkeypatch.setattr(Disk, "list", torn)
+    assert [run.id for run in log.runs()] == ["000001", "000002", "000003"]
+    shutil.rmtree(Path(log.run_key("000002", "plan.parquet")).parent)
+    assert [run.id for run in log.runs()] == ["000001", "000003"], "somebody took it away"
+
+
 def test_a_damaged_plan_is_named(tmp_path):
     log = log_at(tmp_path)
     make_plan(log, objects("a"))
@@ -329,9 +349,10 @@ def test_validate_names_open_runs_and_damaged_manifests(tmp_path):
     log = log_at(tmp_path)
     plan = make_plan(log, objects("a", "b", "c", "d"))
     commit(log, plan.units[0])
-    assert open_runs(log) == [f"run {plan.run_id}: 1 of 2 units"]
+    assert open_runs(log, lambda part: part.uri == "/in/d") == [f"run {plan.run_id}: 1 of 2 units"]
+    assert open_runs(log, lambda part: part.uri in ("/in/a", "/in/b")) == [], "what is left was replaced: nobody can complete it"
     commit(log, plan.units[1])
-    assert (open_runs(log), validate(log)[1]) == ([], [])
+    assert (open_runs(log, lambda part: True), validate(log)[1]) == ([], [])
     finish(log, plan)
     manifest = Path(log.run_key(plan.run_id, "manifest.json"))
     for damaged in (b"", b"[]", b'{"rows": {"in": 8}}', b"\xff"):

@@ -22,7 +22,7 @@ from inprocess import without_ray
 from shards import write_tars
 from test_run import job, label, problems
 
-from pipeline.errors import JobError, StoreError
+from pipeline.errors import Conflict, JobError, StoreError
 from pipeline.job.jobfile import parse_job
 from pipeline.log import Log
 from pipeline.nights import generation
@@ -123,6 +123,13 @@ def counts(labels: Labels) -> list[tuple[Any, ...]]:
     rows = read(labels)
     query = "select label, count(*), count(distinct key) from rows group by label order by label"
     return duckdb.from_arrow(rows).query("rows", query).fetchall()
+
+
+def test_an_object_that_is_no_parquet_file_is_a_conflict(make):
+    labels = make("delta")
+    labels.put("a", b"hello")
+    with pytest.raises(Conflict, match=r"parquet: not a unit of nightlabel"):
+        labels.publish()
 
 
 @pytest.mark.parametrize("kind", ["delta", "iceberg"])

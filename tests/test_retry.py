@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 from inprocess import without_ray
@@ -19,13 +21,14 @@ from test_run import LIGHT, files, job, label
 
 from pipeline import label as driver
 from pipeline import read, run
-from pipeline.errors import JobError
+from pipeline.errors import Conflict, JobError
+from pipeline.log import Log
 from pipeline.nights.generation import __doc__ as sql_doc
-from pipeline.nights.generation import generations, validate_all
+from pipeline.nights.generation import generations, to_plan, validate_all
 from pipeline.nights.retry import Retried, Retry, parse_classes
 from pipeline.spec import Job
 from pipeline.start import load_model, open_log
-from pipeline.storage import open_store
+from pipeline.storage import Disk, open_store
 from pipeline.unit import Part, Unit
 
 
@@ -53,6 +56,27 @@ def loose(folder: Path, count: int) -> None:
         (folder / f"{number:02d}.jpg").write_bytes(picture(number))
 
 
+def guard(patch: pytest.MonkeyPatch) -> None:
+    """Nothing beside which a file `.denied` lies can be fetched."""
+    fetch = read._fetch
+
+    def guarded(store: Any, part: Part) -> dict[str, object]:
+        if Path(f"{part.uri}.denied").exists():
+            return {"error_class": "FETCH_FAILED", "error": "denied"}
+        return fetch(store, part)
+
+    patch.setattr(read, "_fetch", guarded)
+
+
+def stop(event: str, fields: dict[str, Any]) -> None:
+    if event == "pass":
+        raise KeyboardInterrupt
+
+
+def output_of(wanted: Job) -> Log:
+    return open_log(wanted, load_model(wanted, weights=False))
+
+
 def test_only_the_chosen_rows_of_a_unit_are_read(tmp_path, monkeypatch):
     loose(tmp_path / "in", 6)
     store = open_store(str(tmp_path))
@@ -76,14 +100,7 @@ def test_only_the_chosen_rows_of_a_unit_are_read(tmp_path, monkeypatch):
 
 def test_what_could_not_be_fetched_is_labelled_in_a_new_generation(tmp_path, model, monkeypatch):
     without_ray(monkeypatch)
-    fetch = read._fetch
-
-    def guarded(store: Any, part: Part) -> dict[str, object]:
-        if Path(f"{part.uri}.denied").exists():
-            return {"error_class": "FETCH_FAILED", "error": "denied"}
-        return fetch(store, part)
-
-    monkeypatch.setattr(read, "_fetch", guarded)
+    guard(monkeypatch)
     loose(tmp_path / "in", 20)  # five a unit
     more = {"input": {"format": "images"}, "publish": {"format": "delta"}}
     wanted = job(tmp_path / "in", model, tmp_path / "out", resources=LIGHT | {"read": {"tasks": 1}}, **more)
@@ -130,10 +147,6 @@ def test_a_poison_image_is_retried_in_careful_mode_and_a_killed_retry_goes_on(tm
         quick.setattr(driver, "TRIES", 1)  # careful at once
         assert label(wanted).failures == {"DECODER_CRASH": 1}
 
-    def stop(event: str, fields: dict[str, Any]) -> None:
-        if event == "pass":
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as quick:
         without_ray(quick)
         with pytest.raises(KeyboardInterrupt):
@@ -155,6 +168,103 @@ def test_a_poison_image_is_retried_in_careful_mode_and_a_killed_retry_goes_on(tm
         "ok": 1,
         "failed": 1,
     }
+
+
+@pytest.fixture
+def two_classes(tmp_path, model, monkeypatch) -> Job:
+    """Eight images in two units: one that cannot be fetched in each folder, one that is no image in the second."""
+    without_ray(monkeypatch)
+    guard(monkeypatch)
+    for folder in "ab":
+        loose(tmp_path / "in" / folder, 4)
+        Path(tmp_path / "in" / folder / "00.jpg.denied").touch()
+    (tmp_path / "in/b/03.jpg").write_bytes(b"hello")
+    resources = LIGHT | {"read": {"tasks": 1}}
+    wanted = job(tmp_path / "in", model, tmp_path / "out", resources=resources, input={"format": "images"})
+    assert label(wanted).failures == {"FETCH_FAILED": 2, "NOT_AN_IMAGE": 1}
+    for path in tmp_path.rglob("*.denied"):
+        path.unlink()
+    return wanted
+
+
+def test_of_two_retries_at_once_the_later_is_told_to_wait(two_classes, monkeypatch):
+    create, begun = Disk.create, []
+
+    def overtaken(store: Disk, uri: str, data: bytes) -> bool:
+        if uri.endswith("/retry.json") and not begun:
+            begun.append(uri)
+            with pytest.raises(KeyboardInterrupt):
+                Retry(two_classes, ("NOT_AN_IMAGE",), observe=stop, started=0.0).retry()
+        return create(store, uri, data)
+
+    monkeypatch.setattr(Disk, "create", overtaken)
+    with pytest.raises(JobError, match="the retry of NOT_AN_IMAGE is not finished"):
+        retry(two_classes, "FETCH_FAILED")
+    assert retry(two_classes, "NOT_AN_IMAGE").retried == 1
+    done = retry(two_classes, "FETCH_FAILED")
+    assert (done.generation, done.retried, done.mended) == (2, 2, 2)
+
+
+def test_a_retry_that_was_killed_before_its_plan_keeps_nobody_from_another(two_classes, tmp_path, monkeypatch):
+    create = Disk.create
+
+    def killed(store: Disk, uri: str, data: bytes) -> bool:
+        if "/generations/" in uri and uri.endswith("/plan.parquet"):
+            raise KeyboardInterrupt
+        return create(store, uri, data)
+
+    with monkeypatch.context() as quick:
+        quick.setattr(Disk, "create", killed)
+        with pytest.raises(KeyboardInterrupt):
+            retry(two_classes, "FETCH_FAILED")
+    for folder in "ab":
+        (tmp_path / "in" / folder / "00.jpg").unlink()
+    assert retry(two_classes, "FETCH_FAILED").generation is None
+    late = to_plan(output_of(two_classes), ("FETCH_FAILED",))
+    done = retry(two_classes, "NOT_AN_IMAGE")
+    assert (done.generation, done.retried, done.exit_code) == (2, 1, 0)
+    assert late.number == 1
+    assert not late.begin(("FETCH_FAILED",), []), "whoever was not killed, but slow, cannot plan it any more"
+    assert problems(two_classes) == []
+
+
+def test_a_job_that_lists_less_goes_on_with_the_whole_retry(two_classes, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        Retry(two_classes, ("FETCH_FAILED",), observe=stop, started=0.0).retry()
+    (tmp_path / "in/b/00.jpg").write_bytes(picture(77))
+    less = two_classes.model_copy(update={"input": two_classes.input.model_copy(update={"uri": str(tmp_path / "in/b")})})
+    done = retry(less, "FETCH_FAILED")
+    assert (done.units, done.units_done, done.retried, done.mended) == (2, 2, 1, 1), (
+        "of what was replaced nothing, of the other one"
+    )
+    assert latest(two_classes).items() >= {"a/00.jpg": ("ok", None), "b/00.jpg": ("failed", "FETCH_FAILED")}.items()
+
+
+def test_rows_wait_in_the_store_for_their_turn_and_rotten_ones_are_a_conflict(tmp_path, model, monkeypatch):
+    without_ray(monkeypatch)
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        rows = {"key": ["a", "b"], "image": pa.array([picture(number), None], pa.binary()), "caption": ["x" * 2**21] * 2}
+        pq.write_table(pa.table(rows), tmp_path / f"in/{number}.parquet")
+    more = {"input": {"format": "parquet", "keep": ["caption"]}}
+    wanted = job(tmp_path / "in", model, tmp_path / "out", **more)
+    label(wanted)
+    held = []
+
+    def look(event: str, fields: dict[str, Any]) -> None:
+        if event == "planned":
+            held.append(pa.total_allocated_bytes() - before)
+
+    before = pa.total_allocated_bytes()
+    done = Retry(wanted, ("NULL_IMAGE",), observe=look, started=0.0).retry()
+    assert (done.retried, done.failures) == (4, {"NULL_IMAGE": 4})
+    assert max(held) < 2**20, "rows of all units at once"
+    path = next(Path(generations(output_of(wanted))[0].root, "data").iterdir())
+    data = bytearray(path.read_bytes())
+    data[8:40] = bytes(32)
+    path.write_bytes(data)
+    with pytest.raises(Conflict, match="not a unit of nightlabel"):
+        retry(wanted, "NULL_IMAGE")
 
 
 def test_a_wrong_class_is_a_sentence():

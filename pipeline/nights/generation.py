@@ -7,7 +7,9 @@
 
 A generation is an output in the output, with a plan, commits and a manifest of the same kind. The newest version of a unit is the
 one in the highest generation, so a reader takes whole files and never merges rows; the price is that a unit's other rows, some
-100 bytes each, are written once more. A plain glob of `data/` shows what the runs committed; the newest version of every row is
+100 bytes each, are written once more. One begins when all before it are over: two at once would each copy the rows that the other
+labels. What a driver left behind that was killed before its plan, another closes with a plan of no units. A plain glob of `data/`
+shows what the runs committed; the newest version of every row is
 
     select key, label from read_parquet('labels/<fingerprint>/**/data/*.parquet', filename = true)
     qualify filename = max(filename) over (partition by parse_filename(filename))
@@ -17,12 +19,16 @@ and a published table has it as it is.
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.errors import InputMissing
-from pipeline.footer import Footer
+from pipeline.errors import InputMissing, JobError
+from pipeline.footer import Footer, read_footer
 from pipeline.log import Log
 from pipeline.storage import Object, Store, join
+from pipeline.unit import Unit
 from pipeline.verify import validate
 
 _OBJECT = re.compile(r"(?:/generations/(\d{6}))?/data/([0-9a-f]{32})\.parquet$")
@@ -44,11 +50,47 @@ class Generation(Log):
     def note_key(self) -> str:
         return join(self.root, "retry.json")
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of failure that are retried, as its note has them."""
+        return tuple(json.loads(self.store.read(self.note_key))["classes"])
+
+    @property
+    def is_over(self) -> bool:
+        """Finished, or closed before it had a plan."""
+        return any(run.finished or not run.whole for run in self.runs())
+
+    def begin(self, classes: tuple[str, ...], units: list[Unit]) -> bool:
+        """Stores note and plan. False: another driver stored the plan. Raises JobError when the note is for other classes."""
+        self.store.create(self.note_key, json.dumps({"classes": classes}).encode())
+        self.check(classes)
+        return self.append(units, after=[]) is not None
+
+    def check(self, classes: tuple[str, ...]) -> None:
+        """Raises JobError when it is for other classes."""
+        if self.classes != classes:
+            do = f"Finish it first with --class {','.join(self.classes)}"
+            raise JobError(f"the retry of {', '.join(self.classes)} is not finished", do=do)
+
 
 def generations(log: Log) -> list[Generation]:
     """All that were begun, oldest first."""
     keys = [item.uri for item in listing(log.store, join(log.root, "generations")) if item.uri.endswith("/retry.json")]
     return [Generation(log, int(key.split("/")[-2])) for key in sorted(keys)]
+
+
+def to_plan(log: Log, classes: tuple[str, ...]) -> Generation:
+    """The unfinished one, or the one after the last. Raises JobError when the unfinished one is for other classes."""
+    begun = generations(log)
+    if not begun:
+        return Generation(log, 1)
+    last = begun[-1]
+    if last.classes != classes and not last.runs():
+        last.append([], after=[])  # closed, unless its driver lives and was faster
+    if last.is_over:
+        return Generation(log, last.number + 1)
+    last.check(classes)
+    return last
 
 
 def newest(log: Log, *, before: int | None = None) -> dict[str, Object]:
@@ -62,6 +104,13 @@ def newest(log: Log, *, before: int | None = None) -> dict[str, Object]:
         if version >= found.get(match[2], (0, item))[0]:
             found[match[2]] = version, item
     return {unit_id: item for unit_id, (_, item) in found.items()}
+
+
+def read_footers(store: Store, objects: list[Object]) -> Iterator[Footer]:
+    """Of all these units, read side by side, some at a time: an output may have a million."""
+    with ThreadPoolExecutor(16) as pool:
+        for at in range(0, len(objects), 1000):
+            yield from pool.map(lambda item: read_footer(store, item.uri), objects[at : at + 1000])
 
 
 def validate_all(log: Log) -> tuple[list[Footer], list[str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,17 +27,17 @@ from pipeline.committer import Committer
 from pipeline.cut import list_inputs
 from pipeline.environment import set_ray_environment
 from pipeline.errors import JobError
-from pipeline.footer import Footer, read_footer
+from pipeline.footer import Footer, reading
 from pipeline.label import TRIES, Driver
 from pipeline.log import Log
-from pipeline.nights.generation import RUN, Generation, generations, newest
+from pipeline.nights.generation import RUN, Generation, newest, read_footers, to_plan
 from pipeline.plan import Plan
 from pipeline.report import UnitTrouble, exit_code
 from pipeline.rows import TIMINGS, Failure
 from pipeline.spec import Job
-from pipeline.start import CODE_VERSION, load_model, open_log
-from pipeline.storage import Object, open_store
-from pipeline.unit import Input, Unit
+from pipeline.start import CODE_VERSION, load_model, open_log, present
+from pipeline.storage import Object, Store, open_store
+from pipeline.unit import Part, Unit
 from pipeline.verify import verify
 
 #: What would take the pass down once more outside of careful mode.
@@ -78,11 +78,25 @@ class Retried:
 
 @dataclass(frozen=True)
 class _Task:
-    """A unit, its rows as they are, and the numbers of those to label again."""
+    """A unit, the object that has its rows as they are, how many of these are labelled, and the numbers of those to label again.
+    The rows themselves are read when it is their turn: those of all units might be the whole output."""
 
     unit: Unit
-    rows: pa.Table
+    uri: str
+    ok: int
     only: frozenset[int]
+
+
+class _Keyed(UnitBuffer):
+    """Rows that come keep the keys that they have: the keys of loose images follow from the folder that a job names."""
+
+    def __init__(self, rows: pa.Table) -> None:
+        super().__init__()
+        self._keys = dict(zip(*(rows.column(name).to_pylist() for name in ("index", "key")), strict=True))
+
+    def add(self, table: pa.Table) -> None:
+        keys = pa.array(map(self._keys.get, table.column("index").to_pylist()), pa.string())  # the end row has none
+        super().add(table.set_column(table.schema.get_field_index("key"), "key", keys))
 
 
 class Retry(Driver):
@@ -92,19 +106,20 @@ class Retry(Driver):
         super().__init__(job, observe=observe, started=started)
         self.classes = classes
         self._tasks: dict[str, _Task] = {}
+        self._log: Log
 
     def retry(self) -> Retried:
         """Raises JobError when another retry is unfinished, and what `Driver.label` raises."""
         set_ray_environment()
         self.artifact = load_model(self.job, weights=True)
-        log = open_log(self.job, self.artifact)
-        generation = self._generation(log)
-        units = self._plan(generation)
+        self._log = log = open_log(self.job, self.artifact)
+        generation = self._plan()
+        units = tuple(task.unit for task in self._tasks.values())
         if not units:
             return Retried(self.job.name, log.root, self.classes)
-        plan = Plan(RUN, tuple(units), generation.standing([unit.id for unit in units]).committed)
+        plan = Plan(RUN, units, generation.standing([unit.id for unit in units]).committed)
         for task in [self._tasks[unit.id] for unit in plan.todo if not self._tasks[unit.id].only]:  # their inputs are gone since
-            commit_unit(generation, task.unit, task.rows, Provenance(log.fingerprint, "", CODE_VERSION))
+            commit_unit(generation, task.unit, _read(log.store, task.uri), Provenance(log.fingerprint, "", CODE_VERSION))
         plan = Plan(RUN, plan.units, generation.standing([unit.id for unit in units]).committed)
         size = sum(part.size for unit in plan.todo for part in unit.parts)
         done = len(plan.committed)
@@ -122,8 +137,10 @@ class Retry(Driver):
 
     def buffer(self, unit_id: str) -> UnitBuffer:
         """A buffer that has the rows that stay."""
-        task, buffer = self._tasks[unit_id], super().buffer(unit_id)
-        rows = task.rows.filter(pc.invert(pc.is_in(task.rows.column("index"), value_set=pa.array(sorted(task.only), pa.int64()))))
+        task = self._tasks[unit_id]
+        rows = _read(self._log.store, task.uri)
+        buffer = _Keyed(rows)
+        rows = rows.filter(pc.invert(pc.is_in(rows.column("index"), value_set=pa.array(sorted(task.only), pa.int64()))))
         for name in TIMINGS.values():
             rows = rows.append_column(name, pa.nulls(rows.num_rows, pa.float32()))
         buffer.add(rows)
@@ -132,54 +149,48 @@ class Retry(Driver):
     def _stuck(self, _plan: Plan, _committer: Committer) -> list[Unit]:
         return []  # never split: the unit is what it was
 
-    def _generation(self, log: Log) -> Generation:
-        """The unfinished one, or the one after the last."""
-        begun = generations(log)
-        if begun and not any(run.finished for run in begun[-1].runs()):
-            classes = tuple(json.loads(log.store.read(begun[-1].note_key))["classes"])
-            if classes != self.classes:
-                do = f"Finish it first with --class {','.join(classes)}"
-                raise JobError(f"the retry of {', '.join(classes)} is not finished", do=do)
-            return begun[-1]
-        return Generation(log, begun[-1].number + 1 if begun else 1)
+    def _plan(self) -> Generation:
+        """Fills the tasks: the units of the generation, planned now or before. Raises JobError when another one is unfinished."""
+        log, job = self._log, self.job
+        store = open_store(job.input.uris[0], job.input.s3)
+        listed = list_inputs(store, job.input).inputs
+        pins = {(item.uri, item.etag, item.size) for item in listed}
 
-    def _plan(self, generation: Generation) -> list[Unit]:
-        """The units of the generation, planned now or before; fills the tasks."""
-        log, job = generation.base, self.job
-        there = list_inputs(open_store(job.input.uris[0], job.input.s3), job.input).inputs
-        pins = {(item.uri, item.etag, item.size) for item in there}
+        def is_there(part: Part) -> bool:
+            return part.input in pins or present(store, part)  # a job may list less than the one that planned
+
+        generation = to_plan(log, self.classes)
         planned = generation.runs()
-        units = planned[0].units if planned else self._candidates(log, there)
+        units = planned[0].units if planned else self._candidates(listed)
         versions = newest(log, before=generation.number)
         with ThreadPoolExecutor(16) as pool:
-            tasks = list(pool.map(lambda unit: self._task(log, unit, versions, pins), units))
+            tasks = list(pool.map(lambda unit: self._task(unit, versions[unit.id].uri, is_there), units))
         if not planned:
             tasks = [task for task in tasks if task.only]
-            if not tasks:
-                return []
-            log.store.create(generation.note_key, json.dumps({"classes": self.classes}).encode())
-            if generation.append([task.unit for task in tasks], after=[]) is None:
-                return self._plan(generation)  # another one was faster: its plan is the plan
+            if tasks and not generation.begin(self.classes, [task.unit for task in tasks]):
+                return self._plan()  # another one was faster
         self._tasks = {task.unit.id: task for task in tasks}
-        return [task.unit for task in tasks]
+        return generation
 
-    def _candidates(self, log: Log, there: list[Object]) -> list[Unit]:
+    def _candidates(self, listed: list[Object]) -> list[Unit]:
         """Units of these inputs whose newest version has failures of the classes."""
-        uris = pa.array([item.uri for item in there], pa.string())
-        known = {unit.id: unit for run in log.runs(uris) for unit in run.units}
-        versions = {unit_id: item for unit_id, item in newest(log).items() if unit_id in known}
-        with ThreadPoolExecutor(16) as pool:
-            footers = list(pool.map(lambda item: read_footer(log.store, item.uri), versions.values()))
-        wanted = set(self.classes)
-        return [known[footer.unit] for footer in footers if wanted & {name for name, count in footer.failures.items() if count}]
+        uris = pa.array([item.uri for item in listed], pa.string())
+        known = {unit.id: unit for run in self._log.runs(uris) for unit in run.units}
+        versions = [item for unit_id, item in newest(self._log).items() if unit_id in known]
+        return [
+            known[footer.unit]
+            for footer in read_footers(self._log.store, versions)
+            if any(footer.failures.get(name) for name in self.classes)
+        ]
 
-    def _task(self, log: Log, unit: Unit, versions: Mapping[str, Object], pins: set[Input]) -> _Task:
-        rows = pq.read_table(BytesIO(log.store.read(versions[unit.id].uri)), page_checksum_verification=True)
-        rows = rows.replace_schema_metadata(None)
-        changed = {part.uri for part in unit.parts if part.input not in pins}
+    def _task(self, unit: Unit, uri: str, is_there: Callable[[Part], bool]) -> _Task:
+        rows = _read(self._log.store, uri, columns=["index", "source", "status", "error_class"])
         failed = rows.filter(pc.is_in(rows.column("error_class"), value_set=pa.array(self.classes)))
+        sources = set(failed.column("source").to_pylist())
+        gone = {part.uri for part in unit.parts if part.uri in sources and not is_there(part)}
         numbers = zip(failed.column("index").to_pylist(), failed.column("source").to_pylist(), strict=True)
-        return _Task(unit, rows, frozenset(index for index, source in numbers if source not in changed))
+        ok = pc.sum(pc.equal(rows.column("status"), "ok")).as_py() or 0
+        return _Task(unit, uri, ok, frozenset(index for index, source in numbers if source not in gone))
 
     def _settle(self, generation: Generation, plan: Plan) -> Retried:
         done = [unit for unit in plan.units if unit.id in plan.committed]
@@ -187,12 +198,15 @@ class Retry(Driver):
         left = {unit.id for unit in plan.todo}
         trouble = tuple(item for item in self.attempt.trouble.values() if item.unit in left)
         retried = sum(len(self._tasks[footer.unit].only) for footer in footers)
-        ok_before = sum(pc.sum(pc.equal(self._tasks[footer.unit].rows.column("status"), "ok")).as_py() or 0 for footer in footers)
-        everything = (
-            [read_footer(generation.store, item.uri) for item in newest(generation.base).values()] if not left else footers
-        )
-        rows, failed = sum(footer.rows_in for footer in everything), sum(footer.failed for footer in everything)
-        counts = {"left": len(left), "done": len(done), "rows": rows, "failed": failed}
+        ok_before = sum(self._tasks[footer.unit].ok for footer in footers)
+        everything = footers if left else read_footers(generation.store, list(newest(generation.base).values()))
+        sums = [(footer.rows_in, footer.failed) for footer in everything]
+        counts = {
+            "left": len(left),
+            "done": len(done),
+            "rows": sum(rows for rows, _ in sums),
+            "failed": sum(bad for _, bad in sums),
+        }
         outcome = Retried(
             job=self.job.name,
             where=generation.root,
@@ -209,6 +223,14 @@ class Retry(Driver):
         if not left:
             generation.store.create(generation.run_key(RUN, "manifest.json"), _manifest(outcome, footers))
         return outcome
+
+
+def _read(store: Store, uri: str, columns: list[str] | None = None) -> pa.Table:
+    """The rows of a unit's object. Raises Conflict when it is none, or has rotted."""
+    data = store.read(uri)
+    with reading(uri):
+        rows = pq.read_table(BytesIO(data), columns=columns, page_checksum_verification=True)
+    return rows.replace_schema_metadata(None)
 
 
 def _manifest(outcome: Retried, footers: list[Footer]) -> bytes:

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.errors import StoreError, Temporary, UnfitError
+from pipeline.footer import reading
 from pipeline.log import Log
 from pipeline.nights.generation import listing, newest
 from pipeline.spec import Job, Publish
@@ -57,7 +58,7 @@ def check_publisher(job: Job) -> None:
 def publish(job: Job, log: Log) -> Published | None:
     """Brings the job's table up to date; None when it wants none. The transaction says which run was the last.
 
-    Raises UnfitError: not installed, columns or a table that cannot be; Temporary: run again.
+    Raises UnfitError: not installed, columns or a table that cannot be; Conflict: a file is none of ours; Temporary: run again.
     """
     wanted = job.publish
     if wanted is None:
@@ -110,8 +111,9 @@ def _is_ours(uri: str, log: Log) -> bool:
 
 def _look(store: Store, objects: Iterable[Object]) -> Iterable[File]:
     def look(item: Object) -> File:
-        metadata = pq.read_metadata(RangeFile(store, item))
-        return File(item.uri, item.size, metadata.num_rows, metadata.schema.to_arrow_schema().remove_metadata())
+        with reading(item.uri):
+            metadata = pq.read_metadata(RangeFile(store, item))
+            return File(item.uri, item.size, metadata.num_rows, metadata.schema.to_arrow_schema().remove_metadata())
 
     with ThreadPoolExecutor(16) as pool:
         return [file for file in pool.map(look, objects) if file.rows]
