@@ -138,8 +138,7 @@ class Retry(Driver):
     def buffer(self, unit_id: str) -> UnitBuffer:
         """A buffer that has the rows that stay."""
         task = self._tasks[unit_id]
-        rows = _read(self._log.store, task.uri)
-        buffer = _Keyed(rows)
+        buffer = _Keyed(rows := _read(self._log.store, task.uri))
         rows = rows.filter(pc.invert(pc.is_in(rows.column("index"), value_set=pa.array(sorted(task.only), pa.int64()))))
         for name in TIMINGS.values():
             rows = rows.append_column(name, pa.nulls(rows.num_rows, pa.float32()))
