@@ -148,7 +148,7 @@ def blocks(kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", (INFRA / "README.md").read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("line", re.findall(r"^nightlabel (?!submit).*", (INFRA / "README.md").read_text(), re.MULTILINE))
+@pytest.mark.parametrize("line", re.findall(r"^nightlabel .*", (INFRA / "README.md").read_text(), re.MULTILINE))
 def test_the_readmes_commands_are_commands(line):
     import typer
 

@@ -2,8 +2,8 @@
 
 Not torchvision's class, though the same arithmetic (tests/test_artifact.py): importing `torchvision.models.resnet`
 takes as long again as torch's own import in every worker (LOG.md, 2026-11-25). With Hugging Face's names a safetensors file loads
-as it is. The stride of a bottleneck stands in its 3x3 convolution ("v1.5", torchvision and Hugging Face alike), or in its first when
-`downsample_in_bottleneck` says so ("v1").
+as it is. The stride of a bottleneck stands in its 3x3 convolution ("v1.5", torchvision and Hugging Face alike), or in its first
+when `downsample_in_bottleneck` says so ("v1").
 """
 
 from __future__ import annotations
