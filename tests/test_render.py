@@ -104,6 +104,13 @@ def test_the_checks_can_fail():
     assert unrestricted(pod) == ["apply: may be root", "apply: privileges", "apply: capabilities"]
 
 
+def test_nodes_are_waited_for_as_long_as_the_job_says():
+    text = NIGHTLY.replace("cluster:\n", "cluster:\n  wait: 5m\n").replace("deadline: 6h", "deadline: 1h")
+    plain, told = (with_kind(rendered(job, GOLDEN["rayjob"][1]), "RayJob")["spec"] for job in (NIGHTLY, text))
+    assert (plain["preRunningDeadlineSeconds"], told["preRunningDeadlineSeconds"]) == (1800, 300)
+    assert plain["activeDeadlineSeconds"] - told["activeDeadlineSeconds"] == 5 * 3600 + 1500
+
+
 def test_what_the_job_says_is_in_the_ray_job():
     spec = with_kind(rendered(*GOLDEN["rayjob"]), "RayJob")["spec"]
     head = spec["rayClusterSpec"]["headGroupSpec"]

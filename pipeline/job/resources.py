@@ -170,4 +170,5 @@ class Cluster(Model):
     kubernetes: Kubernetes = Kubernetes()
     """How the job stands on Kubernetes."""
     wait: Seconds | None = None
-    """Wait so long for nodes that an autoscaler brings; absent: too small is exit code 2 at once, other jobs get 10 minutes."""
+    """Wait so long for nodes that an autoscaler brings; absent: too small is exit code 2 at once, other jobs get 10 minutes,
+    and a cluster on Kubernetes gets 30 to come up."""

@@ -10,7 +10,7 @@ from typing import Literal, NotRequired, TypedDict
 
 from pipeline.job.resources import Cluster
 from pipeline.job.schedule import Schedule
-from pipeline.kube.kuberay import CLOSING_S, NODES_S
+from pipeline.kube.kuberay import CLOSING_S, nodes_seconds
 from pipeline.kube.pods import Site, Size, container, pod, ray_pod
 from pipeline.kube.types import Meta, PodMeta, PodTemplate, ServiceAccount
 from pipeline.spec import Job
@@ -158,7 +158,7 @@ def _cron_job(job: Job, site: Site, template: PodTemplate, schedule: Schedule, *
     }
     if job.limits.deadline is not None:
         runs = site.settings.attempts if hopeless is _FOLLOWED else 1
-        spec["activeDeadlineSeconds"] = runs * (NODES_S + int(job.limits.deadline) + CLOSING_S)
+        spec["activeDeadlineSeconds"] = runs * (nodes_seconds(job) + int(job.limits.deadline) + CLOSING_S)
     return {
         "apiVersion": "batch/v1",
         "kind": "CronJob",

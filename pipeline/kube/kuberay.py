@@ -16,7 +16,7 @@ from pipeline.kube.pods import Site, Size, container, on_gpus, pod, ray_pod
 from pipeline.kube.types import Meta, PodTemplate, Strings
 from pipeline.spec import Job
 
-NODES_S = 1800  # for nodes to come up, images to be pulled; GPU capacity may take a while
+_NODES_S = 1800  # for nodes to come up, images to be pulled; GPU capacity may take a while
 CLOSING_S = 600  # after the deadline the driver still commits what is in flight and copies logs
 _SUBMITTER = Size(cpus=0.5, memory=512 * 2**20)
 _PORTS = {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080}  # no Ray client, which nobody here uses
@@ -105,6 +105,12 @@ def ray_cron_job(job: Job, cluster: Cluster, site: Site, *, entrypoint: str, sch
     return {"apiVersion": "ray.io/v1", "kind": "RayCronJob", "metadata": site.meta(), "spec": spec}
 
 
+def nodes_seconds(job: Job) -> int:
+    """How long a cluster may take to come up: `cluster.wait`, or half an hour."""
+    wait = job.cluster.wait if job.cluster else None
+    return _NODES_S if wait is None else int(wait)
+
+
 def _spec(job: Job, cluster: Cluster, site: Site, entrypoint: str) -> RayJobSpec:
     submitter = pod(site, container("ray-job-submitter", site, _SUBMITTER))
     submitter["spec"]["restartPolicy"] = "Never"
@@ -112,7 +118,7 @@ def _spec(job: Job, cluster: Cluster, site: Site, entrypoint: str) -> RayJobSpec
         "entrypoint": entrypoint,
         "submissionMode": "K8sJobMode",
         "backoffLimit": site.settings.attempts - 1,
-        "preRunningDeadlineSeconds": NODES_S,
+        "preRunningDeadlineSeconds": nodes_seconds(job),
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": int(site.settings.ttl),
         "submitterConfig": {"backoffLimit": 2},  # it asks whether its job is there already, and follows that one
@@ -121,7 +127,7 @@ def _spec(job: Job, cluster: Cluster, site: Site, entrypoint: str) -> RayJobSpec
     }
     if job.limits.deadline is not None:
         # The driver's own deadline comes first. This one ends what no longer listens, and KubeRay does not try again after it.
-        spec["activeDeadlineSeconds"] = NODES_S + int(job.limits.deadline) + CLOSING_S
+        spec["activeDeadlineSeconds"] = nodes_seconds(job) + int(job.limits.deadline) + CLOSING_S
     return spec
 
 
