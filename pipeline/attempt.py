@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from pipeline.artifact import Artifact
 from pipeline.commit import UnitBuffer
 from pipeline.footer import Footer
+from pipeline.log import Log
 from pipeline.plan import Plan
 from pipeline.report import Receipt, UnitTrouble, exit_code
 from pipeline.rows import TIMINGS
@@ -97,7 +98,7 @@ class Attempt:
         self.arrived -= len(buffer)
         self.tell("split", unit=unit.id, why=why, dropped=len(buffer), dropped_failed=buffer.failed())
 
-    def receipt(self, job: Job, plan: Plan, artifact: Artifact, footers: Iterable[Footer], *, where: str, before: int) -> Receipt:
+    def receipt(self, job: Job, plan: Plan, artifact: Artifact, footers: Iterable[Footer], *, log: Log, before: int) -> Receipt:
         """`footers` of all units that are done, read back; `before` of them were done when this attempt began."""
         done, failures = Counter[str](), Counter[str]()
         for footer in footers:  # a million of them, with their inputs, are not to be held at once
@@ -110,8 +111,8 @@ class Attempt:
         limit = job.limits.max_failed
         return Receipt(
             job=job.name,
-            where=where,
-            fingerprint=where.rstrip("/").rpartition("/")[2].rpartition("=")[2],
+            where=log.root,
+            fingerprint=log.fingerprint,
             artifact=artifact.digest,
             precision=job.model.precision,
             run=plan.run_id,

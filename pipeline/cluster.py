@@ -106,7 +106,7 @@ def start_ray(*, object_store: int) -> None:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **({} if address else own))
     except SystemExit:  # by Ray's own handler, which stands there meanwhile and says no word how to go on
         terminated = True
-    except Exception as error:
+    except Exception as error:  # bare ones too: "The current node timed out during startup" (ray/_private/node.py)
         raise _failure(error, address) from error
     finally:
         signal.signal(signal.SIGTERM, on_terminate)

@@ -8,7 +8,8 @@ over it. Its size is a multiple of TOMBSTONE_BYTES: a listing tells which object
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
@@ -83,3 +84,11 @@ def read_footer(store: Store, key: str) -> Footer:
             f"{key}: {metadata.num_rows} rows, its account says {footer}", need="an account that adds up", do="Move it away"
         )
     return footer
+
+
+def totals(footers: Iterable[Footer]) -> dict[str, int]:
+    """The rows of several units, as a manifest states them."""
+    sums = Counter[str]()
+    for footer in footers:
+        sums.update({"in": footer.rows_in, "ok": footer.ok, "failed": footer.failed})
+    return {name: sums[name] for name in ("in", "ok", "failed")}

@@ -183,7 +183,7 @@ class Driver:
         from pipeline.keep import keep
 
         footers = verify(log, [unit for unit in plan.units if unit.id in plan.committed])
-        receipt = self.attempt.receipt(self.job, plan, self.artifact, footers, where=log.root, before=before)
+        receipt = self.attempt.receipt(self.job, plan, self.artifact, footers, log=log, before=before)
         if plan.run_id is not None and not plan.todo and receipt.rows_in:
             self._publish(log, plan.run_id, receipt)
         elif plan.run_id is not None:

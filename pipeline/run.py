@@ -23,6 +23,7 @@ from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from pipeline.artifact import Artifact
 from pipeline.cluster import connect
 from pipeline.errors import ModelError, NightlabelError, Stalled, Temporary
+from pipeline.job.resources import Pool
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.rows import TIMINGS
 from pipeline.spec import S3, Input, Job
@@ -37,7 +38,7 @@ STALL_S = 600.0  # no block for so long means a hung pool (ray#62746); a 128 MiB
 _CAREFUL_BYTES = 2**14  # of encoded images, one photograph or 8 thumbnails, where preprocess has no blocks of its own
 _CAREFUL_ROWS = 8  # of a block in careful mode: hanging images come through by and by, so that the watch sees the pass live
 _ACTOR: dict[str, Any] = {"max_restarts": 2, "max_task_retries": 1}  # Ray's default is to retry for ever, a poison image with it
-
+_BLOCKS: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}  # a stage gets blocks as they are
 
 #: Numbers of the rows that are wanted of a unit, by unit id.
 Only = Mapping[str, frozenset[int]]
@@ -62,34 +63,17 @@ def chain(
         # Finite retries have no other way in than the keyword arguments that 2.60 deprecates (2.61 is not admitted).
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            partial(_read, wanted=job.input),
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=TaskPoolStrategy(size=read.size),
-            max_retries=1,
-            **read.options,
+            partial(_read, wanted=job.input), **_BLOCKS, compute=TaskPoolStrategy(size=read.size), max_retries=1, **read.options
         )
         if preprocess.size:
-            dataset = dataset.map_batches(
-                _Timed,
-                fn_constructor_args=([decoding], rows),
-                batch_size=None,
-                batch_format="pyarrow",
-                zero_copy_batch=True,
-                compute=ActorPoolStrategy(size=preprocess.size),
-                **preprocess.options,
-                **_ACTOR,
-            )
-        return dataset.map_batches(
-            _Timed,
-            fn_constructor_args=([labelling], None) if preprocess.size else ([decoding, labelling], rows),
-            batch_size=rows if predict.gpus else None,  # Ray wants a number where a GPU is asked for
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            compute=ActorPoolStrategy(size=predict.size),
-            **predict.options,
-            **_ACTOR,
-        )
+            dataset = dataset.map_batches(_Timed, fn_constructor_args=([decoding], rows), **_BLOCKS, **_actors(preprocess))
+        stages = ([labelling], None) if preprocess.size else ([decoding, labelling], rows)
+        blocks = _BLOCKS | {"batch_size": rows} if predict.gpus else _BLOCKS  # Ray wants a number where a GPU is asked for
+        return dataset.map_batches(_Timed, fn_constructor_args=stages, **blocks, **_actors(predict))
+
+
+def _actors(pool: Pool) -> dict[str, Any]:
+    return {"zero_copy_batch": True, "compute": ActorPoolStrategy(size=pool.size), **pool.options, **_ACTOR}
 
 
 def _item(unit: Unit, only: Only | None = None) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 s3fs finds credentials, region and connection pool. Its file objects, its listing cache and its retries are not used: an
 exception inside an open file still publishes it, the cache holds every key, and a reply lost between the retries of an SDK
-cannot be told from a refusal. The price is the table of errors below.
+cannot be told from a refusal. The price is the table of errors in `s3_errors`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-import aiohttp
 from botocore import exceptions as sdk
-from botocore.parsers import ResponseParserError
 
-from pipeline.errors import InputMissing, NightlabelError, PermissionDenied, StoreError, Temporary
+from pipeline.errors import InputMissing, StoreError, Temporary
 from pipeline.names import glob_matcher, glob_prefix
+from pipeline.s3_errors import INTERRUPTED, explanation, is_temporary, said, status
 from pipeline.spec import S3
 from pipeline.storage import Object, changed
 
@@ -29,17 +28,6 @@ T = TypeVar("T")
 ATTEMPTS = 6
 PAGE = 1000  # keys of one list request, S3's maximum
 CHUNK = 2**20  # what a resumed read can lose at most
-
-#: No answer, half of one, or one that was damaged.
-_INTERRUPTED = (
-    *(sdk.HTTPClientError, sdk.ConnectionError, ResponseParserError, sdk.IncompleteReadError),
-    *(sdk.FlexibleChecksumError, aiohttp.ClientError, OSError),
-)
-_UNIDENTIFIED = (
-    *(sdk.NoCredentialsError, sdk.PartialCredentialsError, sdk.CredentialRetrievalError, sdk.ProfileNotFound),
-    *(sdk.TokenRetrievalError, sdk.NoAuthTokenError),
-)
-_TEMPORARY_CODES = frozenset({"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded"})
 
 
 @dataclass(frozen=True)
@@ -85,7 +73,7 @@ class S3Store:
         try:
             self._retry(fetch.attempt, uri)
         except sdk.ClientError as error:
-            if _status(error) == 412 or fetch.size:
+            if status(error) == 412 or fetch.size:
                 raise changed(uri) from error
             # 416: a range behind the end is empty, as in a slice
         return b"".join(fetch.pieces)
@@ -100,7 +88,7 @@ class S3Store:
         try:
             return self._retry(attempt, uri, writing=True)
         except sdk.ClientError as error:
-            if _status(error) == 412:
+            if status(error) == 412:
                 return False
             raise
 
@@ -151,15 +139,15 @@ class S3Store:
             try:
                 result: T = sync(filesystem.loop, run)
                 return result
-            except (sdk.ClientError, sdk.BotoCoreError, *_INTERRUPTED) as error:
-                if _status(error) in (412, 416):
+            except (sdk.ClientError, sdk.BotoCoreError, *INTERRUPTED) as error:
+                if status(error) in (412, 416):
                     raise
-                if not _is_temporary(error):
-                    raise _explanation(error, uri, writing) from error
+                if not is_temporary(error):
+                    raise explanation(error, uri, writing) from error
                 trouble = error
         where = self.options.endpoint or os.environ.get("AWS_ENDPOINT_URL") or "AWS S3"
         raise Temporary(
-            f"{uri}: {where} did not answer well in {ATTEMPTS} attempts, at last: {_said(trouble)}",
+            f"{uri}: {where} did not answer well in {ATTEMPTS} attempts, at last: {said(trouble)}",
             do="Check that the endpoint is reachable, then run again; what is done stays done",
         ) from trouble
 
@@ -213,38 +201,3 @@ async def _page(client: Any, request: dict[str, Any]) -> dict[str, Any]:
 def _split(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     return bucket, key
-
-
-def _status(error: Exception) -> int:
-    answer = error.response if isinstance(error, sdk.ClientError) else {}
-    return int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _code(error: Exception) -> str:
-    return str(error.response.get("Error", {}).get("Code", "")) if isinstance(error, sdk.ClientError) else ""
-
-
-def _is_temporary(error: Exception) -> bool:
-    if isinstance(error, sdk.ClientError):  # 409: another conditional create of the same key is under way
-        status = _status(error)
-        return (status >= 500 and status != 501) or status in (408, 409, 429) or _code(error) in _TEMPORARY_CODES
-    return isinstance(error, _INTERRUPTED) and not isinstance(error, sdk.SSLError)
-
-
-def _said(error: Exception) -> str:
-    if isinstance(error, sdk.ClientError):
-        return f"{_code(error)}, {error.response.get('Error', {}).get('Message')}".rstrip(".")
-    return (str(error) or str(error.__cause__) or type(error).__name__).rstrip(".")  # fsspec's timeout says nothing itself
-
-
-def _explanation(error: Exception, uri: str, writing: bool) -> NightlabelError:
-    said = _said(error)
-    if isinstance(error, _UNIDENTIFIED):
-        do = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role; a public bucket needs s3.anonymous"
-        return PermissionDenied(f"{uri}: {said}", need="credentials for S3", do=do)
-    if _status(error) in (401, 403) or _code(error) == "ExpiredToken":
-        right = "write" if writing else "read and list"
-        return PermissionDenied(f"{uri}: {said}", need=f"the right to {right} there", do="Check the credentials and the policy")
-    if _status(error) == 404 and not writing:
-        return InputMissing(f"{uri}: {said}", need="an existing bucket and object", do="Check the URI")
-    return StoreError(f"{uri}: {said}", need="a bucket that can be used", do="Check the URI and the s3 options of the job")

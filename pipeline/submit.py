@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import aiohttp
+import ray
 import requests
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobSubmissionClient
 
 from pipeline.environment import Address, has_token
@@ -31,7 +33,7 @@ from pipeline.errors import JobError, PermissionDenied, Temporary, UnfitError
 from pipeline.ship import Parcel, number
 
 MARK = "nightlabel"  # the metadata that tells our jobs from others
-RAY = "2.60"  # the code that is shipped runs on this one
+RAY = ".".join(ray.__version__.split(".")[:2])  # the code that is shipped runs on this one
 
 _TIMEOUT_S = 30.0  # of a request; Ray's client has none
 _QUIET_S = 30.0  # a log that says nothing for so long is asked for again: the connection may be half open
@@ -224,7 +226,7 @@ class Connection:
         def run() -> None:
             try:
                 asyncio.run(tail())
-            except Exception:  # noqa: BLE001  # whatever ended the connection, `follow` asks whether the job has ended too
+            except (aiohttp.ClientError, OSError, RuntimeError, RayError):  # `follow` asks whether the job has ended
                 pass
             finally:
                 chunks.put(None)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 from pipeline.errors import Conflict, InputMissing
-from pipeline.footer import Footer
+from pipeline.footer import Footer, totals
 from pipeline.log import Log, Run
 from pipeline.unit import Input, Part, Unit
 
@@ -108,11 +108,8 @@ def _check_manifest(log: Log, run: Run, footers: list[Footer | None]) -> list[st
         stated = {name: counts[name] for name in ("in", "ok", "failed")}
     except (ValueError, TypeError, KeyError) as error:
         return [f"{key}: not a manifest ({type(error).__name__}: {error})."]
-    missing = sum(footer is None for footer in footers)
-    if missing:
-        return [f"{key}: {missing} of its {len(footers)} units have no object."]
-    sums = {
-        name: sum(getattr(footer, field) for footer in footers)
-        for name, field in (("in", "rows_in"), ("ok", "ok"), ("failed", "failed"))
-    }
+    there = [footer for footer in footers if footer is not None]
+    if len(there) < len(footers):
+        return [f"{key}: {len(footers) - len(there)} of its {len(footers)} units have no object."]
+    sums = totals(there)
     return [] if sums == stated else [f"{key}: states {stated}, its units hold {sums}."]

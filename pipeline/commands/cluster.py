@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from pipeline.commands.model import AsJson, print_json
+from pipeline.commands.nightly import JobPath
 from pipeline.environment import DEFAULT_ADDRESS, cluster_address, set_ray_environment
 from pipeline.errors import Interrupted, JobError, NightlabelError, Temporary
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 cluster = typer.Typer()
 
-JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML; jobs/README.md lists its fields.")]
 JobOrId = Annotated[str, typer.Argument(metavar="JOB", help="Job file, whose newest attempt is meant, or submission id.")]
 Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs, as for run: a day, today, yesterday, or A..B.")]
 Address = Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard.")]

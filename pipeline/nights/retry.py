@@ -8,14 +8,12 @@ retried: replaced, it is a new input that the next run labels. A retry that was 
 from __future__ import annotations
 
 import importlib
-import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,12 +25,13 @@ from pipeline.committer import Committer
 from pipeline.cut import list_inputs
 from pipeline.environment import set_ray_environment
 from pipeline.errors import JobError
-from pipeline.footer import Footer, reading
+from pipeline.footer import reading
 from pipeline.label import TRIES, Driver
 from pipeline.log import Log
 from pipeline.nights.generation import RUN, Generation, newest, read_footers, to_plan
+from pipeline.nights.retried import Retried
 from pipeline.plan import Plan
-from pipeline.report import UnitTrouble, exit_code
+from pipeline.report import exit_code
 from pipeline.rows import TIMINGS, Failure
 from pipeline.spec import Job
 from pipeline.start import CODE_VERSION, load_model, open_log, present
@@ -42,38 +41,6 @@ from pipeline.verify import verify
 
 #: What would take the pass down once more outside of careful mode.
 _POISON = {Failure.DECODE_TIMEOUT, Failure.DECODER_CRASH}
-
-
-@dataclass(frozen=True)
-class Retried:
-    """The account of a retry: of `retried` images `mended` are labelled now. `generation` None: there was nothing to retry."""
-
-    job: str
-    where: str
-    classes: tuple[str, ...]
-    generation: int | None = None
-    units: int = 0
-    units_done: int = 0
-    retried: int = 0
-    mended: int = 0
-    failures: Mapping[str, int] | None = None
-    trouble: tuple[UnitTrouble, ...] = ()
-    exit_code: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def lines(self) -> list[str]:
-        """For a screen."""
-        names = ", ".join(self.classes)
-        if self.generation is None:
-            return [f"nothing to retry: no image of {self.job} failed with {names}, of inputs that are still there"]
-        state = "done" if self.units == self.units_done else "not finished"
-        lines = [f"{state}: {self.retried:,} images retried ({names}), {self.mended:,} labelled now"]
-        if self.failures:
-            lines.append("failed  " + ", ".join(f"{name} {number:,}" for name, number in self.failures.items()))
-        lines += [f"left    {item.error_class}: {item.error}" for item in self.trouble[:10]]
-        return [*lines, f"where   {self.where}", f"units   {self.units_done} of {self.units}, generation {self.generation}"]
 
 
 @dataclass(frozen=True)
@@ -220,7 +187,7 @@ class Retry(Driver):
             exit_code=exit_code(trouble, **counts, limit=self.job.limits.max_failed),
         )
         if not left:
-            generation.store.create(generation.run_key(RUN, "manifest.json"), _manifest(outcome, footers))
+            generation.store.create(generation.run_key(RUN, "manifest.json"), outcome.manifest(footers))
         return outcome
 
 
@@ -230,15 +197,6 @@ def _read(store: Store, uri: str, columns: list[str] | None = None) -> pa.Table:
     with reading(uri):
         rows = pq.read_table(BytesIO(data), columns=columns, page_checksum_verification=True)
     return rows.replace_schema_metadata(None)
-
-
-def _manifest(outcome: Retried, footers: list[Footer]) -> bytes:
-    sums = {
-        name: sum(getattr(footer, field) for footer in footers)
-        for name, field in (("in", "rows_in"), ("ok", "ok"), ("failed", "failed"))
-    }
-    fields = {name: value for name, value in outcome.as_dict().items() if name not in ("trouble", "exit_code")}
-    return json.dumps({"version": 1, "code": CODE_VERSION, **fields, "rows": sums}, indent=1).encode()
 
 
 def parse_classes(text: str) -> tuple[str, ...]:

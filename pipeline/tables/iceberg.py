@@ -45,7 +45,7 @@ class Iceberg:
         except NoSuchTableError:
             self._table = None
             return set()
-        except Exception as error:
+        except Exception as error:  # pyiceberg's own have no root of their own, and catalogs raise what their drivers do
             raise self._explained(error) from error
         return set(self._known)
 

@@ -1,0 +1,51 @@
+"""The account of a retry, as manifest, JSON, lines for a screen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.footer import Footer, totals
+from pipeline.report import MANIFEST_VERSION, UnitTrouble
+from pipeline.start import CODE_VERSION
+
+
+@dataclass(frozen=True)
+class Retried:
+    """The account of a retry: of `retried` images `mended` are labelled now. `generation` None: there was nothing to retry."""
+
+    job: str
+    where: str
+    classes: tuple[str, ...]
+    generation: int | None = None
+    units: int = 0
+    units_done: int = 0
+    retried: int = 0
+    mended: int = 0
+    failures: Mapping[str, int] | None = None
+    trouble: tuple[UnitTrouble, ...] = ()
+    exit_code: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def manifest(self, footers: Iterable[Footer]) -> bytes:
+        """The last object of a generation. `footers` of all its units."""
+        fields = {name: value for name, value in self.as_dict().items() if name not in ("trouble", "exit_code")}
+        return json.dumps(
+            {"version": MANIFEST_VERSION, "code": CODE_VERSION, **fields, "rows": totals(footers)}, indent=1
+        ).encode()
+
+    def lines(self) -> list[str]:
+        """For a screen."""
+        names = ", ".join(self.classes)
+        if self.generation is None:
+            return [f"nothing to retry: no image of {self.job} failed with {names}, of inputs that are still there"]
+        state = "done" if self.units == self.units_done else "not finished"
+        lines = [f"{state}: {self.retried:,} images retried ({names}), {self.mended:,} labelled now"]
+        if self.failures:
+            lines.append("failed  " + ", ".join(f"{name} {number:,}" for name, number in self.failures.items()))
+        lines += [f"left    {item.error_class}: {item.error}" for item in self.trouble[:10]]
+        return [*lines, f"where   {self.where}", f"units   {self.units_done} of {self.units}, generation {self.generation}"]
