@@ -102,10 +102,10 @@ class Attempt:
         """`footers` of all units that are done, read back; `before` of them were done when this attempt began."""
         done, failures = Counter[str](), Counter[str]()
         for footer in footers:  # a million of them, with their inputs, are not to be held at once
-            done.update(units=1, rows=footer.rows_in, ok=footer.ok, failed=footer.failed)
+            done.update({name: getattr(footer, name) for name in ("rows_in", "ok", "failed", "compared", "same_label")}, units=1)
             failures.update(footer.failures)
         left = {unit.id for unit in plan.todo}
-        units, rows, ok, failed = (done[name] for name in ("units", "rows", "ok", "failed"))
+        units, rows, ok, failed = (done[name] for name in ("units", "rows_in", "ok", "failed"))
         self.tell("verified", units=units, rows=rows, failed=failed, left=len(left))
         trouble = tuple(item for item in self.trouble.values() if item.unit in left)
         limit = job.limits.max_failed
@@ -115,6 +115,9 @@ class Attempt:
             fingerprint=log.fingerprint,
             artifact=artifact.digest,
             precision=job.model.precision,
+            decode=job.decode,
+            compared=done["compared"],
+            same_label=done["same_label"],
             run=plan.run_id,
             units=len(plan.units),
             units_done=units,

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.data import DataContext, ExecutionResources
 from ray.exceptions import AuthenticationError
 from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -46,6 +45,8 @@ def cluster(job: Job, *, tell: Tell) -> Iterator[None]:
 def connect(job: Job) -> None:
     """Connect to Ray, or start one, and set Ray Data up for passes that take what the job says and no more."""
     start_ray(object_store=job.resources.object_store)
+    from ray.data import DataContext, ExecutionResources  # 1.5 s, which a driver that is in a hurry spends while Ray starts
+
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = -1

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import Conflict, JobError
 from pipeline.footer import Footer, tombstone
 from pipeline.log import Log
-from pipeline.rows import PREDICTION, TIMINGS
+from pipeline.rows import PREDICTION, SAME_LABEL, TIMINGS
 from pipeline.unit import Unit
 
 
@@ -75,6 +75,12 @@ class UnitBuffer:
                 sums[seam] += pc.sum(table.column(name)).as_py() or 0.0
         return sums
 
+    def compared(self) -> tuple[int, int]:
+        """(images that were decoded both ways, those of them with the same label)."""
+        columns = [table.column(SAME_LABEL) for table in self._tables if SAME_LABEL in table.column_names]
+        same = sum(pc.sum(column).as_py() or 0 for column in columns)
+        return sum(len(column) - column.null_count for column in columns), same
+
     def table(self) -> pa.Table:
         """All rows in order, in the columns of rows.PREDICTION, then optional and kept ones. Raises JobError when kept columns
         have types that do not go together."""
@@ -85,13 +91,15 @@ class UnitBuffer:
             need, do = "one type for each kept column of a unit", "Write the files alike, or leave the column out of input.keep"
             raise JobError(f"inputs of one unit differ: {error}", need=need, do=do) from error
         whole = whole.sort_by("index")
-        extra = [name for name in whole.column_names if name not in PREDICTION.names and name not in TIMINGS.values()]
+        passing = {*PREDICTION.names, *TIMINGS.values(), SAME_LABEL}
+        extra = [name for name in whole.column_names if name not in passing]
         schema = pa.schema([*PREDICTION, *(whole.schema.field(name) for name in extra)])
         return whole.select([*PREDICTION.names, *extra]).cast(schema)
 
 
-def serialise(table: pa.Table, unit: Unit, provenance: Provenance) -> tuple[bytes, Footer]:
-    """The Parquet file of a unit, pages checksummed, the account in its footer. Raises AssertionError when it does not add up."""
+def serialise(table: pa.Table, unit: Unit, provenance: Provenance, compared: tuple[int, int] = (0, 0)) -> tuple[bytes, Footer]:
+    """The Parquet file of a unit, pages checksummed, the account in its footer; `compared` as of UnitBuffer. Raises
+    AssertionError when it does not add up."""
     failed = table.filter(pc.equal(table.column("status"), "failed"))
     ok = pc.sum(pc.equal(table.column("status"), "ok")).as_py() or 0
     indexes = table.column("index").to_pylist()
@@ -107,16 +115,20 @@ def serialise(table: pa.Table, unit: Unit, provenance: Provenance) -> tuple[byte
         inputs=tuple(dict.fromkeys(part.input for part in unit.parts)),
         attempt=provenance.attempt,
         code=provenance.code,
+        compared=compared[0],
+        same_label=compared[1],
     )
     sink = BytesIO()
     pq.write_table(table.replace_schema_metadata(footer.metadata), sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue(), footer
 
 
-def commit_unit(log: Log, unit: Unit, table: pa.Table, provenance: Provenance) -> tuple[Footer, bool]:
+def commit_unit(
+    log: Log, unit: Unit, table: pa.Table, provenance: Provenance, compared: tuple[int, int] = (0, 0)
+) -> tuple[Footer, bool]:
     """(what stands there now, whether it is ours); what stands may be a tombstone. Raises Conflict: something else stands there;
     Temporary: try again."""
-    data, footer = serialise(table, unit, provenance)
+    data, footer = serialise(table, unit, provenance, compared)
     key = log.data_key(unit.id)
     if log.store.create(key, data):
         return footer, True

@@ -26,6 +26,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
+from pipeline.orientation import EXIF_ORIENTATION, TURNED, jpeg_orientation, upright
 from pipeline.rows import Failure
 
 # Image.open registers BMP, GIF, JPEG and PNG itself; to look for these two it would import all of its forty plugins.
@@ -54,10 +55,11 @@ _REFUSED: Final = re.compile(
     rb"|(?P<DICOM>.{128}DICM)|(?P<SVG>[\s\xef\xbb\xbf]*<(?:svg|(?!!doctype\s+html)[?!].*?<svg)[\s>])",
     re.DOTALL | re.IGNORECASE,
 )
+#: Of JPEGs that simplejpeg decodes; CMYK is Pillow's.
+_COLORSPACES: Final = ("YCbCr", "RGB", "Gray")
 #: Warnings of libjpeg-turbo that mean lost pixels; every other complaint is Pillow's to judge.
 _JPEG_DAMAGE: Final = re.compile(r"premature end|bad Huffman code|bad arithmetic code|instead of RST", re.IGNORECASE)
 _CUT_SHORT: Final = re.compile(r"truncated|Premature end of JPEG file|not enough image data|unexpected end", re.IGNORECASE)
-_XMP_ORIENTATION: Final = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 #: Pillow's plugins parse strangers' bytes in Python and let through whatever that raises (seen on its own test images).
 _PILLOW_ERRORS: Final = (
     OSError,
@@ -73,7 +75,6 @@ _PILLOW_ERRORS: Final = (
     struct.error,
     zlib.error,
 )
-_EXIF_ORIENTATION: Final = 0x0112
 _SUBFILE: Final = 0x00FE
 
 
@@ -111,75 +112,40 @@ def _too_large(pixels: int, max_pixels: int) -> BadImage:
     return BadImage(Failure.TOO_LARGE, f"{pixels / 1e6:g} MP by its header, the limit is {max_pixels / 1e6:g} MP")
 
 
+def decode_small(data: bytes | memoryview, *, edge: int, max_pixels: int) -> tuple[np.ndarray, int, int] | None:
+    """A JPEG whose short edge is 2 × `edge` pixels or more, decoded at a half, a quarter or an eighth, `edge` at least: (uint8
+    [H, W, 3] as `decode` gives it, width and height of the whole image, upright). None: no such JPEG, or one that `decode`
+    may have something to say of. The scaled cosine transform averages in blocks, which is not what a resize would do."""
+    data = memoryview(data).cast("B")
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        factor = min(8, 1 << max(0, (min(height, width) // edge).bit_length() - 1))  # what libjpeg-turbo has vector code for
+        if factor == 1 or height * width > max_pixels or colorspace not in _COLORSPACES:
+            return None
+        least = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, **least, min_factor=factor)
+    except (ValueError, KeyError, MemoryError):
+        return None
+    orientation = jpeg_orientation(data)
+    if orientation in TURNED:
+        width, height = height, width
+    return upright(pixels, orientation), width, height
+
+
 def _decode_jpeg(data: memoryview, max_pixels: int) -> np.ndarray | None:
     """The fast path, or None where Pillow has to look: CMYK, odd subsamplings, 12 bits, oddities of the headers."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         if height * width > max_pixels:
             raise _too_large(height * width, max_pixels)
-        if colorspace not in ("YCbCr", "RGB", "Gray"):
+        if colorspace not in _COLORSPACES:
             return None
         pixels: np.ndarray = simplejpeg.decode_jpeg(data)
     except (ValueError, KeyError) as error:  # KeyError: a subsampling that simplejpeg has no name for, 4:4:1
         if _JPEG_DAMAGE.search(str(error)):
             raise _bad("JPEG", data, error) from None
         return None
-    return _upright(pixels, _jpeg_orientation(data))
-
-
-def _jpeg_orientation(data: memoryview) -> int | None:
-    """EXIF orientation without a second parse of the file; XMP's where EXIF has none, as Pillow does it. None: not said."""
-    xmp = b""
-    for segment in _app1_segments(data):
-        if segment.startswith(b"Exif\0\0"):
-            orientation = _ifd_orientation(segment[6:])
-            if orientation is not None:
-                return orientation
-        elif segment.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
-            xmp = segment
-    match = _XMP_ORIENTATION.search(xmp)
-    return int(match[1]) if match else None
-
-
-def _app1_segments(data: memoryview) -> Iterator[bytes]:
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:  # up to the start of scan
-        if data[at + 1] == 0xFF:  # fill byte
-            at += 1
-            continue
-        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if data[at + 1] == 0xE1:
-            yield bytes(data[at + 4 : end])
-        at = max(end, at + 2)
-
-
-def _ifd_orientation(tiff: bytes) -> int | None:
-    """Tag 0x0112 in the first directory of a TIFF structure; broken metadata of a sound picture says nothing."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    if order is None:
-        return None
-    try:
-        (start,) = struct.unpack_from(order + "I", tiff, 4)
-        (count,) = struct.unpack_from(order + "H", tiff, start)
-        for entry in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(order + "HH", tiff, entry)
-            if tag == _EXIF_ORIENTATION:
-                value: int = struct.unpack_from(order + ("I" if kind == 4 else "H"), tiff, entry + 8)[0]
-                return value
-    except struct.error:
-        pass
-    return None
-
-
-def _upright(pixels: np.ndarray, orientation: object) -> np.ndarray:
-    """The eight EXIF orientations; anything else is upright. Turns are views, so the copy is made once, at the end."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.transpose(1, 0, 2)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels)
+    return upright(pixels, jpeg_orientation(data))
 
 
 def _decode_pillow(data: memoryview, kind: str, max_pixels: int) -> np.ndarray:
@@ -189,10 +155,10 @@ def _decode_pillow(data: memoryview, kind: str, max_pixels: int) -> np.ndarray:
                 raise BadImage(Failure.UNSUPPORTED_FORMAT, "a TIFF that begins with its thumbnail is not decoded")
             image.load()
             try:
-                orientation = image.getexif().get(_EXIF_ORIENTATION)  # after load: TIFF turns itself, PNG may carry it at its end
+                orientation = image.getexif().get(EXIF_ORIENTATION)  # after load: TIFF turns itself, PNG may carry it at its end
             except _PILLOW_ERRORS:
                 orientation = None
-            return _upright(_rgb(image), orientation)
+            return upright(_rgb(image), orientation)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         found = re.search(r"\d+", str(error))
         raise _too_large(int(found[0]) if found else max_pixels + 1, max_pixels) from None

@@ -29,7 +29,8 @@ _MAGIC = b"PAR1"
 
 @dataclass(frozen=True)
 class Footer:
-    """`rows_in = ok + failed`, or it was not written. `split`: why this is a tombstone, empty for a unit that is committed."""
+    """`rows_in = ok + failed`, or it was not written. `split`: why this is a tombstone, empty for a unit that is committed.
+    `compared`: images that were decoded fast and exactly, to different pixels; `same_label` of them got the same label."""
 
     unit: str
     fingerprint: str
@@ -42,6 +43,8 @@ class Footer:
     code: str = ""
     schema: int = OUTPUT_SCHEMA_VERSION
     split: str = ""
+    compared: int = 0
+    same_label: int = 0
 
     @property
     def metadata(self) -> dict[bytes, str]:

@@ -56,22 +56,23 @@ class Driver:
         job = self.job
         set_ray_environment()
         with ThreadPoolExecutor(1) as aside:
-            importing = aside.submit(importlib.import_module, "pipeline.run")  # 2 s for Ray Data, beside the planning
+            # Beside the planning.
+            ray, ray_data = (aside.submit(importlib.import_module, f"pipeline.{name}") for name in ("cluster", "run"))
             self.artifact = load_model(job, weights=True)
             log, plan = plan_job(job, self.artifact, tell=self.attempt.tell)
             if plan.run_id is not None and plan.todo:
                 begin(log, plan.run_id, job)
-            run = importing.result()
-        from pipeline.cluster import cluster
-        from pipeline.keep import kept_logs
+            before = len(plan.committed)
+            size, todo_size = (sum(part.size for unit in units for part in unit.parts) for units in (plan.units, plan.todo))
+            self.attempt.tell("planned", run=plan.run_id, units=len(plan.units), done=before, bytes=size, todo_bytes=todo_size)
+            if plan.run_id is not None and plan.todo:
+                cluster = ray.result().cluster(job, tell=self.attempt.tell)
+                from pipeline.keep import kept_logs
 
-        before = len(plan.committed)
-        size, todo_size = (sum(part.size for unit in units for part in unit.parts) for units in (plan.units, plan.todo))
-        self.attempt.tell("planned", run=plan.run_id, units=len(plan.units), done=before, bytes=size, todo_bytes=todo_size)
-        if plan.run_id is not None and plan.todo:
-            logs = kept_logs(log.store, self._logs(log, plan.run_id), self.attempt.events, self.attempt.tell)
-            with cluster(job, tell=self.attempt.tell), logs:
-                plan = self.passes(log, plan, partial(run.run_pass, job=job, artifact=self.artifact))
+                logs = kept_logs(log.store, self._logs(log, plan.run_id), self.attempt.events, self.attempt.tell)
+                with cluster, logs:  # Ray comes up beside the import of Ray Data, 1.5 s
+                    run_pass = partial(ray_data.result().run_pass, job=job, artifact=self.artifact)
+                    plan = self.passes(log, plan, run_pass)
         return self.finish(log, plan, before)
 
     def passes(self, log: Log, plan: Plan, run_pass: RunPass) -> Plan:

@@ -18,7 +18,7 @@ from pipeline.errors import ModelError
 from pipeline.job.arithmetic import engine_for
 from pipeline.spec import ModelSource, Output
 
-_TAKEN = frozenset({*rows.IMAGE.names, *rows.PREDICTION.names, "pixels"})
+_TAKEN = frozenset({*rows.IMAGE.names, *rows.PREDICTION.names, "pixels", "exact"})
 _NONFINITE = "the model's scores of this image are not finite numbers"
 
 
@@ -40,7 +40,7 @@ class Predict:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`unit`, the columns of rows.PREDICTION (status null in rows that end a unit), `embedding` and `probabilities` when the
-        output wants them, then the kept columns untouched."""
+        output wants them, then the kept columns untouched; rows.SAME_LABEL where `exact` pixels came with the others."""
         scores, at = self._scores(batch.column("pixels"))
         scored = np.zeros(batch.num_rows, dtype=bool)
         scored[at] = scores.finite
@@ -53,6 +53,9 @@ class Predict:
         names = ["unit", *rows.PREDICTION.names, *self._optional(columns, scores, at, scored)]
         kept = [name for name in batch.column_names if name not in _TAKEN]
         types = {field.name: field.type for field in rows.PREDICTION}
+        if "exact" in batch.column_names:
+            columns[rows.SAME_LABEL] = self._same_label(batch.column("exact"), scores, at)
+            names.append(rows.SAME_LABEL)
         arrays = [columns[name].cast(types.get(name, columns[name].type)) for name in names]
         return pa.table([*arrays, *(batch.column(name) for name in kept)], names=[*names, *kept])
 
@@ -64,6 +67,17 @@ class Predict:
         if column.type != pa.binary(3 * self.size * self.size):
             raise ValueError(f"pixels are {column.type}, the model sees {self.size} × {self.size} × 3 bytes")
         return self.engine(rows.pixels_view(column, self.size), at), at
+
+    def _same_label(self, exact: pa.ChunkedArray, scores: Scores, at: np.ndarray) -> pa.Array:
+        where = np.flatnonzero(np.asarray(exact.is_valid()))
+        same = np.zeros(len(exact), dtype=bool)
+        if len(where):
+            shape = (3, self.size, self.size)
+            pixels = np.stack([np.frombuffer(exact[row].as_buffer(), np.uint8).reshape(shape) for row in where.tolist()])
+            label = np.full(len(exact), -1)
+            label[at] = scores.ids[:, 0]
+            same[where] = label[where] == self.engine(pixels, np.arange(len(where))).ids[:, 0]
+        return pa.array(same, mask=np.asarray(exact.is_null()))
 
     def _nothing(self) -> Scores:
         ids, scores = np.empty((0, self.top_k), np.int32), np.empty((0, self.top_k), np.float32)

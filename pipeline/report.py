@@ -49,6 +49,9 @@ class Receipt:
     images_per_second: float | None
     seam_seconds: Mapping[str, float]
     passes: int
+    decode: str = "exact"
+    compared: int = 0
+    same_label: int = 0
     trouble: tuple[UnitTrouble, ...] = ()
     exit_code: int = 0
     events: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
@@ -75,6 +78,7 @@ class Receipt:
             "units": self.units,
             "rows": {"in": self.rows_in, "ok": self.ok, "failed": self.failed},
             "failures": dict(self.failures),
+            "decode": {"mode": self.decode, "compared": self.compared, "same_label": self.same_label},
             "seconds": round(self.seconds, 3),
         }
         return json.dumps(content, indent=1).encode()
@@ -88,6 +92,8 @@ class Receipt:
         lines = [f"{state}: {adds_up}, {self.units_done} of {self.units} units"]
         if self.failures:
             lines.append("failed  " + ", ".join(f"{name} {number:,}" for name, number in self.failures.items()))
+        if self.decode == "fast":
+            lines.append(f"decode  {self.agreement}")
         if not self.rows_in and not self.trouble:
             lines.append(
                 "empty   none of them holds an image; required: images of input.format. Check input.uri and input.format"
@@ -108,6 +114,14 @@ class Receipt:
                 "seams   " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seam_seconds.items()) + " (summed)"
             )
         return lines
+
+    @property
+    def agreement(self) -> str:
+        """What fast decoding has done to the labels, over all units of the run."""
+        if not self.compared:
+            return "fast: no image was compared that it had changed"
+        share = f"{self.same_label / self.compared:.1%}"
+        return f"fast: of {self.compared:,} images that were decoded exactly too, {share} kept their label"
 
     def page(self) -> bytes:
         """report.html: one file, nothing loaded from elsewhere."""

@@ -88,8 +88,12 @@ class UnitError(enum.StrEnum):
 
 #: Seconds that a row took in each stage, on its way to the driver only.
 TIMINGS = {seam: f"_{seam}_s" for seam in ("read", "preprocess", "predict")}
+#: bool, on its way to the driver only: has fast decoding left the image its label? Null where the two were not compared.
+SAME_LABEL = "_same_label"
 #: Columns of the way that a kept column cannot be named after.
-RESERVED = frozenset({*IMAGE.names, *PREDICTION.names, *TIMINGS.values(), "pixels", "embedding", "probabilities"})
+RESERVED = frozenset(
+    {*IMAGE.names, *PREDICTION.names, *TIMINGS.values(), SAME_LABEL, "pixels", "exact", "embedding", "probabilities"}
+)
 
 
 def pixels_array(pixels: np.ndarray, valid: Sequence[bool] | np.ndarray) -> pa.Array:

@@ -117,7 +117,7 @@ def _make_preprocess(job: Job, preprocessing: Preprocessing, careful: bool) -> S
     limits = CarefulLimits(job.limits.decode_timeout, job.limits.decode_memory) if careful else None
     pools = job.resources
     threads = _threads(pools.preprocess.cpus_per_actor if pools.preprocess.actors else pools.predict.cpus_per_actor)
-    return Preprocess(preprocessing, max_pixels=job.limits.max_pixels, threads=threads, careful=limits)
+    return Preprocess(preprocessing, max_pixels=job.limits.max_pixels, threads=threads, careful=limits, fast=job.decode == "fast")
 
 
 def _make_predict(job: Job, digest: str) -> Stage:

@@ -190,6 +190,9 @@ class Job(Model):
     """The artifact that labels."""
     output: Output
     """Where the labels go, and which."""
+    decode: Literal["exact", "fast"] = "exact"
+    """exact: pixels within 2 of 255 levels of Pillow's. fast: a JPEG at least twice as large as the model wants is decoded at a
+    half, a quarter or an eighth; one of 64 is labelled both ways, and the manifest says how many labels stayed the same."""
     resources: Resources = Resources()
     """What the job takes."""
     cluster: Cluster | None = None

@@ -33,6 +33,7 @@ def fingerprint(artifact: Artifact, job: Job) -> str:
     # What more the output schema has, and which column of a Parquet file is labelled: told only where it is not the default.
     parts += [name for name in ("embeddings", "probabilities") if getattr(job.output, name)]
     parts += [job.model.engine] if job.model.engine != "auto" else []  # engines differ in the last bits
+    parts += [["decode", job.decode]] if job.decode != "exact" else []
     parts += [["keep", *job.input.keep]] if job.input.keep else []
     if job.input.format == "parquet" and (job.input.image_column, job.input.key_column) != ("image", "key"):
         parts.append(["columns", job.input.image_column, job.input.key_column])

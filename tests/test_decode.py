@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipeline import decode as module
-from pipeline.decode import BadImage, decode
+from pipeline.decode import BadImage, decode, decode_small
 
 LIMIT = 10**6
 #: 4 × 3, so that no turn looks like another.
@@ -230,3 +230,43 @@ def test_pillows_test_images_equal_pillow(shared_data):
                     np.testing.assert_allclose(pixels.astype(int), reference(data), atol=2, err_msg=member.name)
                     compared += 1
     assert compared > 400
+
+
+@pytest.mark.parametrize(
+    ("size", "edge", "shape"),
+    [((640, 480), 240, (240, 320)), ((640, 480), 241, None), ((641, 483), 100, (121, 161)), ((4000, 3000), 10, (375, 500))],
+)
+def test_small_is_a_half_a_quarter_or_an_eighth_and_never_under_the_edge(size, edge, shape):
+    data = encode(photo(*size), "JPEG", quality=95)
+    small = decode_small(data, edge=edge, max_pixels=10**8)
+    if shape is None:
+        assert small is None
+        return
+    pixels, *whole = small
+    assert (pixels.shape, whole) == ((*shape, 3), list(size))
+    smaller = np.asarray(photo(*size).resize(shape[::-1], Image.Resampling.BOX)).astype(int)
+    assert np.abs(pixels - smaller).mean() < 2
+
+
+def test_small_is_upright_and_tells_the_size_of_the_upright_image():
+    image = photo(640, 480)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels, width, height = decode_small(encode(image, "JPEG", exif=exif), edge=200, max_pixels=LIMIT)
+    assert (pixels.shape, width, height) == ((320, 240, 3), 480, 640)
+    turned = decode(encode(image, "JPEG", exif=exif), max_pixels=LIMIT)
+    assert np.abs(pixels.astype(int) - turned[1::2, 1::2]).mean() < 5
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(photo(640, 480), "PNG"),
+        encode(photo(640, 480), "JPEG")[:-400],
+        encode(photo(640, 480).convert("CMYK"), "JPEG"),
+        encode(photo(1200, 1000), "JPEG"),  # over the limit
+        b"",
+    ],
+)
+def test_what_cannot_be_decoded_small_is_left_to_decode(data):
+    assert decode_small(data, edge=10, max_pixels=LIMIT) is None

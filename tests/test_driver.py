@@ -4,6 +4,7 @@ driver is faster, nothing arrives?"""
 from __future__ import annotations
 
 import io
+import json
 import signal
 import threading
 import time
@@ -19,6 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from faults import Fault, fault_proxy
+from inprocess import without_ray
+from models import small_artifact
+from shards import picture
 
 from pipeline import cli, label, run, start
 from pipeline.commit import Provenance, UnitBuffer, commit_unit
@@ -460,3 +464,29 @@ def test_a_receipt_does_not_copy_the_events_that_it_leaves_out(begin):
     receipt = replace(finish(driver, log, plan, Passes()), events=({"cannot be copied": threading.Lock()},))
     assert receipt.as_dict()["rows_in"] == ROWS
     assert "events" not in receipt.as_dict()
+
+
+def test_fast_decoding_is_another_output_whose_manifest_says_what_it_did_to_the_labels(tmp_path, monkeypatch):
+    without_ray(monkeypatch)
+    model, photos = small_artifact(tmp_path), tmp_path / "photos"
+    photos.mkdir()
+    for number in range(8):
+        (photos / f"{number}.jpg").write_bytes(picture(number, size=(400, 300)))
+    receipts = {}
+    for mode in ("exact", "fast"):
+        fields = {
+            "input": {"uri": str(photos), "format": "images"},
+            "model": {"uri": model},
+            "output": {"uri": str(tmp_path / "out")},
+        }
+        receipts[mode] = Driver(
+            Job(name="photos", decode=mode, **fields), observe=lambda event, fields: None, started=0.0
+        ).label()
+    assert receipts["exact"].fingerprint != receipts["fast"].fingerprint
+    said = {
+        mode: json.loads(Path(receipt.where, "runs", receipt.run, "manifest.json").read_text())["decode"]
+        for mode, receipt in receipts.items()
+    }
+    assert said["exact"] == {"mode": "exact", "compared": 0, "same_label": 0}
+    assert said["fast"] == {"mode": "fast", "compared": 4, "same_label": 4}  # the first of every unit
+    assert "decode  fast: of 4 images that were decoded exactly too, 100.0% kept their label" in receipts["fast"].lines()

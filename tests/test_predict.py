@@ -255,3 +255,18 @@ def test_a_gpu_agrees_with_the_cpu(precision: str) -> None:
     np.testing.assert_allclose(
         gpu["score"].to_pandas(), expected["score"].to_pandas(), atol=1e-5 if precision == "float32" else 0.05
     )
+
+
+def test_images_with_exact_pixels_beside_are_labelled_twice_and_compared():
+    pixels = images(6)
+    model = predict(tiny())
+    labels = model(table(pixels))["label_id"].to_pylist()
+    other = next(row for row in range(6) if labels[row] != labels[0])
+    exact = [pixels[0].tobytes(), pixels[other].tobytes(), None, None, pixels[4].tobytes(), None]
+    pixels[1] = pixels[0]
+    batch = table(pixels, failed=(2,), ends=(5,)).append_column("exact", pa.array(exact, pa.large_binary()))
+    out = model(batch)
+    assert out[rows.SAME_LABEL].to_pylist() == [True, False, None, None, True, None]
+    assert "exact" not in out.column_names
+    none = batch.set_column(batch.schema.get_field_index("exact"), "exact", pa.nulls(6, pa.large_binary()))
+    assert model(none)[rows.SAME_LABEL].null_count == 6

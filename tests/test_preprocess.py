@@ -238,3 +238,31 @@ def test_preprocessing_is_checked(wrong):
 
 def test_resize_edges_of_the_three_in_the_wild():
     assert [PREPROCESSINGS[name].resize_edge for name in ("torchvision", "hugging-face", "timm")] == [256, 256, 235]
+
+
+def test_fast_decoding_changes_large_jpegs_alone_and_gives_some_of_them_exactly_too():
+    preprocessing = Preprocessing(size=64)
+    smooth = Image.fromarray(noise(30, 23)).resize((901, 703), Image.Resampling.BICUBIC)
+    large, small = encode(smooth, "JPEG", quality=95), encode(smooth.resize((120, 90)), "JPEG", quality=95)
+    batch = table([large, small, encode(smooth), b"no image", *[large] * 61, None, large])
+    exact, fast = (Preprocess(preprocessing, max_pixels=MAX_PIXELS, fast=fast)(batch) for fast in (False, True))
+    assert "exact" not in exact.column_names
+    for name in ("width", "height", "error_class", "error"):
+        assert fast[name].equals(exact[name])
+    one, other = (rows.pixels_view(out["pixels"], 64) for out in (fast, exact))
+    changed = [row for row in range(batch.num_rows) if (one[row] != other[row]).any()]
+    assert changed == [0, *range(4, 65), 66]
+    beside = distance(other[0][..., 1:], other[0][..., :-1]).mean()  # what a crop that lies a pixel beside is off by
+    assert distance(one[0], other[0]).mean() < beside / 5
+    given = fast["exact"].to_pylist()
+    assert [row for row, pixels in enumerate(given) if pixels is not None] == [0, 64]
+    assert given[0] == other[0].tobytes()
+
+
+def test_fast_and_careful_go_together():
+    careful = CarefulLimits(timeout_s=30, memory_bytes=2**30)
+    large = encode(Image.fromarray(noise(300, 200)), "JPEG")
+    stages = [Preprocess(Preprocessing(size=32), max_pixels=MAX_PIXELS, careful=limits, fast=True) for limits in (None, careful)]
+    plain, alone = (stage(table([large])) for stage in stages)
+    assert alone["pixels"].equals(plain["pixels"])
+    assert "exact" not in alone.column_names

@@ -150,14 +150,15 @@ def main() -> None:
             model = quantized(model, some, folder / "int8")
         rows = []
         for number in range(args.runs):
-            rate = limit(folder / "tars", model, args.precision, resources["predict"]["batch_size"])
+            source = {"uri": model, "precision": args.precision}
+            rate = limit(folder / "tars", source, resources["predict"]["batch_size"])
             job = folder / "job.yaml"
             job.write_text(
                 json.dumps(
                     {
                         "name": "limit",
                         "input": {"uri": str(folder / "tars")},
-                        "model": {"uri": model, "precision": args.precision},
+                        "model": source,
                         "output": {"uri": str(folder / f"out-{number}")},
                         "resources": resources,
                     }
