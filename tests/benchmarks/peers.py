@@ -6,7 +6,8 @@
 settings that a reader of it would choose for this machine, and get loose JPEG files, which spares them the tars that ours reads.
 They label at float32 and bfloat16; none offers int8. A contender is a whole process: `end to end` is from its command to its
 exit, `steady` from its first labels to its last. Labels are compared: a peer that labels otherwise than ours is no peer.
-`core-ms`: time within our stages by image. Prints a table and writes tests/benchmarks/results/peers.json.
+`core-ms`: time within our stages by image, as they share the cores; below the table, every step by itself (seams.py). Prints a
+table and writes tests/benchmarks/results/peers.json.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 from limit import DEFAULT_PHOTOS, copy_tars, limit, quantized, read_tar  # noqa: E402
 from result import write_result  # noqa: E402
+from seams import seams  # noqa: E402
 
 PEERS = {
     "DataLoader + torchvision": ("dataloader.py",),
@@ -279,11 +281,15 @@ def main() -> None:
                 first = "" if one.first_s is None else f", first after {one.first_s:.1f} s"
                 print(f"round {number + 1}: {one.precision}, {one.contender}: {one.steady:.1f} img/s{first}", flush=True)
                 check_labels(one, measured)
+        tars = sorted((bench.folder / "tars").glob("*.tar"))[:4]
+        alone = {precision: seams(tars, bench.source(precision, "auto"), 16) for precision in ENGINES}
     table = medians(measured)
     print("\n".join(lines(table)))
+    for precision, steps in alone.items():
+        print(f"{precision}, one core, ms an image: " + ", ".join(f"{step} {spent:.2f}" for step, spent in steps.items()))
     versions = {name: importlib.metadata.version(name) for name in VERSIONS if importlib.util.find_spec(name)}
     runs = [{key: value for key, value in asdict(one).items() if key != "labels"} for one in measured]
-    write_result("peers", {"images": bench.images, "versions": versions, "median": table, "runs": runs})
+    write_result("peers", {"images": bench.images, "versions": versions, "median": table, "core_ms": alone, "runs": runs})
 
 
 if __name__ == "__main__":
