@@ -7,6 +7,7 @@ driver runs another one over the units that did not arrive. So retries are few a
 from __future__ import annotations
 
 import json
+import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -19,6 +20,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from pipeline.artifact import Artifact
 from pipeline.cluster import connect
@@ -34,6 +36,7 @@ from pipeline.watch import losses, watched
 Stage = Callable[[pa.Table], pa.Table]
 Seam = tuple[str, Callable[[], Stage]]
 
+_LEAVE_S = 30.0  # for Ray to kill the workers of a pass
 STALL_S = 600.0  # no block for so long means a hung pool (ray#62746); a 128 MiB block takes 50 s at 18 img/s
 _CAREFUL_BYTES = 2**14  # of encoded images, one photograph or 8 thumbnails, where preprocess has no blocks of its own
 _CAREFUL_ROWS = 8  # of a block in careful mode: hanging images come through by and by, so that the watch sees the pass live
@@ -185,14 +188,31 @@ def run_pass(
         dataset = chain(units, job, artifact, careful=careful, only=only)
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 
-    blocks = watched(start, stall_s=stall_s, explain=_reason)
+    blocks = watched(start, stall_s=stall_s, explain=_reason, leave=_leave)
     try:
         with losses(lost if lost is not None else []), closing(blocks):
             yield from blocks
     except Stalled:
-        ray.shutdown()  # the only end of a hung worker, which else would keep its CPUs from the next pass
-        connect(job)
+        if _executors():  # Ray itself hangs
+            ray.shutdown()
+            connect(job)
         raise
+
+
+def _executors() -> list[StreamingExecutor]:
+    """The loops of passes that run; Ray Data hands none out before its first block."""
+    return [thread for thread in threading.enumerate() if isinstance(thread, StreamingExecutor)]
+
+
+def _leave() -> None:
+    """Ends the pass that runs: its workers, of which one may hang and would keep its CPUs from the next pass; and its loop, which
+    waits in Ray's core: with Ray shut down under it, the process died of a segmentation fault (2 of 9 times on a busy machine).
+    """
+    ends = [threading.Thread(target=executor.shutdown, args=(True,), daemon=True) for executor in _executors()]
+    for end in ends:
+        end.start()
+    for end in ends:
+        end.join(_LEAVE_S)
 
 
 def _reason(error: BaseException) -> BaseException:

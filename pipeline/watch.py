@@ -17,6 +17,7 @@ from pipeline.errors import Stalled
 T = TypeVar("T")
 
 _TICK_S = 1.0
+_END_S = 5.0
 _COMMENT = re.compile(
     r"\n+(?=The above exception was|Failed to apply UDF)"
 )  # what Python and Ray Data add to an exception's text
@@ -24,16 +25,22 @@ _QUEUED = 8  # blocks that wait for the driver; beyond that Ray's own back press
 
 
 def watched(
-    start: Callable[[], Generator[T, None, None]], *, stall_s: float, explain: Callable[[BaseException], BaseException]
+    start: Callable[[], Generator[T, None, None]],
+    *,
+    stall_s: float,
+    explain: Callable[[BaseException], BaseException],
+    leave: Callable[[], object] = lambda: None,
 ) -> Generator[T | None, None, None]:
     """The items of a generator that runs in a thread of its own, and None for every second without one. When this generator is
-    closed, so is that one, as soon as its next item is there. What that one raises is raised here as `explain` puts it.
+    closed, so is that one: as soon as its next item is there, or as `leave`, called then, makes it end. What that one raises is
+    raised here as `explain` puts it.
 
-    Raises Stalled when nothing arrives for `stall_s` seconds; the thread is left alone then.
+    Raises Stalled when nothing arrives for `stall_s` seconds; a thread that `leave` does not end is left alone then.
     """
     feed = _Feed(start)
     thread = threading.Thread(target=feed.run, daemon=True)
     thread.start()
+    over = False
     try:
         since = time.monotonic()
         while time.monotonic() - since < stall_s:
@@ -42,6 +49,7 @@ def watched(
             except queue.Empty:
                 yield None
                 continue
+            over = item is feed or isinstance(item, BaseException)
             if item is feed:
                 return
             if isinstance(item, BaseException):
@@ -51,7 +59,9 @@ def watched(
         raise Stalled(f"no block arrived for {stall_s:g} s", do="Run again; what is committed stays")
     finally:
         feed.left.set()
-        thread.join(_TICK_S)  # so that a pass that was left has given its CPUs back before the next one
+        if not over:
+            leave()
+        thread.join(_END_S)  # so that a pass that was left has given its CPUs back before the next one
 
 
 class _Feed(Generic[T]):

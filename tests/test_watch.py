@@ -34,6 +34,7 @@ def test_a_pass_that_is_left_ends_though_nobody_takes_its_blocks(taken):
 
 def test_time_without_a_block_is_told_and_a_hang_is_noticed(monkeypatch):
     monkeypatch.setattr(watch, "_TICK_S", 0.01)
+    monkeypatch.setattr(watch, "_END_S", 0.01)
     end = threading.Event()
 
     def blocks():
@@ -46,6 +47,26 @@ def test_time_without_a_block_is_told_and_a_hang_is_noticed(monkeypatch):
     with pytest.raises(Stalled, match=r"no block arrived for 0\.1 s"):
         list(items)
     end.set()
+
+
+def test_a_pass_that_hangs_is_ended_and_one_that_is_over_is_not(monkeypatch):
+    monkeypatch.setattr(watch, "_TICK_S", 0.01)
+    end, ended, left = threading.Event(), threading.Event(), []
+
+    def blocks():
+        yield 1
+        end.wait()
+        ended.set()
+
+    def leave():
+        left.append("hung")
+        end.set()
+
+    with pytest.raises(Stalled):
+        list(watched(blocks, stall_s=0.1, explain=same, leave=leave))
+    assert ended.is_set(), "its thread is in Ray's core, which is about to be shut down"
+    assert list(watched(blocks, stall_s=60, explain=same, leave=leave)) == [1]
+    assert left == ["hung"]
 
 
 def test_time_that_the_driver_takes_is_no_hang():
