@@ -13,7 +13,7 @@ import traceback  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import FrameType  # noqa: E402
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn  # noqa: E402
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn  # noqa: E402
 
 import typer  # noqa: E402
 
@@ -22,7 +22,7 @@ from pipeline.commands import kube as cli_kube  # noqa: E402
 from pipeline.commands import model as cli_model  # noqa: E402
 from pipeline.commands import nightly as cli_nightly  # noqa: E402
 from pipeline.commands.model import AsJson, print_json  # noqa: E402
-from pipeline.commands.nightly import Date, JobPath  # noqa: E402
+from pipeline.commands.nightly import Date, IfRunning, JobPath  # noqa: E402
 from pipeline.errors import EXIT_BUG, Interrupted, NightlabelError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -45,12 +45,6 @@ app.add_typer(cli_cluster.cluster)
 
 Dates = Annotated[
     str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today, yesterday, or A..B: every day from A to B.")
-]
-IfRunning = Annotated[
-    Literal["skip", "queue", "replace", "share"] | None,
-    typer.Option(
-        help="When another run of the job is at it: overrules schedule.if_running; share takes no lease and works beside it."
-    ),
 ]
 MetricsTo = Annotated[
     str | None,

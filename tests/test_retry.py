@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,21 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from deltalake import DeltaTable
 from inprocess import without_ray
 from shards import picture, tar_bytes, write_tars
 from test_nightly import invoke, write
 from test_run import LIGHT, files, job, label
+from typer.testing import CliRunner
 
 from pipeline import label as driver
 from pipeline import read, run
-from pipeline.errors import Conflict, JobError
+from pipeline.cli import app
+from pipeline.errors import Conflict, JobError, Temporary
+from pipeline.job.schedule import Schedule
 from pipeline.log import Log
+from pipeline.nights import lease
 from pipeline.nights.generation import __doc__ as sql_doc
 from pipeline.nights.generation import generations, to_plan, validate_all
 from pipeline.nights.retry import Retried, Retry, parse_classes
@@ -203,6 +210,60 @@ def test_of_two_retries_at_once_the_later_is_told_to_wait(two_classes, monkeypat
     assert retry(two_classes, "NOT_AN_IMAGE").retried == 1
     done = retry(two_classes, "FETCH_FAILED")
     assert (done.generation, done.retried, done.mended) == (2, 2, 2)
+
+
+PACE = lease.Pace(beat=0.1, dead=60.0, grace=60.0, look=0.02)  # whoever is alive is heard, on a busy machine too
+
+AT_IT = """
+import sys, threading
+import inprocess, pytest
+from pipeline import cli, run
+from pipeline.nights import lease
+from test_retry import PACE
+inprocess.without_ray(pytest.MonkeyPatch())
+lease.Pace, enter, held, quick = lambda: PACE, lease.Lease.__enter__, [], run.run_pass
+lease.Lease.__enter__ = lambda self: held.append(self) or enter(self)
+def slow(*args, **kwargs):
+    print("at it", flush=True)
+    while not held[0]._end:
+        threading.Event().wait(0.01)
+    yield from quick(*args, **kwargs)
+run.run_pass = slow
+sys.argv = ["nightlabel", "retry-failed", sys.argv[1], "--class", "FETCH_FAILED"]
+cli.main()
+"""
+
+
+def test_a_retry_holds_the_lease_that_nights_and_other_retries_respect(two_classes, tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "Pace", lambda: PACE)
+    path = write(tmp_path, two_classes.model_copy(update={"schedule": Schedule(cron="0 2 * * *", wait="0.2s")}))
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command, env = [sys.executable, "-c", AT_IT, str(path)], {**os.environ, "PYTHONPATH": paths}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "at it\n"
+        before = {name for name in files(tmp_path / "out") if "/leases/" not in name}
+        for words in (["retry-failed", path, "--class", "NOT_AN_IMAGE"], ["run", path]):
+            code, out, err = invoke(*words)
+            assert (code, out.split(":")[0]) == (0, "skipped"), err
+            assert f"process {first.pid} holds this output" in err
+        again = ["retry-failed", path, "--class", "FETCH_FAILED"]
+        code, out, _ = invoke(*again, "--json")
+        assert (code, json.loads(out)) == (0, {"skipped": True, "exit_code": 0})
+        with pytest.raises(Temporary, match="still runs after"):
+            CliRunner().invoke(app, [*map(str, again), "--if-running", "queue"], catch_exceptions=False)
+        assert {name for name in files(tmp_path / "out") if "/leases/" not in name} == before
+        code, out, err = invoke(*again, "--if-running", "replace")
+        assert (code, out.splitlines()[0]) == (0, "done: 2 images retried (FETCH_FAILED), 2 labelled now"), err
+        _, said = first.communicate(timeout=60)
+    assert (first.returncode, "asked this run to stop" in said) == (5, True), said
+    assert len(latest(two_classes)) == 8
+    assert problems(two_classes) == []
+
+
+def test_a_retry_without_a_schedule_takes_no_lease(two_classes, tmp_path):
+    code, out, err = invoke("retry-failed", write(tmp_path, two_classes), "--class", "FETCH_FAILED")
+    assert (code, out.splitlines()[0]) == (0, "done: 2 images retried (FETCH_FAILED), 2 labelled now"), err
+    assert not (tmp_path / "out/leases").exists()
 
 
 def test_a_retry_that_was_killed_before_its_plan_keeps_nobody_from_another(two_classes, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ from pipeline.commands.model import AsJson, print_json
 from pipeline.errors import NightlabelError
 
 if TYPE_CHECKING:
+    from pipeline.attempt import Observer
     from pipeline.nights.nightly import Day, Night, Policy
     from pipeline.prometheus import Metrics
     from pipeline.report import Receipt
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 
 JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML; jobs/README.md lists its fields.")]
 Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today or yesterday.")]
+IfRunning = Annotated[
+    Literal["skip", "queue", "replace", "share"] | None,
+    typer.Option(
+        help="When another run of the job is at it: overrules schedule.if_running; share takes no lease and works beside it."
+    ),
+]
 
 
 def retry_failed(
@@ -30,19 +37,28 @@ def retry_failed(
     *,
     classes: Annotated[str, typer.Option("--class", help="Classes of failure with commas between: FETCH_FAILED,DECODE_TIMEOUT.")],
     date: Date = None,
+    if_running: IfRunning = None,
     as_json: AsJson = False,
 ) -> None:
     """Label images again that failed, into a new generation of their units; what was committed stays as it is."""
-    from pipeline.job.jobfile import load_label_job
+    from pipeline.job.jobfile import load_label_template, one_day
+    from pipeline.nights.nightly import leased
     from pipeline.nights.retry import Retry, parse_classes  # brings Ray
     from pipeline.screen import Screen
     from pipeline.start import load_model, open_log
     from pipeline.tables.publish import publish
 
-    loaded = load_label_job(job, date=date)
-    with Screen() as screen:
-        outcome = Retry(loaded, parse_classes(classes), observe=screen.observe, started=time.perf_counter()).retry()
-    table = publish(loaded, open_log(loaded, load_model(loaded, weights=False))) if outcome.exit_code in (0, 4) else None
+    template, wanted = load_label_template(job), parse_classes(classes)
+    loaded = one_day(template, date, name=str(job))
+    with leased(template, say=_say, if_running=if_running) as check:
+        if check is None:
+            _print_skipped(as_json)
+            return
+        with Screen() as screen:
+            observe = _checked(check, screen.observe)
+            outcome = Retry(loaded, wanted, observe=observe, started=time.perf_counter()).retry()
+        done = outcome.exit_code in (0, 4)
+        table = publish(loaded, open_log(loaded, load_model(loaded, weights=False))) if done else None
     if as_json:
         print_json(outcome.as_dict() | {"table": table and table.as_dict()})
     for line in () if as_json else [*outcome.lines(), *([table.line()] if table else [])]:
@@ -66,19 +82,24 @@ def label_nights(
             if starts:  # a run that is skipped tells nothing
                 stack.enter_context(telling)
             with Screen() as screen:
-                observe = telling.beside(screen.observe)
-
-                def checked(event: str, fields: dict[str, Any]) -> None:
-                    check()
-                    observe(event, fields)
-
-                receipt = Driver(job, observe=checked, started=starts.pop() if starts else time.perf_counter()).label()
+                observe = _checked(check, telling.beside(screen.observe))
+                receipt = Driver(job, observe=observe, started=starts.pop() if starts else time.perf_counter()).label()
             telling.receipt(receipt)
             return receipt
 
         nights = run_nights(template, days, label=label, say=_say, if_running=if_running)
         telling.account.exit_code = gravest(nights)
     return nights
+
+
+def _checked(check: Callable[[], None], observe: Observer) -> Observer:
+    """Whatever happens is an occasion to look whether another run takes over."""
+
+    def checked(event: str, fields: dict[str, Any]) -> None:
+        check()
+        observe(event, fields)
+
+    return checked
 
 
 def print_nights(nights: list[Night], *, as_json: bool, path: Path) -> int:

@@ -61,8 +61,13 @@ def load_template(path: Path) -> AnyJob:
 
 
 def load_label_job(path: Path, *, date: str | None = None) -> Job:
-    """Same, of a job that labels. Raises JobError for another kind too."""
-    job = load_job(path, date=date)
+    """The job in a YAML file that labels. Raises JobError for another kind too."""
+    return one_day(load_label_template(path), date, name=str(path))
+
+
+def load_label_template(path: Path) -> Job:
+    """Same, with `{date}` left in."""
+    job = load_template(path)
     if not isinstance(job, Job):
         raise JobError(f"{path}: kind is {job.kind}", need="label", do="Give a labelling job; nightlabel run takes every kind")
     return job

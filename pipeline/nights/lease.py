@@ -1,4 +1,5 @@
-"""Who works on an output now, so that two nights never pay for the same images. Only economy: correctness rests on the commits.
+"""Who works on an output now, a night or a retry, so that no two pay for the same images. Only economy: correctness rests on the
+commits.
 
 A lease is made of objects that are created if absent, like the plans; nothing is overwritten or deleted:
 

@@ -8,7 +8,7 @@ came late or was left over is taken up as well, and a day that is labelled costs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,19 +85,28 @@ def _gravest(codes: list[int]) -> int:
 
 
 def run_nights(template: Job, days: tuple[Day, ...], *, label: Label, say: Say, if_running: Policy | None = None) -> list[Night]:
-    """How every day ended; none when another run is at it and the policy is to skip. `if_running` overrules the schedule's; a job
-    that has neither takes no lease. Raises Interrupted, and UnitsLeft when another run takes over."""
+    """How every day ended; none when another run is at it and the policy is to skip. Raises Interrupted, and UnitsLeft when
+    another run takes over."""
     check_publisher(template)
+    with leased(template, say=say, if_running=if_running) as check:
+        return [] if check is None else list(_each(template, days, label, check, say))
+
+
+@contextmanager
+def leased(template: Job, *, say: Say, if_running: Policy | None = None) -> Iterator[Check | None]:
+    """Under the lease: what to call now and then, which raises UnitsLeft when another run takes over; None when another run is at
+    it and the policy is to skip. `if_running` overrules the schedule's; a job that has neither takes no lease."""
     policy = if_running or (template.schedule.if_running if template.schedule else "share")
-    with ExitStack() as stack:
-        check: Check = lambda: None  # noqa: E731
-        if policy != "share":
-            office = Office(open_store(template.output.uri, template.output.s3), lease_folder(template))
-            lease = office.acquire(policy, wait=template.schedule.wait if template.schedule else WAIT_S, say=say)
-            if lease is None:
-                return []
-            check = stack.enter_context(lease).check
-        return list(_each(template, days, label, check, say))
+    if policy == "share":
+        yield lambda: None
+        return
+    office = Office(open_store(template.output.uri, template.output.s3), lease_folder(template))
+    lease = office.acquire(policy, wait=template.schedule.wait if template.schedule else WAIT_S, say=say)
+    if lease is None:
+        yield None
+        return
+    with lease:
+        yield lease.check
 
 
 def lease_folder(template: Job) -> str:
