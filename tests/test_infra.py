@@ -105,7 +105,7 @@ def test_the_image_runs_as_nobody_in_particular():
 
 
 def test_uv_takes_the_images_own_commands(tmp_path):
-    """`uv sync` of the Dockerfile on what it copies; dry and without network, for nothing here can build an image."""
+    """`uv sync` of the Dockerfile on what it copies; dry and without network, for a build takes 12 minutes and 36 GB."""
     uv = shutil.which("uv", path=f"{os.environ['PATH']}:{ROOT}/.uv/bin")
     if uv is None:
         pytest.skip("uv is absent")
