@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -143,7 +144,10 @@ def _failure(error: Exception, address: str | None) -> NightlabelError:
         do = "Check that it is the head of a Ray, and that RAY_AUTH_TOKEN is its token; then run again"
         return Temporary(f"something answers at {address} and does not let us in", do=do)
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return Temporary(f"{theirs} did not come up ({reason.rstrip('.')})", do="Run again; what is committed stays")
+    got = f"{theirs} did not come up ({reason.rstrip('.')})"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES):
+        return UnfitError(got, need="a folder for temporary files", do="Make /tmp one that can be written")
+    return Temporary(got, do="Run again; what is committed stays")
 
 
 @contextmanager

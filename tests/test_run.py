@@ -29,13 +29,16 @@ from pipeline.rows import PREDICTION, TIMINGS
 from pipeline.spec import Job
 from pipeline.start import load_model, open_log
 from pipeline.storage import open_store
+from pipeline.unit import Part, Unit
 from pipeline.verify import validate
 
 LIGHT = {
     "read": {"cpus_per_task": 0.1},
-    "preprocess": {"cpus_per_actor": 0.2},
+    "preprocess": {"actors": 0},
     "predict": {"cpus_per_actor": 0.5, "batch_size": 8},
 }
+#: Decoding in actors of its own, as a job has it that says nothing; another process that imports torch, 3 s a run.
+APART = LIGHT | {"preprocess": {"cpus_per_actor": 0.2}}
 
 
 def job(source: str | Path, artifact: str, out: str | Path, **fields: Any) -> Job:
@@ -76,9 +79,8 @@ def labels(rows: pa.Table) -> dict[str, str]:
 
 def test_disk_to_disk_and_again(tmp_path, model, on_ray):
     keys = write_tars(tmp_path / "in", shards=5, images=6)
-    wanted = job(
-        tmp_path / "in", model, tmp_path / "out", input={"keep": ["cls"]}, output={"uri": str(tmp_path / "out"), "top_k": 3}
-    )
+    output = {"uri": str(tmp_path / "out"), "top_k": 3}
+    wanted = job(tmp_path / "in", model, tmp_path / "out", input={"keep": ["cls"]}, output=output, resources=APART)
     receipt = label(wanted)
     assert (receipt.exit_code, receipt.rows_in, receipt.ok, receipt.failed, receipt.passes) == (0, 30, 30, 0, 1)
     rows = table(receipt.where)
@@ -285,7 +287,7 @@ def test_an_image_that_hangs_costs_one_row(tmp_path, model, on_ray, monkeypatch)
     limits = {"max_failed": "100%", "decode_timeout": "2s"}
     told: list[tuple[str, int]] = []
     driver = Driver(
-        job(tmp_path / "in", model, tmp_path / "out", limits=limits),
+        job(tmp_path / "in", model, tmp_path / "out", limits=limits, resources=APART),
         observe=lambda event, fields: told.append((event, fields.get("careful", fields.get("images", 0)))),
         started=time.perf_counter(),
     )
@@ -306,6 +308,15 @@ def test_what_ray_lost_a_unit_to_is_told(tmp_path, model, on_ray, monkeypatch):
     assert (receipt.exit_code, receipt.rows_in, receipt.passes) == (5, 6, 3)
     (left,) = receipt.trouble
     assert left.error.endswith("bad.tar: its rows did not all arrive; ValueError: cursed indeed.")
+
+
+def test_one_stage_has_larger_blocks_where_there_is_much_to_do(tmp_path):
+    wanted = job(tmp_path / "in", str(tmp_path), tmp_path / "out", resources=LIGHT | {"predict": {"actors": 2}})
+
+    def block(gigabytes):
+        return run._encoded_bytes([Unit((Part("a", "e", 10**9),))] * gigabytes, wanted)
+
+    assert [block(gigabytes) for gigabytes in (0, 1, 100)] == [2**22, 10**9 // 128, 2**24]
 
 
 def test_two_drivers_share_the_work(tmp_path, model, on_ray):

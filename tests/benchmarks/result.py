@@ -14,14 +14,19 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 _FLAGS = re.compile(r"avx512_vnni|avx_vnni|avx512_bf16|avx512f|avx2")  # what the arithmetic of a CPU's figures depends on
 
+_MODEL = re.compile(r"^model name\s*: (.+)$", re.MULTILINE)
+
 
 def write_result(name: str, figures: dict[str, Any]) -> None:
     """Writes `name`.json."""
     cpuinfo = Path("/proc/cpuinfo")
-    flags = sorted(set(_FLAGS.findall(cpuinfo.read_text()))) if cpuinfo.exists() else []
+    told = cpuinfo.read_text() if cpuinfo.exists() else ""
+    flags, model = sorted(set(_FLAGS.findall(told))), _MODEL.search(told)
     result = {
         "date": date.today().isoformat(),
-        "machine": ", ".join([f"{os.cpu_count()} cores", platform.machine(), *([" ".join(flags)] if flags else [])]),
+        "machine": ", ".join(
+            [f"{os.cpu_count()} cores", model[1] if model else platform.machine(), *([" ".join(flags)] if flags else [])]
+        ),
         "command": " ".join([f"tests/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         **figures,
     }
