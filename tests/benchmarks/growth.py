@@ -1,6 +1,6 @@
 """Where does the driver or the object store stop the growth? The whole way with a model that only waits, on 1 to 32 actors.
 
-    .venv/bin/python tests/benchmarks/growth.py [--actors 1,2,4,8,16,32] [--nodes] [--rate 250] [--seconds 15]
+    .venv-bench/bin/python tests/benchmarks/growth.py [--actors 1,2,4,8,16,32] [--nodes] [--rate 250] [--seconds 15]
         [--size 32]
 
 Ray, reading, assembling and committing are real; decoding is left out and the model sleeps, `--rate` images a second and actor,
@@ -56,7 +56,7 @@ class Waiting:
         self.rate = rate
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        from pipeline.rows import PREDICTION, TOPK
+        from pipeline.rows import PREDICTION, TIMINGS, TOPK
 
         valid = np.asarray(batch.column("key").is_valid())
         time.sleep(valid.sum() / self.rate)
@@ -69,7 +69,8 @@ class Waiting:
         columns["label_id"] = pa.array(np.full(len(valid), 7), pa.int32(), mask=~valid)
         columns["score"] = pa.array(np.full(len(valid), 0.5), pa.float32(), mask=~valid)
         columns["topk"] = pa.array(ranked, TOPK)
-        return pa.table({"unit": columns.pop("unit"), **{name: columns[name] for name in PREDICTION.names}})
+        passing = {name: batch.column(name) for name in TIMINGS.values() if name in batch.column_names}
+        return pa.table({"unit": columns.pop("unit"), **{name: columns[name] for name in PREDICTION.names}, **passing})
 
 
 def replace_stages(rate: float, size: int, batch: int) -> None:
@@ -165,6 +166,8 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         title=title,
         xticks=actors,
         xticklabels=[str(count) for count in actors],
+        yticks=[row["ideal"] for row in rows],
+        yticklabels=[f"{row['ideal']:,.0f}" for row in rows],
     )
     axes.minorticks_off()
     axes.legend()
