@@ -119,9 +119,9 @@ class Receipt:
     def agreement(self) -> str:
         """What fast decoding has done to the labels, over all units of the run."""
         if not self.compared:
-            return "fast: no image was compared that it had changed"
+            return "fast: of the images looked at, one in 64, none was large enough to come out otherwise"
         share = f"{self.same_label / self.compared:.1%}"
-        return f"fast: of {self.compared:,} images that were decoded exactly too, {share} kept their label"
+        return f"fast: {share} kept their label, of {self.compared:,} that came out otherwise and were labelled both ways"
 
     def page(self) -> bytes:
         """report.html: one file, nothing loaded from elsewhere."""
