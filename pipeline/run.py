@@ -91,14 +91,6 @@ def _block_bytes(job: Job, artifact: Artifact, careful: bool) -> int:
     return max(2**22, min(2**27, job.resources.predict.batch_size * 3 * artifact.preprocessing.size**2))
 
 
-def _encoded_bytes(units: list[Unit], job: Job) -> int:
-    """One stage has small blocks of labels, so it is what goes in that is cut: 4 MiB, 38 photographs, so that the first labels
-    come soon and no actor is left alone with much at the end; up to 16 MiB where there are 64 blocks for every actor all the
-    same, for each costs the driver some ms (LOG.md, 2026-11-25)."""
-    size = sum(part.size for unit in units for part in unit.parts)
-    return max(2**22, min(2**24, size // (64 * job.resources.predict.actors)))
-
-
 def _threads(cpus: float) -> int:
     return max(1, int(cpus + 0.5))
 
@@ -187,9 +179,8 @@ def run_pass(
 
     Raises Temporary when the pass dies, and Stalled when nothing arrives for so long that something must hang; that is gone then.
     """
-    apart = job.resources.preprocess.actors
-    block = _block_bytes(job, artifact, careful) if apart else _CAREFUL_BYTES if careful else _encoded_bytes(units, job)
-    DataContext.get_current().target_max_block_size = block
+    alone = careful and not job.resources.preprocess.actors  # what comes out is small, so it is what goes in that is cut
+    DataContext.get_current().target_max_block_size = _CAREFUL_BYTES if alone else _block_bytes(job, artifact, careful)
     # Each image of a block may hang, and its successor wait for a new child, which imports torch.
     stall_s = max(STALL_S, 2 * _CAREFUL_ROWS * (job.limits.decode_timeout + 30)) if careful else STALL_S
 

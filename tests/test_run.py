@@ -29,7 +29,6 @@ from pipeline.rows import PREDICTION, TIMINGS
 from pipeline.spec import Job
 from pipeline.start import load_model, open_log
 from pipeline.storage import open_store
-from pipeline.unit import Part, Unit
 from pipeline.verify import validate
 
 LIGHT = {
@@ -308,15 +307,6 @@ def test_what_ray_lost_a_unit_to_is_told(tmp_path, model, on_ray, monkeypatch):
     assert (receipt.exit_code, receipt.rows_in, receipt.passes) == (5, 6, 3)
     (left,) = receipt.trouble
     assert left.error.endswith("bad.tar: its rows did not all arrive; ValueError: cursed indeed.")
-
-
-def test_one_stage_has_larger_blocks_where_there_is_much_to_do(tmp_path):
-    wanted = job(tmp_path / "in", str(tmp_path), tmp_path / "out", resources=LIGHT | {"predict": {"actors": 2}})
-
-    def block(gigabytes):
-        return run._encoded_bytes([Unit((Part("a", "e", 10**9),))] * gigabytes, wanted)
-
-    assert [block(gigabytes) for gigabytes in (0, 1, 100)] == [2**22, 10**9 // 128, 2**24]
 
 
 def test_two_drivers_share_the_work(tmp_path, model, on_ray):
