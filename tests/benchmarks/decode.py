@@ -25,7 +25,7 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
-from limit import DEFAULT_PHOTOS, read_tar  # noqa: E402
+from limit import DEFAULT_PHOTOS, photographs  # noqa: E402
 from models import make_artifact  # noqa: E402
 from result import write_result  # noqa: E402
 
@@ -80,8 +80,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.photos.is_dir():
         sys.exit(f"{args.photos} is absent: give a folder of WebDataset tars with --photos")
-    found = [data for tar in sorted(args.photos.glob("*.tar")) for name, data in read_tar(tar) if name.endswith(".jpg")]
-    photos = found[: args.images]
+    photos = photographs(args.photos, args.images)
     with tempfile.TemporaryDirectory() as name:
         artifact = load_artifact(make_artifact(Path(name), photos, preprocessing=Preprocessing()))
     engine = OnnxEngine(to_onnx(artifact), wanted=Wanted(), batch_size=16, threads=1)

@@ -25,7 +25,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
-from limit import DEFAULT_PHOTOS, copy_tars, ours, read_tar  # noqa: E402
+from limit import DEFAULT_PHOTOS, copy_tars, ours, photographs  # noqa: E402
 from models import make_artifact  # noqa: E402
 from result import write_result  # noqa: E402
 
@@ -238,14 +238,6 @@ def pipelines(bench: Bench, folder: Path, model: str, *, precisions: list[str], 
         print(f"{'':44} {share:12.2f} of the limit", flush=True)
 
 
-def photographs(folder: Path, least: int) -> Iterator[bytes]:
-    for tar in sorted(folder.glob("*.tar")):
-        for name, data in read_tar(tar):
-            if name.endswith(".jpg") and least > 0:
-                least -= 1
-                yield data
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, default=DEFAULT_PHOTOS, help="a folder of WebDataset tars")
@@ -260,7 +252,7 @@ def main() -> None:
     bench, cores = Bench(args.device, args.seconds), len(os.sched_getaffinity(0))
     cuda = bench.cuda
     precisions, batches = (["float32", "bfloat16", "float16"], [256, 512, 1024]) if cuda else (["bfloat16"], [16])
-    images = list(photographs(args.photos, 200))
+    images = photographs(args.photos, 200)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = make_artifact(folder, images[:50], preprocessing=Preprocessing())

@@ -12,6 +12,7 @@ limit-int8.json.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -52,6 +53,12 @@ def read_tar(path: Path) -> list[tuple[str, bytes]]:
     store = Disk()
     with Stream(store, store.head(str(path))) as stream:
         return [(name, bytes(content)) for name, content in members(stream)]
+
+
+def photographs(folder: Path, most: int | None = None) -> list[bytes]:
+    """The encoded images of a folder of tars, the first `most` of them."""
+    found = (data for tar in sorted(folder.glob("*.tar")) for name, data in read_tar(tar) if name.endswith(".jpg"))
+    return list(itertools.islice(found, most))
 
 
 def quantized(model: str, images: list[bytes], out: Path) -> str:
@@ -144,7 +151,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         images = copy_tars(args.photos, folder / "tars", args.copies)
-        some = [data for name, data in read_tar(sorted(args.photos.glob("*.tar"))[0]) if name.endswith(".jpg")]
+        some = photographs(args.photos, 50)
         model = make_artifact(folder, some, preprocessing=Preprocessing())
         if args.precision == "int8":
             model = quantized(model, some, folder / "int8")

@@ -36,7 +36,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
-from limit import DEFAULT_PHOTOS, copy_tars, limit, quantized, read_tar  # noqa: E402
+from limit import DEFAULT_PHOTOS, copy_tars, limit, photographs, quantized, read_tar  # noqa: E402
 from result import write_result  # noqa: E402
 from seams import seams  # noqa: E402
 
@@ -234,7 +234,7 @@ def prepared(folder: Path, photos: Path, copies: int) -> Bench:
             if name.endswith(".jpg"):
                 (folder / "jpg" / name).write_bytes(data)
     # Learned by heart, all of them: so small differences of decoders change no label, and large ones are seen.
-    known = [data for tar in sorted(photos.glob("*.tar")) for name, data in read_tar(tar) if name.endswith(".jpg")]
+    known = photographs(photos)
     model = make_artifact(folder, known, preprocessing=Preprocessing())
     job = yaml.safe_load((HERE.parents[1] / "jobs/photos-2cpu.yaml").read_text())
     return Bench(folder, images, model, quantized(model, known[:50], folder / "int8"), job["resources"])

@@ -24,7 +24,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
-from limit import DEFAULT_PHOTOS, quantized, read_tar  # noqa: E402
+from limit import DEFAULT_PHOTOS, photographs, quantized  # noqa: E402
 from result import write_result  # noqa: E402
 
 STEPS = ("read", "decode", "resize", "pack", "model", "answer", "commit")
@@ -123,7 +123,7 @@ def main() -> None:
     from pipeline.model.preprocessing import Preprocessing
 
     tars = sorted(args.photos.glob("*.tar"))
-    some = [data for name, data in read_tar(tars[0]) if name.endswith(".jpg")]
+    some = photographs(args.photos, 50)
     with tempfile.TemporaryDirectory() as name:
         model = make_artifact(Path(name), some, preprocessing=Preprocessing())
         if args.precision == "int8":
