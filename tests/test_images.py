@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from shards import tar_bytes
+from torchvision.transforms import InterpolationMode, v2
 from trainings import SMALL, picture, write_shards
 
 from pipeline.errors import InputError, JobError
@@ -151,6 +152,21 @@ def test_a_flip_mirrors_half_and_a_crop_moves(tmp_path: Path):
     cropped = Visits(images, Change(SMALL, Augment(crop=(0.4, 0.6), flip=False)), seed=0)
     edges = {int((cropped[0, n][0][0].float().mean(0) > 100).sum()) for n in range(64)}
     assert len(edges) > 4
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (60, 50), (20, 100), (90, 25), (1, 7)])
+def test_crop_flip_and_jitter_are_torchvisions(height: int, width: int, resample: str):
+    wanted, seen = Augment(crop=(0.3, 1), jitter=0.2), Preprocessing(size=24, crop_pct=1.0, resample=resample)
+    crop = v2.RandomResizedCrop(24, scale=(0.3, 1), interpolation=InterpolationMode(resample), antialias=True)
+    theirs = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2)])
+    ours = Change(seen, wanted)
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    for number in range(40):
+        with seeded(number):
+            expected = theirs(torch.from_numpy(image).permute(2, 0, 1))
+        with seeded(number):
+            assert torch.equal(ours(image), expected)
 
 
 @given(st.integers(8, 100), st.integers(2, 8), st.integers(1, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -68,6 +69,16 @@ def test_same_seed_same_weights_and_another_seed_others(tmp_path: Path):
     other = trained(tmp_path / "c", changed.model_copy(update={"seed": 6}))[0]
     assert same(first, again)
     assert not same(first, other)
+
+
+def test_loaders_are_started_once_and_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    changed = QUICK.model_copy(update={"augment": Augment(crop=(0.5, 1)), "mixup": 0.2})
+    alone, _ = trained(tmp_path / "a", changed)
+    forks, fork = [], os.fork
+    monkeypatch.setattr(os, "fork", lambda: forks.append(1) or fork())
+    helped, _ = trained(tmp_path / "b", changed, place=Place(loaders=2))
+    assert same(alone, helped)
+    assert len(forks) == 2
 
 
 def test_a_kill_costs_an_epoch_and_changes_nothing(tmp_path: Path):

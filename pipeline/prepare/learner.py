@@ -122,7 +122,8 @@ class Learner(pl.LightningModule):
         wanted = self.training_
         groups = decay_groups(self, wanted.weight_decay)
         # Fused is the faster one, but under AMP Lightning cannot clip its gradients.
-        fused = not wanted.gradient_clip or precision_of(wanted, self.device.type) == "float32"
+        # None is torch's own choice, False a loop over the tensors, which on a GPU is five launches for each of them.
+        fused = True if not wanted.gradient_clip or precision_of(wanted, self.device.type) == "float32" else None
         if wanted.optimizer == "adamw":
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=wanted.learning_rate, fused=fused)
         else:

@@ -174,6 +174,7 @@ def _loaders(
         sampler=order,
         num_workers=place.loaders,
         multiprocessing_context="fork" if place.loaders else None,  # shares the images, any other way copies them
+        persistent_workers=place.loaders > 0,  # else 14 are forked from a process with a GPU again for every epoch
         pin_memory=pinned,
     )
     prepare, size = Prepare(preprocessing, MAX_PIXELS), preprocessing.size
@@ -185,7 +186,14 @@ def _loaders(
 
 
 def _trainer(training: Training, place: Place, folder: Path, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
-    best = ModelCheckpoint(folder, Path(BEST).stem, monitor="accuracy", mode="max", enable_version_counter=False)
+    best = ModelCheckpoint(
+        folder,
+        Path(BEST).stem,
+        monitor="accuracy",
+        mode="max",
+        save_weights_only=True,  # what the optimiser knows is in the other; nobody goes on from this one
+        enable_version_counter=False,
+    )
     last = ModelCheckpoint(folder, Path(LAST).stem, enable_version_counter=False)  # after the other: it holds the other's state
     device = "cuda" if place.accelerator == "gpu" else "cpu"
     with _quiet():
