@@ -24,7 +24,7 @@ class OneStep(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:  # noqa: ARG002
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        replace(Path(path), buffer.getvalue())
+        replace(Path(path), buffer.getbuffer())  # getvalue would copy it
 
 
 def make_folder(folder: Path) -> None:
@@ -33,7 +33,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes | memoryview) -> None:
     """Write a file in one step. Raises StoreError when that cannot be."""
     part = path.with_suffix(f".{os.getpid()}.part")
     with _explained(path):
