@@ -18,7 +18,8 @@ model.preprocessing job.schedule spec
 job.recipe job.training job.complaints job.jobfile job.reference storage s3_errors s3
 model.modeling_small_stem model.huggingface model.resnet artifact model.describe
 unit footer log plan cut tar read orientation decode careful preprocess
-engines.scores engines.torch_engine engines.onnx_engine engines.openvino_engine engines.onnx_graph predict commit verify report
+engines.scores engines.feed engines.fused engines.torch_engine engines.onnx_engine engines.openvino_engine engines.onnx_graph
+predict commit verify report
 attempt committer start watch cluster run keep label
 nights.generation tables.published tables.delta tables.iceberg tables.publish nights.lease nights.notify nights.nightly
 nights.retried nights.retry

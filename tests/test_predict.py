@@ -15,7 +15,7 @@ from pipeline.engines.torch_engine import TorchEngine
 from pipeline.errors import ModelError
 from pipeline.model.huggingface import Architecture
 from pipeline.model.preprocessing import Preprocessing
-from pipeline.model.resnet import ResNet
+from pipeline.model.resnet import ResNet, fold
 from pipeline.predict import Predict
 from pipeline.prepare.importer import to_huggingface
 from pipeline.spec import ModelSource, Output
@@ -213,6 +213,22 @@ def test_the_batch_is_halved_when_memory_runs_out_in_the_copy(monkeypatch: pytes
     assert tried == [8, 4, 2, 2, 2, 2]
 
 
+def test_pixels_that_are_on_the_device_get_the_same_scores() -> None:
+    torch.manual_seed(0)
+    model = Cramped(TINY).eval()
+    model.tried = []
+    wanted = Wanted(2, embeddings=True, probabilities=True)
+    engine = TorchEngine(model, PREPROCESSING, wanted=wanted, precision="float32", device="cpu", batch_size=5)
+    pixels = images(11)
+    whole = engine(pixels, np.arange(11))
+    model.room = 2
+    interleaved = torch.from_numpy(pixels.transpose(0, 2, 3, 1).copy()).permute(0, 3, 1, 2)  # as a decoder leaves it
+    there = engine.on_device(interleaved)
+    assert (model.tried, engine.batch_size) == ([5, 5, 1, 5, 2, 2, 2, 2, 2, 1], 2)
+    for name in ("ids", "scores", "finite", "embeddings", "probabilities"):
+        np.testing.assert_allclose(getattr(there, name), getattr(whole, name), atol=1e-5)
+
+
 def test_bfloat16_agrees_with_float32() -> None:
     given = table(images(32))
     full, half = predict(tiny(), batch_size=16)(given), predict(tiny(), "bfloat16", batch_size=16, embeddings=True)(given)
@@ -255,6 +271,21 @@ def test_a_gpu_agrees_with_the_cpu(precision: str) -> None:
     np.testing.assert_allclose(
         gpu["score"].to_pandas(), expected["score"].to_pandas(), atol=1e-5 if precision == "float32" else 0.05
     )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+def test_a_gpus_buffers_are_written_over_only_when_they_were_read(precision: str) -> None:
+    """Many small batches that the host makes faster than the GPU reads them; ranges of rows and rows apart."""
+    torch.manual_seed(0)
+    engine = TorchEngine(
+        fold(ResNet(TINY).eval()), PREPROCESSING, wanted=Wanted(4), precision=precision, device="cuda", batch_size=16
+    )
+    pixels = images(1000)
+    there = engine.on_device(torch.from_numpy(pixels).cuda())
+    apart = np.flatnonzero(np.arange(1000) % 7)
+    np.testing.assert_allclose(engine(pixels, np.arange(1000)).scores, there.scores, atol=2e-3)
+    np.testing.assert_allclose(engine(pixels, apart).scores, there.scores[apart], atol=2e-3)
 
 
 def test_images_with_exact_pixels_beside_are_labelled_twice_and_compared():
