@@ -51,7 +51,8 @@ def on_cores(images: list[bytes], seconds: float, processes: int) -> float:
     """Images a second of so many processes together."""
     server = fork_server()
     gate, results = server.Barrier(processes), server.Queue()
-    workers = [server.Process(target=decoding, args=(images, seconds, (gate, results))) for _ in range(processes)]
+    lines = (gate, results)
+    workers = [server.Process(target=decoding, args=(images, seconds, lines), daemon=True) for _ in range(processes)]
     for worker in workers:
         worker.start()
     rate = sum(results.get(timeout=60 + seconds) for _ in workers)
@@ -84,7 +85,7 @@ def on_gpu(measure: Callable[[str, int, Callable[[], object]], None], images: li
     broken, found = damaged(images[:50]), {}
 
     def decoded(decoder: Any, encoded: list[bytes]) -> list[Any]:
-        return list(decoder.decode([nvimgcodec.CodeStream(image) for image in encoded], params=params))
+        return list(decoder.decode([nvimgcodec.CodeStream(image) for image in encoded], params=params)) if encoded else []
 
     def step(decoder: Any) -> None:
         lost = sum(image is None for image in decoded(decoder, batch))
