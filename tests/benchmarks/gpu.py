@@ -239,12 +239,12 @@ def run(args: argparse.Namespace, bench: Bench, folder: Path) -> dict[str, Any]:
     from pipeline.artifact import load_artifact
 
     images, found = photographs(args.photos, 200), dict[str, Any]()
-    model = make_artifact(folder, images[:50], preprocessing=Preprocessing())
-    artifact = load_artifact(model)
+    if {"model", "engine", "pipeline"} & set(args.sections):
+        model = make_artifact(folder, images[:50], preprocessing=Preprocessing())
     if "model" in args.sections:
-        models(bench, artifact)
+        models(bench, load_artifact(model))
     if "engine" in args.sections:
-        engines(bench, artifact, BLOCK if bench.cuda else 64)
+        engines(bench, load_artifact(model), BLOCK if bench.cuda else 64)
     if "decode" in args.sections:
         bench.note("decode: one core", on_cores(images, args.seconds, 1))
         bench.note("decode: all cores", on_cores(images, args.seconds, len(os.sched_getaffinity(0))))
