@@ -105,10 +105,9 @@ class Attempt:
             done.update({name: getattr(footer, name) for name in ("rows_in", "ok", "failed", "compared", "same_label")}, units=1)
             failures.update(footer.failures)
         left = {unit.id for unit in plan.todo}
-        units, rows, ok, failed = (done[name] for name in ("units", "rows_in", "ok", "failed"))
+        units, rows, failed = (done[name] for name in ("units", "rows_in", "failed"))
         self.tell("verified", units=units, rows=rows, failed=failed, left=len(left))
         trouble = tuple(item for item in self.trouble.values() if item.unit in left)
-        limit = job.limits.max_failed
         return Receipt(
             job=job.name,
             where=log.root,
@@ -116,6 +115,7 @@ class Attempt:
             artifact=artifact.digest,
             precision=job.model.precision,
             decode=job.decode,
+            lane=job.decode_lane,
             compared=done["compared"],
             same_label=done["same_label"],
             run=plan.run_id,
@@ -123,7 +123,7 @@ class Attempt:
             units_done=units,
             units_before=before,
             rows_in=rows,
-            ok=ok,
+            ok=done["ok"],
             failed=failed,
             failures=dict(sorted(failures.items())),
             labels=dict(self.labels),
@@ -135,6 +135,6 @@ class Attempt:
             seam_seconds=self.seams if self.passes else {},
             passes=self.passes,
             trouble=trouble,
-            exit_code=exit_code(trouble, left=len(left), done=units, rows=rows, failed=failed, limit=limit),
+            exit_code=exit_code(trouble, left=len(left), done=units, rows=rows, failed=failed, limit=job.limits.max_failed),
             events=tuple(self.events),
         )

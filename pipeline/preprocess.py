@@ -21,11 +21,10 @@ from PIL import Image
 from pipeline.careful import CarefulDecoder, CarefulLimits
 from pipeline.decode import BadImage, decode_small
 from pipeline.model.preprocessing import Preprocessing
-from pipeline.rows import Failure, pixels_array
+from pipeline.rows import COMPARED_EVERY, Failure, pixels_array
 
 Prepared = tuple[np.ndarray, int, int]
 DECODER = "pipeline.decode:decode"
-COMPARED_EVERY = 64  # with fast decoding, one image of so many is decoded exactly too: 1.5 % of the work
 
 
 class Preprocess:
@@ -53,11 +52,11 @@ class Preprocess:
         self._prepare = prepare if careful is None else CarefulDecoder(prepare, careful)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """rows.IMAGE and kept columns in; out the same without `bytes`, and with `pixels` fixed_size_binary(3·S·S), `width`,
+        """rows.IMAGE and kept columns in; out the same without `bytes`, and with `pixels` (rows.pixels_array), `width`,
         `height` int32 of the upright image. All three are null where a row failed, failed before, or ends a unit (key null).
         When fast, also `exact` large_binary: every 64th image as exact decoding has it, where that is not the same.
         """
-        pixels = np.zeros((batch.num_rows, 3, self._size, self._size), dtype=np.uint8)
+        pixels, done = np.empty((batch.num_rows, 3, self._size, self._size), dtype=np.uint8), 0
         sizes: list[tuple[int | None, int | None]] = [(None, None)] * batch.num_rows
         keys, classes, errors = (batch.column(name).to_pylist() for name in ("key", "error_class", "error"))
         for row, data in enumerate(batch.column("bytes")):
@@ -66,14 +65,14 @@ class Preprocess:
             try:
                 if not data.is_valid:
                     raise BadImage(Failure.NULL_IMAGE, "no bytes")
-                pixels[row], width, height = self._prepare(memoryview(data.as_buffer()))
-                sizes[row] = (width, height)
+                pixels[done], width, height = self._prepare(memoryview(data.as_buffer()))
+                sizes[row], done = (width, height), done + 1
             except BadImage as bad:
                 classes[row], errors[row] = str(bad.failure), bad.message
         columns = {
             "error_class": pa.array(classes, pa.string()),
             "error": pa.array(errors, pa.string()),
-            "pixels": pixels_array(pixels, [width is not None for width, _ in sizes]),
+            "pixels": pixels_array(pixels[:done], [width is not None for width, _ in sizes]),
             "width": pa.array([width for width, _ in sizes], pa.int32()),
             "height": pa.array([height for _, height in sizes], pa.int32()),
         }
@@ -83,6 +82,7 @@ class Preprocess:
 
     def _exactly(self, batch: pa.Table, pixels: np.ndarray, sizes: list[tuple[int | None, int | None]]) -> list[bytes | None]:
         exact: list[bytes | None] = [None] * batch.num_rows
+        where = np.cumsum([width is not None for width, _ in sizes]) - 1
         assert self._exact is not None
         for row, index in enumerate(batch.column("index").to_pylist()):
             if index % COMPARED_EVERY == 0 and sizes[row] != (None, None):
@@ -90,7 +90,7 @@ class Preprocess:
                     crop = self._exact(memoryview(batch.column("bytes")[row].as_buffer()))[0]
                 except BadImage:  # only when it is decoded at its full size, as when memory is short
                     continue
-                exact[row] = None if np.array_equal(crop, pixels[row]) else crop.tobytes()
+                exact[row] = None if np.array_equal(crop, pixels[where[row]]) else crop.tobytes()
         return exact
 
 
@@ -118,18 +118,13 @@ class Prepare:
 def resize_and_crop(image: np.ndarray, preprocessing: Preprocessing, whole: tuple[int, int] | None = None) -> np.ndarray:
     """uint8 [H, W, 3] → uint8 [3, S, S] (a view): shortest edge to `resize_edge`, centre crop, antialiased. `whole`: height and
     width of the image that `image` is a smaller copy of; rounded from the copy's own, the crop would lie a pixel beside.
-
-    The long edge is rounded down and the crop's corner to the nearest even, as torchvision's Resize and CenterCrop do.
     """
-    size, edge = preprocessing.size, preprocessing.resize_edge
+    size = preprocessing.size
     full_height, full_width = whole or image.shape[:2]
-    short = min(full_height, full_width)
-    new_height, new_width = int(edge * full_height / short), int(edge * full_width / short)
+    new_width, new_height, left, top = preprocessing.placement(full_width, full_height)
     height, width, _ = image.shape
-    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
-    if new_height * new_width > 4 * edge * edge:
-        # A strip: most of the resized image would be cut away, and a 1 × 65,535 image would need 13 GB for that. Pillow resizes
-        # just the crop, to the same pixels; per pixel it takes three times as long as torch.
+    if preprocessing.is_strip(full_width, full_height):
+        # Pillow resizes just the crop, to the same pixels; per pixel it takes three times as long as torch.
         scale_y, scale_x = height / new_height, width / new_width
         box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
         resample = Image.Resampling[preprocessing.resample.upper()]

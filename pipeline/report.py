@@ -50,6 +50,7 @@ class Receipt:
     seam_seconds: Mapping[str, float]
     passes: int
     decode: str = "exact"
+    lane: str = "cpu"
     compared: int = 0
     same_label: int = 0
     trouble: tuple[UnitTrouble, ...] = ()
@@ -78,7 +79,7 @@ class Receipt:
             "units": self.units,
             "rows": {"in": self.rows_in, "ok": self.ok, "failed": self.failed},
             "failures": dict(self.failures),
-            "decode": {"mode": self.decode, "compared": self.compared, "same_label": self.same_label},
+            "decode": {"mode": self.decode, "lane": self.lane, "compared": self.compared, "same_label": self.same_label},
             "seconds": round(self.seconds, 3),
         }
         return json.dumps(content, indent=1).encode()
@@ -92,7 +93,7 @@ class Receipt:
         lines = [f"{state}: {adds_up}, {self.units_done} of {self.units} units"]
         if self.failures:
             lines.append("failed  " + ", ".join(f"{name} {number:,}" for name, number in self.failures.items()))
-        if self.decode == "fast":
+        if self.decode == "fast" or self.lane != "cpu":
             lines.append(f"decode  {self.agreement}")
         if not self.rows_in and not self.trouble:
             lines.append(
@@ -117,11 +118,12 @@ class Receipt:
 
     @property
     def agreement(self) -> str:
-        """What fast decoding has done to the labels, over all units of the run."""
+        """What fast decoding and the GPU's lane have done to the labels, over all units of the run."""
+        how = " and ".join(["fast"] * (self.decode == "fast") + ["by the GPU"] * (self.lane != "cpu"))
         if not self.compared:
-            return "fast: of the images looked at, one in 64, none was large enough to come out otherwise"
+            return f"{how}: of the images looked at, one in 64, none came out otherwise"
         share = f"{self.same_label / self.compared:.1%}"
-        return f"fast: {share} kept their label, of {self.compared:,} that came out otherwise and were labelled both ways"
+        return f"{how}: {share} kept their label, of {self.compared:,} labelled both ways"
 
     def page(self) -> bytes:
         """report.html: one file, nothing loaded from elsewhere."""

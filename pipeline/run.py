@@ -24,16 +24,16 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from pipeline.artifact import Artifact
 from pipeline.cluster import connect
-from pipeline.errors import ModelError, NightlabelError, Stalled, Temporary
+from pipeline.errors import NightlabelError, Stalled, Temporary
 from pipeline.job.resources import Pool
-from pipeline.model.preprocessing import Preprocessing
+from pipeline.lanes import Share, Split, Told, everything
 from pipeline.rows import TIMINGS
 from pipeline.spec import S3, Input, Job
+from pipeline.stages import Stage, make_predict, make_preprocess
 from pipeline.storage import Store, open_store
 from pipeline.unit import Part, Unit
 from pipeline.watch import losses, watched
 
-Stage = Callable[[pa.Table], pa.Table]
 Seam = tuple[str, Callable[[], Stage]]
 
 _LEAVE_S = 30.0  # for Ray to kill the workers of a pass
@@ -59,8 +59,9 @@ def chain(
         raise Temporary("Ray is gone, and did not come up again", do="Run again; what is committed stays")
     read, preprocess, predict = job.resources.pools()
     rows = _block_bytes(job, artifact, careful) // (3 * artifact.preprocessing.size**2)
-    decoding: Seam = "preprocess", partial(_make_preprocess, job, artifact.preprocessing, careful)
-    labelling: Seam = "predict", partial(_make_predict, job, artifact.digest)
+    share = None if careful else _share(job)  # what the GPU decodes cannot be killed
+    decoding: Seam = "preprocess", partial(make_preprocess, job, artifact.preprocessing, careful, share)
+    labelling: Seam = "predict", partial(make_predict, job, artifact.digest, share)
     items = [_item(unit, only) for unit in units]
     with warnings.catch_warnings():
         # Finite retries have no other way in than the keyword arguments that 2.60 deprecates (2.61 is not admitted).
@@ -91,10 +92,6 @@ def _block_bytes(job: Job, artifact: Artifact, careful: bool) -> int:
     return max(2**22, min(2**27, job.resources.predict.batch_size * 3 * artifact.preprocessing.size**2))
 
 
-def _threads(cpus: float) -> int:
-    return max(1, int(cpus + 0.5))
-
-
 def _read(batch: pa.Table, *, wanted: Input) -> Iterator[pa.Table]:
     from pipeline.read import read_unit
 
@@ -113,32 +110,19 @@ def _store(uri: str, s3: S3 | None) -> Store:
     return open_store(uri, s3)
 
 
-def _make_preprocess(job: Job, preprocessing: Preprocessing, careful: bool) -> Stage:
-    from pipeline.careful import CarefulLimits
-    from pipeline.preprocess import Preprocess
-
-    limits = CarefulLimits(job.limits.decode_timeout, job.limits.decode_memory) if careful else None
+def _share(job: Job) -> Share | None:
+    if job.decode_lane == "cpu":
+        return None
+    if job.decode_lane == "gpu":
+        return everything
     pools = job.resources
-    threads = _threads(pools.preprocess.cpus_per_actor if pools.preprocess.actors else pools.predict.cpus_per_actor)
-    return Preprocess(preprocessing, max_pixels=job.limits.max_pixels, threads=threads, careful=limits, fast=job.decode == "fast")
+    split = ray.remote(Split).options(num_cpus=0).remote(pools.preprocess.actors / pools.predict.actors)
+    return partial(_told, split)
 
 
-def _make_predict(job: Job, digest: str) -> Stage:
-    from pipeline.artifact import load_artifact
-    from pipeline.predict import Predict
-
-    artifact = load_artifact(job.model.uri, job.model.s3)
-    if artifact.digest != digest:
-        raise ModelError(f"{job.model.uri}: digest {artifact.digest}", need=f"{digest}, as it was planned", do="Run again")
-    pool = job.resources.predict
-    return Predict(
-        artifact,
-        job.model,
-        device="cuda" if pool.gpus_per_actor else "cpu",
-        batch_size=pool.batch_size,
-        output=job.output,
-        threads=_threads(pool.cpus_per_actor),
-    )
+def _told(split: Any, told: Told) -> float:
+    share: float = ray.get(split.share.remote(told))
+    return share
 
 
 class _Timed:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.job.arithmetic import EngineName, Precision, check_device, check_engine
+from pipeline.job.arithmetic import EngineName, Lane, Precision, check_device, check_engine, check_lane
 from pipeline.job.demand import check_cluster
 from pipeline.job.fields import Digest, Endpoint, Name, Uri, Webhook, Word
 from pipeline.job.quantity import Bytes, Count, Fraction, Model, Pixels, Seconds, between, in_bytes, in_pixels, in_seconds
@@ -193,6 +193,9 @@ class Job(Model):
     decode: Literal["exact", "fast"] = "exact"
     """exact: pixels within 2 of 255 levels of Pillow's. fast: a JPEG at least twice as large as the model wants is decoded at a
     half, a quarter or an eighth; one of 64 is labelled both ways, and the manifest says how many labels stayed the same."""
+    decode_lane: Lane = "cpu"
+    """What decodes: the actors of preprocess; or the GPU too, plain JPEGs on its JPEG engine, which A100 and H100 have. gpu: all
+    of them. both: as many as keep both sides busy. Needs `nightlabel[gpu-decode]`; one of 64 is labelled both ways."""
     resources: Resources = Resources()
     """What the job takes."""
     cluster: Cluster | None = None
@@ -235,6 +238,7 @@ class Job(Model):
         if self.publish is not None and self.output.probabilities:
             raise ValueError("publish: Delta and Iceberg have no float16, as output.probabilities are. Drop one of the two")
         check_device(self.model.engine, self.model.precision, gpus=self.resources.predict.gpus_per_actor)
+        check_lane(self.decode_lane, gpus=self.resources.predict.gpus_per_actor, actors=self.resources.preprocess.actors)
         if self.cluster is not None:
             check_cluster(self.resources, self.cluster)
         return self

@@ -13,8 +13,8 @@ from pipeline import cluster, run
 
 def run_pass(units, job, artifact, *, careful=False, lost=None, only=None):
     """Stands in for `run.run_pass`."""
-    preprocess = partial(run._make_preprocess, job, artifact.preprocessing, careful)
-    stages = run._Timed([("preprocess", preprocess), ("predict", partial(run._make_predict, job, artifact.digest))], None)
+    preprocess = partial(run.make_preprocess, job, artifact.preprocessing, careful, None)
+    stages = run._Timed([("preprocess", preprocess), ("predict", partial(run.make_predict, job, artifact.digest, None))], None)
     for unit in units:
         for table in run._read(pa.Table.from_pylist([run._item(unit, only)]), wanted=job.input):
             yield from stages(table)

@@ -33,8 +33,8 @@ def decode(data, *, max_pixels: int) -> np.ndarray:
     return real.decode(data, max_pixels=max_pixels)
 
 
-def make_preprocess(job, preprocessing, careful):
-    """Stands in for `run._make_preprocess` with this module's decoder."""
+def make_preprocess(job, preprocessing, careful, share):
+    """Stands in for `stages.make_preprocess` with this module's decoder."""
     from pipeline.careful import CarefulLimits
     from pipeline.preprocess import Preprocess  # not above: it would bring torch, seconds, into each child of test_careful
 
@@ -42,11 +42,11 @@ def make_preprocess(job, preprocessing, careful):
     return Preprocess(preprocessing, max_pixels=job.limits.max_pixels, careful=limits, decoder="poison:decode")
 
 
-def make_predict(job, digest):
-    """Stands in for `run._make_predict`: raises for the image whose key is `cursed`."""
-    from pipeline import run
+def make_predict(job, digest, share):
+    """Stands in for `stages.make_predict`: raises for the image whose key is `cursed`."""
+    from pipeline import stages
 
-    stage = run._make_predict(job, digest)
+    stage = stages.make_predict(job, digest, share)
 
     def predict(table):
         if "cursed" in table.column("key").to_pylist():

@@ -17,10 +17,11 @@ errors environment names job.arithmetic job.quantity job.fields job.placement jo
 model.preprocessing job.schedule spec
 job.recipe job.training job.complaints job.jobfile job.reference storage s3_errors s3
 model.modeling_small_stem model.huggingface model.resnet artifact model.describe
-unit footer log plan cut tar read orientation decode careful preprocess
-engines.scores engines.feed engines.fused engines.torch_engine engines.onnx_engine engines.openvino_engine engines.onnx_graph
+unit footer log plan cut tar read orientation decode careful preprocess lanes
+engines.scores engines.feed engines.fused engines.torch_engine engines.gpu_decode
+engines.onnx_engine engines.openvino_engine engines.onnx_graph
 predict commit verify report
-attempt committer start watch cluster run keep label
+attempt committer start watch cluster stages run keep label
 nights.generation tables.published tables.delta tables.iceberg tables.publish nights.lease nights.notify nights.nightly
 nights.retried nights.retry
 ship submit
@@ -50,6 +51,8 @@ KEEPERS = {
     "onnxruntime": {"engines.onnx_engine", "prepare.calibrate"},
     "onnx": {"engines.onnx_graph", "prepare.calibrate"},
     "openvino": {"engines.openvino_engine"},
+    "cupy": {"engines.gpu_decode"},
+    "nvidia": {"engines.gpu_decode"},
     "transformers": {"model.modeling_small_stem"},
 }
 

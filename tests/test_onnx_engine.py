@@ -166,11 +166,11 @@ def test_an_int8_worker_never_imports_torch(tmp_path: Path) -> None:
     save_artifact(with_int8(artifact, to_onnx(artifact)), str(tmp_path / "model"))
     code = (
         "import json, sys\n"
-        "from pipeline.run import _make_predict\n"
+        "from pipeline.stages import make_predict\n"
         "from pipeline.spec import Job\n"
         "from pipeline.start import load_model\n"
         "job = Job.model_validate(json.loads(sys.argv[1]))\n"
-        "stage = _make_predict(job, load_model(job, weights=False).digest)\n"
+        "stage = make_predict(job, load_model(job, weights=False).digest, None)\n"
         "import numpy as np\n"
         "assert stage.engine(np.zeros((2, 3, 32, 32), np.uint8), np.arange(2)).ids.shape == (2, 4)\n"
         "print(','.join(sorted({'torch', 'onnx', 'onnxruntime'} & set(sys.modules))))"

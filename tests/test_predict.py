@@ -61,7 +61,7 @@ def table(pixels: np.ndarray, failed: tuple[int, ...] = (), ends: tuple[int, ...
             "source": pa.array(text, pa.string()),
             "error_class": pa.array(error, pa.string()),
             "error": pa.array(error, pa.string()),
-            "pixels": rows.pixels_array(pixels, valid),
+            "pixels": rows.pixels_array(pixels[valid], valid),
             "width": pa.array([i if ok else None for i, ok in enumerate(valid)], pa.int32()),
             "height": pa.array([i if ok else None for i, ok in enumerate(valid)], pa.int32()),
             "cls": pa.array(range(n), pa.uint8()),

@@ -160,7 +160,7 @@ def test_every_row_comes_out_and_kept_columns_stay():
     names = ["unit", "index", "key", "source", "error_class", "error", "cls", "tags", "pixels", "width", "height"]
     assert out.schema.names == names
     assert out.schema.metadata == batch.schema.metadata
-    assert out.schema.field("pixels").type == pa.binary(3 * 16 * 16)
+    assert out.schema.field("pixels").type == pa.large_binary()
     assert out.schema.field("width").type == out.schema.field("height").type == pa.int32()
     untouched = ["unit", "index", "key", "source", "cls", "tags"]
     assert out.select(untouched).equals(batch.select(untouched), check_metadata=True)
@@ -250,7 +250,8 @@ def test_fast_decoding_changes_large_jpegs_alone_and_gives_some_of_them_exactly_
     for name in ("width", "height", "error_class", "error"):
         assert fast[name].equals(exact[name])
     one, other = (rows.pixels_view(out["pixels"], 64) for out in (fast, exact))
-    changed = [row for row in range(batch.num_rows) if (one[row] != other[row]).any()]
+    have = np.flatnonzero(exact["pixels"].is_valid())
+    changed = [row for place, row in enumerate(have.tolist()) if (one[place] != other[place]).any()]
     assert changed == [0, *range(4, 65), 66]
     beside = distance(other[0][..., 1:], other[0][..., :-1]).mean()  # what a crop that lies a pixel beside is off by
     assert distance(one[0], other[0]).mean() < beside / 5

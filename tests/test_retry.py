@@ -145,7 +145,7 @@ def test_what_could_not_be_fetched_is_labelled_in_a_new_generation(tmp_path, mod
 def test_a_poison_image_is_retried_in_careful_mode_and_a_killed_retry_goes_on(tmp_path, model, on_ray, monkeypatch):
     import poison
 
-    monkeypatch.setattr(run, "_make_preprocess", poison.make_preprocess)
+    monkeypatch.setattr(run, "make_preprocess", poison.make_preprocess)
     write_tars(tmp_path / "in", shards=2, images=3)
     (tmp_path / "in/p.tar").write_bytes(tar_bytes({"a.jpg": picture(1), "abort.jpg": b"abort\n"}))
     wanted = job(tmp_path / "in", model, tmp_path / "out", resources=LIGHT | {"read": {"tasks": 2, "cpus_per_task": 0.1}})

@@ -262,7 +262,7 @@ def test_too_many_failures_are_committed_all_the_same(tmp_path, model, on_ray):
 def test_a_poison_image_costs_one_row(tmp_path, model, on_ray, monkeypatch, decoders):
     import poison
 
-    monkeypatch.setattr(run, "_make_preprocess", poison.make_preprocess)
+    monkeypatch.setattr(run, "make_preprocess", poison.make_preprocess)
     write_tars(tmp_path / "in", shards=3, images=4)
     members = {f"p{number}.jpg": picture(number) for number in range(4)} | {"abort.jpg": b"abort\n"}
     (tmp_path / "in/poison.tar").write_bytes(tar_bytes(members))
@@ -278,7 +278,7 @@ def test_a_poison_image_costs_one_row(tmp_path, model, on_ray, monkeypatch, deco
 def test_an_image_that_hangs_costs_one_row(tmp_path, model, on_ray, monkeypatch):
     import poison
 
-    monkeypatch.setattr(run, "_make_preprocess", poison.make_preprocess)
+    monkeypatch.setattr(run, "make_preprocess", poison.make_preprocess)
     monkeypatch.setattr(run, "STALL_S", 20.0)
     write_tars(tmp_path / "in", shards=1, images=4)
     sound = {f"{number}.jpg": picture(number) for number in range(20)}
@@ -300,7 +300,7 @@ def test_an_image_that_hangs_costs_one_row(tmp_path, model, on_ray, monkeypatch)
 def test_what_ray_lost_a_unit_to_is_told(tmp_path, model, on_ray, monkeypatch):
     import poison
 
-    monkeypatch.setattr(run, "_make_predict", poison.make_predict)
+    monkeypatch.setattr(run, "make_predict", poison.make_predict)
     write_tars(tmp_path / "in", shards=2, images=3)
     (tmp_path / "in/bad.tar").write_bytes(tar_bytes({"cursed.jpg": picture(1), "sound.jpg": picture(2)}))
     receipt = label(job(tmp_path / "in", model, tmp_path / "out"))

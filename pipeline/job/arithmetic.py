@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
 EngineName = Literal["auto", "torch", "onnxruntime", "openvino"]
+Lane = Literal["cpu", "gpu", "both"]
 
 _RUNS: dict[EngineName, tuple[Precision, ...]] = {
     "auto": get_args(Precision),
@@ -41,4 +42,14 @@ def check_device(engine: EngineName, precision: Precision, *, gpus: float) -> No
         what = "precision is int8" if precision == "int8" else f"engine is {engine}"
         raise ValueError(
             f"model: {what}, which runs on CPUs. Set resources.predict.gpus_per_actor to 0, or take torch and float16"
+        )
+
+
+def check_lane(lane: Lane, *, gpus: float, actors: int) -> None:
+    """Raises ValueError when the images cannot take this lane: `gpus` of an actor of predict, `actors` of preprocess."""
+    if lane != "cpu" and gpus == 0:
+        raise ValueError(f"decode_lane is {lane}, which needs a GPU. Set resources.predict.gpus_per_actor, or take cpu")
+    if lane != "cpu" and actors == 0:
+        raise ValueError(
+            f"decode_lane is {lane} and resources.preprocess.actors is 0; required: 1 or more, for some images need a CPU. Set it"
         )

@@ -58,6 +58,18 @@ class Preprocessing:
         """Shortest edge before the crop, pixels, rounded down as Hugging Face and timm do: 224/0.875 gives 256."""
         return int(self.size / self.crop_pct)
 
+    def placement(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Where the crop lies in an image of so many pixels: width and height that the image is resized to, then the crop's left
+        and top. The long edge is rounded down and the corner to the nearest even, as torchvision's Resize and CenterCrop do."""
+        short = min(width, height)
+        new_width, new_height = int(self.resize_edge * width / short), int(self.resize_edge * height / short)
+        return new_width, new_height, round((new_width - self.size) / 2), round((new_height - self.size) / 2)
+
+    def is_strip(self, width: int, height: int) -> bool:
+        """Is most of the image cut away? A strip of 1 × 65,535 pixels would be resized to 13 GB."""
+        new_width, new_height, *_ = self.placement(width, height)
+        return new_width * new_height > 4 * self.resize_edge**2
+
 
 Preset = Literal["torchvision", "huggingface", "timm"]
 #: How the three train and measure ResNets on ImageNet. A file of weights cannot say which of them it came from.

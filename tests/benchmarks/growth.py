@@ -42,7 +42,7 @@ class Undecoded:
         from pipeline.rows import pixels_array
 
         valid = np.asarray(batch.column("key").is_valid())
-        pixels = np.zeros((batch.num_rows, 3, self.size, self.size), np.uint8)
+        pixels = np.zeros((int(valid.sum()), 3, self.size, self.size), np.uint8)
         pixels[:] = 1  # memory that is touched, as a decoder touches it
         sizes = pa.array(np.full(batch.num_rows, self.size), pa.int32(), mask=~valid)
         table = batch.drop_columns("bytes").append_column("pixels", pixels_array(pixels, valid))
@@ -83,7 +83,7 @@ def replace_stages(rate: float, size: int, batch: int) -> None:
     def make_predict(*_: Any) -> Waiting:
         return Waiting(rate)
 
-    run._make_preprocess, run._make_predict = make_preprocess, make_predict
+    run.make_preprocess, run.make_predict = make_preprocess, make_predict
     run._block_bytes = lambda *_: batch * 3 * size**2  # else at least 4 MiB, which is everything when rows are small
 
 

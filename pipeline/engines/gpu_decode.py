@@ -1,0 +1,162 @@
+"""JPEGs to crops on an NVIDIA GPU: nvJPEG decodes on the engine that the chip has for it, `jpeg.cu` checks and resizes.
+
+That engine gives libjpeg-turbo's pixels to the bit for 4:4:4 and within one level for 4:2:0; nvJPEG's CUDA kernels are up to
+three off, so a GPU without the engine is refused. The resize has torch's integers and equals the CPU's to the bit. nvJPEG fills
+what is missing of a file and says nothing; therefore every file is walked to its last bit beside it, and what is not whole is
+left to the CPU, which says what is wrong with it, if anything is.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.errors import ModelError
+from pipeline.model.preprocessing import Preprocessing
+
+_PIXELS: Final = 2**28  # decoded at a time, 800 MB
+_THREADS: Final = 256
+_CPU_THREADS: Final = 2  # nvImageCodec's own; more only wait faster: 8,254, 9,586 and 11,173 img/s with 1, 2 and 16
+SOUND: Final = 0
+
+
+class GpuDecoder:
+    """A callable on encoded JPEGs. Raises ModelError where a library or the chip's JPEG engine is missing."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        try:
+            import cupy
+            import cupyx
+            from nvidia import nvimgcodec
+        except ImportError as error:
+            do = "Install nightlabel[gpu-decode], or set decode_lane to cpu"
+            raise ModelError(f"decode_lane: {error.name} is not installed", need="nvImageCodec and CuPy", do=do) from None
+        self._cupy, self._pinned, self._codec = cupy, cupyx.empty_pinned, nvimgcodec
+        self.preprocessing = preprocessing
+        try:
+            hardware = [nvimgcodec.Backend(nvimgcodec.BackendKind.HW_GPU_ONLY)]
+            self._decoder = nvimgcodec.Decoder(backends=hardware, max_num_cpu_threads=_CPU_THREADS)
+        except RuntimeError as error:
+            got = f"decode_lane: this GPU decodes no JPEG ({str(error).splitlines()[0]})"
+            raise ModelError(got, need="one with a JPEG engine, A100, H100 or newer", do="Set decode_lane to cpu") from error
+        self._wanted = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
+        kernels = cupy.RawModule(code=(Path(__file__).with_name("jpeg.cu")).read_text())
+        self._judge, self._rows, self._columns = map(kernels.get_function, ("judge_all", "resize_rows", "resize_columns"))
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+
+    def __call__(self, encoded: pa.LargeBinaryArray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(pixels uint8 [K, 3, S, S], which of the images these are, bool [N]) of N JPEGs of int64 [N, 2] width and height, as
+        `lanes.plain` takes them. Those left out are for the CPU to decode: damaged, or odd."""
+        groups = _groups(sizes.prod(axis=1), _PIXELS)
+        done = [self._some(encoded.slice(at, end - at), sizes[at:end]) for at, end in groups]
+        pixels, ok = ([part[which] for part in done] for which in (0, 1))
+        return pixels[0] if len(done) == 1 else np.concatenate(pixels), np.concatenate(ok)
+
+    def _some(self, encoded: pa.LargeBinaryArray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cupy, codec = self._cupy, self._codec
+        starts = np.frombuffer(encoded.buffers()[1], np.int64, len(encoded) + 1, 8 * encoded.offset)
+        data = np.frombuffer(encoded.buffers()[2], np.uint8)[starts[0] : starts[-1]]
+        places = starts - starts[0]
+        with self._stream:
+            verdicts = cupy.full(len(encoded), 255, np.uint8)
+            self._judge((len(encoded),), (32,), (cupy.asarray(data), cupy.asarray(places), verdicts))
+            files = [codec.CodeStream(data[at:end]) for at, end in zip(places[:-1].tolist(), places[1:].tolist(), strict=True)]
+            images = self._decoder.decode(files, params=self._wanted, cuda_stream=self._stream.ptr)
+            ok = verdicts.get() == SOUND
+            shapes = [None if image is None else tuple(image.shape) for image in images]
+            ok &= [shape == (height, width, 3) for shape, (width, height) in zip(shapes, sizes.tolist(), strict=True)]
+            kept = np.flatnonzero(ok)
+            return self._resized([images[row] for row in kept.tolist()], sizes[kept]), ok
+
+    def _resized(self, images: list[Any], sizes: np.ndarray) -> np.ndarray:
+        cupy, size = self._cupy, self.preprocessing.size
+        if not images:
+            return np.empty((0, 3, size, size), np.uint8)
+        addresses = [image.__cuda_array_interface__["data"][0] for image in images]
+        plan, axes, needed = plan_resize(addresses, sizes, self.preprocessing)
+        out = cupy.empty((len(images), 3, size, size), np.uint8)
+        middle, plan_there, axes_there = cupy.empty(needed, np.uint8), cupy.asarray(plan), cupy.asarray(axes)
+        for kernel, buffers, items in (
+            (self._rows, (middle,), int(plan[:, 3].max()) * size),
+            (self._columns, (middle, out), size * size),
+        ):
+            blocks = -(-items // _THREADS)
+            kernel((blocks, len(images)), (_THREADS,), (plan_there, axes_there, *buffers, np.int32(size)))
+        pixels: np.ndarray = self._pinned(out.shape, np.uint8)
+        out.get(out=pixels)  # waits for all of it, so what nvJPEG decoded into may go
+        return pixels
+
+
+def plan_resize(addresses: list[int], sizes: np.ndarray, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray, int]:
+    """What `jpeg.cu` wants to know: `images` int64 [N, 7], `axes` int32, and the bytes of `middle`. The images lie at
+    `addresses`, uint8 [height, width, 3] without gaps."""
+    size, tables, places = preprocessing.size, list[np.ndarray](), dict[tuple[int, ...], int]()
+    plan = np.zeros((len(addresses), 7), np.int64)
+    needed = end = 0
+
+    def place(*line: int) -> int:
+        nonlocal end
+        if line not in places:
+            tables.append(axis(*line, size, preprocessing.resample))
+            places[line] = end
+            end += len(tables[-1])
+        return places[line]
+
+    for row, (address, (width, height)) in enumerate(zip(addresses, sizes.tolist(), strict=True)):
+        new_width, new_height, left, top = preprocessing.placement(width, height)
+        across, down = place(width, new_width, left), place(height, new_height, top)
+        steps = axis(height, new_height, top, size, preprocessing.resample)[2 : 2 + 2 * size]
+        first, rows = int(steps[0]), int((steps[0::2] + steps[1::2]).max() - steps[0])
+        plan[row] = address, 3 * width, first, rows, needed, across, down
+        needed += 3 * rows * size
+    return plan, np.concatenate(tables), needed
+
+
+@lru_cache(4096)
+def axis(length: int, whole: int, corner: int, size: int, resample: str) -> np.ndarray:
+    """How `length` pixels become `size` of `whole`, from `corner` on: int32 of [taps, bits], first and count of each step,
+    weights [size, taps]. The antialiased filters of torch's interpolate for uint8 (ATen/native/cpu/UpSampleKernel.cpp), which
+    are Pillow's: integers of as many bits as keep the largest within 15."""
+    scale = length / whole
+    reach = (1.0 if resample == "bilinear" else 2.0) * max(scale, 1.0)
+    centre = scale * (np.arange(whole) + 0.5)
+    first = np.maximum((centre - reach + 0.5).astype(np.int64), 0)
+    count = np.minimum((centre + reach + 0.5).astype(np.int64), length) - first
+    at = np.arange(count.max())
+    far = np.abs((at + first[:, None] - centre[:, None] + 0.5) / max(scale, 1.0))
+    weights = np.where(at < count[:, None], _triangle(far) if resample == "bilinear" else _cubic(far), 0.0)
+    weights /= weights.sum(axis=1, keepdims=True)
+    bits = 0
+    while bits < 22 and int(0.5 + weights.max() * (1 << (bits + 1))) < 1 << 15:
+        bits += 1
+    whole_numbers = np.trunc(weights * (1 << bits) + np.where(weights < 0, -0.5, 0.5)).astype(np.int32)
+    crop = slice(corner, corner + size)
+    steps = np.stack([first[crop], count[crop]], axis=1).astype(np.int32)
+    return np.concatenate([np.array([len(at), bits], np.int32), steps.ravel(), whole_numbers[crop].ravel()])
+
+
+def _triangle(far: np.ndarray) -> np.ndarray:
+    return np.maximum(1.0 - far, 0.0)
+
+
+def _cubic(far: np.ndarray) -> np.ndarray:
+    """Keys' kernel with a of -0.5."""
+    a = -0.5
+    near = ((a + 2.0) * far - (a + 3.0)) * far * far + 1
+    outer = (((far - 5.0) * far + 8.0) * far - 4.0) * a
+    return np.where(far < 1.0, near, np.where(far < 2.0, outer, 0.0))
+
+
+def _groups(pixels: np.ndarray, most: int) -> list[tuple[int, int]]:
+    """(from, to) of runs of images of at most `most` pixels together, or of one image."""
+    groups, start, total = [], 0, 0
+    for row, count in enumerate(pixels.tolist()):
+        if row > start and total + count > most:
+            groups.append((start, row))
+            start, total = row, 0
+        total += count
+    return [*groups, (start, len(pixels))]

@@ -1,0 +1,288 @@
+// What the GPU lane does by itself, beside nvJPEG: say whether a JPEG is whole, and resize what nvJPEG has decoded.
+//
+// nvJPEG fills the holes of a damaged file and says nothing (LOG.md), so every entropy-coded segment is walked here, one thread an
+// image: Huffman codes are decoded and counted, nothing is transformed. A thread takes some 10 ms for a photograph of 110 kB, so do
+// thousands of them side by side. What is not plain and whole is the CPU's to judge: a verdict other than SOUND costs time only,
+// and SOUND must mean that libjpeg-turbo would find every block and no complaint.
+//
+// Written in C that a C++ compiler also takes, without CUDA, for the tests.
+
+#if !defined(__CUDACC__) && !defined(__CUDACC_RTC__)
+#define __device__
+#define __global__
+#define __shared__
+struct Place { int x, y; };
+static Place blockIdx, blockDim = {1, 1}, threadIdx, gridDim = {1, 1};
+#endif
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+enum Verdict { SOUND = 0, ODD = 1, CUT = 2, BAD_CODE = 3, LEFT_OVER = 4, BAD_RESTART = 5 };
+
+#define LOOK 9  // bits that one look-up sees; longer codes are 1 to 2 % of the symbols
+
+struct Huffman {
+    u16 look[1 << LOOK];  // length << 8 | symbol; 0 where the code is longer, or is none
+    int most[17];         // the greatest code of each length, -1 for none
+    int shift[17];        // symbol's place = code + shift
+    u8 symbols[256];
+    int made;
+};
+
+struct Component { int id, wide, high, quantizer, dc, ac; };
+
+struct Stream {
+    const u8 *at, *end;
+    u64 bits;    // the next ones, left-aligned
+    int have;    // how many of them
+    int beyond;  // of these, zeros that stand for bits after the end of the data
+};
+
+static __device__ void fill(Stream *s) {
+    while (s->have <= 48) {
+        u64 byte = 0;
+        if (s->at >= s->end) {
+            s->beyond += 8;
+        } else {
+            byte = *s->at;
+            if (byte != 0xFF) s->at += 1;
+            else if (s->at + 1 < s->end && s->at[1] == 0) s->at += 2;
+            else { byte = 0; s->beyond += 8; }  // a marker: it stays where it is
+        }
+        s->bits |= byte << (56 - s->have);
+        s->have += 8;
+    }
+}
+
+static __device__ void skip(Stream *s, int count) {
+    s->bits <<= count;
+    s->have -= count;
+}
+
+// The next symbol, or -1 for a code that there is not.
+static __device__ int symbol(Stream *s, const Huffman *table) {
+    if (s->have < 32) fill(s);
+    u32 entry = table->look[s->bits >> (64 - LOOK)];
+    if (entry) {
+        skip(s, entry >> 8);
+        return entry & 255;
+    }
+    for (int length = LOOK + 1; length <= 16; length++) {
+        int code = (int)(s->bits >> (64 - length));
+        if (code <= table->most[length]) {
+            skip(s, length);
+            return table->symbols[(code + table->shift[length]) & 255];
+        }
+    }
+    return -1;
+}
+
+// One table of a DHT segment, of symbols up to `greatest`; the bytes it takes, or 0 for a broken one.
+static __device__ int make_table(Huffman *table, const u8 *counts, i64 left, int greatest) {
+    int total = 0, code = 0, place = 0;
+    if (left < 16) return 0;
+    for (int length = 1; length <= 16; length++) total += counts[length - 1];
+    if (total > 256 || left < 16 + total) return 0;
+    for (int i = 0; i < total; i++) {
+        if (counts[16 + i] > greatest) return 0;
+        table->symbols[i] = counts[16 + i];
+    }
+    for (int i = 0; i < 1 << LOOK; i++) table->look[i] = 0;
+    for (int length = 1; length <= 16; length++) {
+        int count = counts[length - 1];
+        table->shift[length] = place - code;
+        table->most[length] = count ? code + count - 1 : -1;
+        if (count && code + count >= 1 << length) return 0;  // no code is all ones
+        for (int i = 0; i < count && length <= LOOK; i++) {
+            int first = (code + i) << (LOOK - length);
+            for (int fits = 0; fits < 1 << (LOOK - length); fits++)
+                table->look[first + fits] = (u16)(length << 8 | table->symbols[place + i]);
+        }
+        code = (code + count) << 1;
+        place += count;
+    }
+    table->made = 1;
+    return 16 + total;
+}
+
+// One 8 × 8 block: 0, or the verdict.
+static __device__ int walk_block(Stream *s, const Huffman *dc, const Huffman *ac) {
+    int size = symbol(s, dc);
+    if (size < 0 || size > 11) return BAD_CODE;
+    skip(s, size);
+    for (int k = 1; k < 64; k++) {
+        int both = symbol(s, ac);
+        if (both < 0) return BAD_CODE;
+        size = both & 15;
+        if (size) {
+            k += both >> 4;
+            if (k > 63 || size > 10) return BAD_CODE;
+            skip(s, size);
+        } else if (both == 0xF0) {
+            k += 15;
+            if (k > 63) return BAD_CODE;
+        } else if (both == 0) {
+            break;
+        } else {
+            return BAD_CODE;
+        }
+    }
+    return 0;
+}
+
+// After the last block of an interval: less than a byte is left, and then comes a marker. Its number, or 0.
+static __device__ int marker_after(Stream *s) {
+    if (s->have - s->beyond >= 8) return 0;
+    while (s->at + 1 < s->end && s->at[0] == 0xFF && s->at[1] == 0xFF) s->at += 1;  // fill bytes
+    if (s->at + 1 >= s->end || s->at[0] != 0xFF) return 0;
+    int marker = s->at[1];
+    s->at += 2;
+    s->bits = 0;
+    s->have = s->beyond = 0;
+    return marker;
+}
+
+static __device__ int walk_scan(Stream *s, const Huffman *tables, const Component *parts, i64 units, int restart) {
+    int next = 0;
+    for (i64 unit = 0; unit < units; unit++) {
+        if (restart && unit && unit % restart == 0) {
+            if (marker_after(s) != 0xD0 + next) return BAD_RESTART;
+            next = (next + 1) & 7;
+        }
+        for (int c = 0; c < 3; c++)
+            for (int block = 0; block < parts[c].wide * parts[c].high; block++) {
+                int bad = walk_block(s, tables + parts[c].dc, tables + 2 + parts[c].ac);
+                if (bad) return bad;
+            }
+        if (s->beyond > s->have) return CUT;
+    }
+    return marker_after(s) == 0xD9 && s->at == s->end ? SOUND : LEFT_OVER;
+}
+
+// The verdict on one file: SOUND for a sequential Huffman JPEG of three components in one scan that is whole to its last bit.
+static __device__ int judge(const u8 *data, i64 size, Huffman *tables) {
+    Component parts[3];
+    int width = 0, height = 0, restart = 0, quantizers = 0;
+    i64 at = 2;
+    for (int i = 0; i < 4; i++) tables[i].made = 0;
+    if (size < 4 || data[0] != 0xFF || data[1] != 0xD8) return ODD;
+    for (;;) {
+        if (at + 4 > size || data[at] != 0xFF) return ODD;
+        int marker = data[at + 1];
+        if (marker == 0xFF) { at += 1; continue; }
+        i64 length = data[at + 2] << 8 | data[at + 3];
+        const u8 *in = data + at + 4;
+        i64 left = length - 2;
+        at += 2 + length;
+        if (left < 0 || at > size) return ODD;
+        if (marker == 0xC4) {
+            while (left > 0) {
+                int which = in[0];
+                if (which >> 4 > 1 || (which & 15) > 1) return ODD;
+                int took = make_table(tables + 2 * (which >> 4) + (which & 15), in + 1, left - 1, in[0] >> 4 ? 255 : 11);
+                if (!took) return ODD;
+                in += 1 + took;
+                left -= 1 + took;
+            }
+        } else if (marker == 0xC0 || marker == 0xC1) {
+            if (height || left != 15 || in[0] != 8 || in[5] != 3) return ODD;
+            height = in[1] << 8 | in[2];
+            width = in[3] << 8 | in[4];
+            for (int c = 0; c < 3; c++) {
+                Component part = {in[6 + 3 * c], in[7 + 3 * c] >> 4, in[7 + 3 * c] & 15, in[8 + 3 * c], 0, 0};
+                if (part.wide < 1 || part.wide > 2 || part.high < 1 || part.high > 2) return ODD;
+                if (c && (part.wide != 1 || part.high != 1)) return ODD;
+                parts[c] = part;
+            }
+            if (!width || !height) return ODD;
+        } else if (marker == 0xDB) {
+            for (; left > 0; in += 65, left -= 65) {
+                if (left < 65 || in[0] > 3) return ODD;  // 8 bits each, as a baseline file has them
+                quantizers |= 1 << in[0];
+            }
+        } else if (marker == 0xDD) {
+            if (left != 2) return ODD;
+            restart = in[0] << 8 | in[1];
+        } else if (marker == 0xDA) {
+            if (!height || left != 10 || in[0] != 3 || in[7] != 0 || in[8] != 63 || in[9] != 0) return ODD;
+            for (int c = 0; c < 3; c++) {
+                parts[c].dc = in[2 + 2 * c] >> 4;
+                parts[c].ac = in[2 + 2 * c] & 15;
+                if (in[1 + 2 * c] != parts[c].id || parts[c].dc > 1 || parts[c].ac > 1) return ODD;
+                if (!tables[parts[c].dc].made || !tables[2 + parts[c].ac].made) return ODD;
+                if (parts[c].quantizer > 3 || !(quantizers >> parts[c].quantizer & 1)) return ODD;
+            }
+            break;
+        } else if (marker < 0xE0 || marker > 0xFE || (marker > 0xEF && marker < 0xFE)) {
+            return ODD;  // progressive, arithmetic, lossless, hierarchical; an end or a restart before the scan
+        }
+    }
+    i64 across = (width + 8 * parts[0].wide - 1) / (8 * parts[0].wide), down = (height + 8 * parts[0].high - 1) / (8 * parts[0].high);
+    Stream stream = {data + at, data + size, 0, 0, 0};
+    return walk_scan(&stream, tables, parts, across * down, restart);
+}
+
+// A block an image, of which one thread walks. `starts` [count + 1] are places in `data`.
+extern "C" __global__ void judge_all(const u8 *data, const i64 *starts, u8 *verdicts) {
+    __shared__ Huffman tables[4];
+    if (threadIdx.x == 0)
+        verdicts[blockIdx.x] = (u8)judge(data + starts[blockIdx.x], starts[blockIdx.x + 1] - starts[blockIdx.x], tables);
+}
+
+// An antialiased resize of interleaved uint8 in two passes, in the integers of torch's own on a CPU, so that both give the same bytes.
+// `images` [count, 7]: address, bytes a row, first row and rows that the second pass reads, place of these in `middle`, places of
+// the two axes in `axes`. An axis: taps, bits of the weights, then of each step the first pixel and how many, then the weights.
+enum { ADDRESS, PITCH, FIRST, ROWS, MIDDLE, ACROSS, DOWN, FIELDS };
+
+static __device__ u8 rounded(int sum, int bits) {
+    int level = sum >> bits;
+    return (u8)(level < 0 ? 0 : level > 255 ? 255 : level);
+}
+
+// Along the rows: `middle` gets [rows, size, 3] of each image. Blocks: any number of an image, by images.
+extern "C" __global__ void resize_rows(const i64 *images, const int *axes, u8 *middle, int size) {
+    const i64 *image = images + FIELDS * blockIdx.y;
+    const int *axis = axes + image[ACROSS];
+    int taps = axis[0], bits = axis[1];
+    for (i64 i = blockIdx.x * blockDim.x + threadIdx.x; i < image[ROWS] * size; i += gridDim.x * blockDim.x) {
+        int step = i % size, first = axis[2 + 2 * step], count = axis[3 + 2 * step];
+        const int *weights = axis + 2 + 2 * size + step * taps;
+        const u8 *pixel = (const u8 *)image[ADDRESS] + (image[FIRST] + i / size) * image[PITCH] + 3 * first;
+        int red = 1 << (bits - 1), green = red, blue = red;
+        for (int tap = 0; tap < count; tap++, pixel += 3) {
+            red += pixel[0] * weights[tap];
+            green += pixel[1] * weights[tap];
+            blue += pixel[2] * weights[tap];
+        }
+        u8 *to = middle + image[MIDDLE] + 3 * i;
+        to[0] = rounded(red, bits);
+        to[1] = rounded(green, bits);
+        to[2] = rounded(blue, bits);
+    }
+}
+
+// Along the columns: `out` gets [3, size, size] of each image. Blocks as before.
+extern "C" __global__ void resize_columns(const i64 *images, const int *axes, const u8 *middle, u8 *out, int size) {
+    const i64 *image = images + FIELDS * blockIdx.y;
+    const int *axis = axes + image[DOWN];
+    int taps = axis[0], bits = axis[1];
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < size * size; i += gridDim.x * blockDim.x) {
+        int step = i / size, first = axis[2 + 2 * step], count = axis[3 + 2 * step];
+        const int *weights = axis + 2 + 2 * size + step * taps;
+        const u8 *pixel = middle + image[MIDDLE] + ((first - image[FIRST]) * size + i % size) * 3;
+        int red = 1 << (bits - 1), green = red, blue = red;
+        for (int tap = 0; tap < count; tap++, pixel += 3 * size) {
+            red += pixel[0] * weights[tap];
+            green += pixel[1] * weights[tap];
+            blue += pixel[2] * weights[tap];
+        }
+        u8 *to = out + blockIdx.y * (i64)(3 * size * size) + i;
+        to[0] = rounded(red, bits);
+        to[size * size] = rounded(green, bits);
+        to[2 * size * size] = rounded(blue, bits);
+    }
+}

@@ -1,0 +1,183 @@
+"""Two lanes of decoding: the CPUs of the preprocess actors, and the GPU. Which image takes which, and in what proportion.
+
+Only plain JPEGs may take the GPU's lane: three components, sequential, upright, of a usual subsampling, that end where they say.
+They pass the preprocess actor encoded, and `GpuLane` decodes them beside the model. One of 64 is decoded by both, for `Predict`
+to compare the labels. What the GPU will not vouch for is decoded on the CPU after all, so a failure has the same class and words
+in both lanes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.model.preprocessing import Preprocessing
+from pipeline.orientation import jpeg_orientation
+from pipeline.rows import COMPARED_EVERY, pixels_array
+
+Stage = Callable[[pa.Table], pa.Table]
+#: What was done: (images, seconds) by kind.
+Told = dict[str, tuple[int, float]]
+#: Told that, it says which share of the plain JPEGs is the GPU's.
+Share = Callable[[Told], float]
+
+_START: Final = 0.5  # of the plain JPEGs, before anything is measured
+_MEMORY: Final = 5_000.0  # images after which a measurement counts half as much
+_SOF: Final = (0xC0, 0xC1)  # sequential, Huffman
+_SKIPPED: Final = frozenset({0xC4, 0xDB, 0xDD, 0xEE, 0xFE, *range(0xE0, 0xF0)})
+_SAMPLINGS: Final = ((1, 1), (2, 1), (2, 2), (1, 2))  # of the first component; the others are 1 × 1
+
+
+class Decoder(Protocol):
+    """What `engines.gpu_decode.GpuDecoder` is."""
+
+    def __call__(self, encoded: pa.LargeBinaryArray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+def plain(data: memoryview, preprocessing: Preprocessing, max_pixels: int) -> tuple[int, int] | None:
+    """Width and height of a JPEG that the GPU's lane may take, told from its header and its last bytes; None for any other."""
+    data = data.cast("B")
+    if bytes(data[:2]) != b"\xff\xd8" or bytes(data[-2:]) != b"\xff\xd9":
+        return None
+    at, size = 2, None
+    while at + 16 < len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker in _SOF and size is None:
+            size = _frame(bytes(data[at + 4 : at + 2 + length]))
+        elif marker == 0xEE and bytes(data[at + 4 : at + 9]) == b"Adobe" and data[at + 15] != 1:  # no YCbCr
+            return None
+        elif marker == 0xDA:
+            break
+        elif marker not in _SKIPPED:
+            return None
+        at += 2 + length
+    if size is None or size[0] * size[1] > max_pixels or preprocessing.is_strip(*size):
+        return None
+    return size if jpeg_orientation(data) in (None, 1) else None
+
+
+def _frame(segment: bytes) -> tuple[int, int] | None:
+    """Width and height of a frame of three components, 8 bits each, in a usual subsampling."""
+    if len(segment) != 15 or segment[0] != 8 or segment[5] != 3 or segment[6::3] != b"\1\2\3":
+        return None
+    first, *others = ((byte >> 4, byte & 15) for byte in segment[7::3])
+    width, height = int.from_bytes(segment[3:5], "big"), int.from_bytes(segment[1:3], "big")
+    return (width, height) if first in _SAMPLINGS and others == [(1, 1)] * 2 and width and height else None
+
+
+class Lanes:
+    """The preprocess stage of a job with a GPU lane: `preprocess` for one part of a batch, and the rest goes on encoded, as
+    `bytes` of rows without pixels, with `width` and `height`."""
+
+    def __init__(self, preprocess: Stage, preprocessing: Preprocessing, max_pixels: int, share: Share) -> None:
+        self.preprocess, self.preprocessing, self.max_pixels, self.share = preprocess, preprocessing, max_pixels, share
+        self._told: Told = {}
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """As `preprocess` puts it out, rows in another order, with the columns `bytes` and `exact` besides."""
+        since = time.perf_counter()
+        sizes = self._sizes(batch)
+        able = np.flatnonzero([size is not None for size in sizes])
+        taken = able[: round(self.share(self._told) * len(able))]
+        passed = time.perf_counter() - since
+        taken, exact = self._compared(batch, taken)
+        mask = np.zeros(batch.num_rows, bool)
+        mask[taken] = True
+        since = time.perf_counter()
+        decoded = self.preprocess(batch.filter(pa.array(~mask)))
+        self._told = {"pass": (batch.num_rows, passed), "decode": (decoded.num_rows, time.perf_counter() - since)}
+        encoded = batch.filter(pa.array(mask)).append_column("pixels", pa.nulls(len(taken), pa.large_binary()))
+        for axis, name in enumerate(("width", "height")):
+            encoded = encoded.append_column(name, pa.array([(sizes[row] or (0, 0))[axis] for row in taken.tolist()], pa.int32()))
+        encoded = encoded.append_column("exact", pa.array(exact, pa.large_binary()))
+        return pa.concat_tables([_completed(decoded, encoded.schema), encoded])
+
+    def _sizes(self, batch: pa.Table) -> list[tuple[int, int] | None]:
+        """Of every plain JPEG."""
+        broken = pc.or_(pc.is_null(batch["key"]), pc.is_valid(batch["error_class"])).to_pylist()
+        return [
+            plain(memoryview(data.as_buffer()), self.preprocessing, self.max_pixels)
+            if data.is_valid and not is_broken and data.as_buffer()
+            else None
+            for data, is_broken in zip(batch["bytes"], broken, strict=True)
+        ]
+
+    def _compared(self, batch: pa.Table, taken: np.ndarray) -> tuple[np.ndarray, list[bytes | None]]:
+        """Those of the rows `taken` that stay taken, without what the CPU refuses of every 64th; and the crops of these 64th."""
+        rows = batch.take(pa.array(taken))
+        looked = np.flatnonzero(rows["index"].to_numpy() % COMPARED_EVERY == 0)
+        crops = dict(zip(looked.tolist(), self.preprocess(rows.take(pa.array(looked)))["pixels"].to_pylist(), strict=True))
+        stay = [row for row in range(len(taken)) if crops.get(row, b"") is not None]
+        return taken[stay], [crops.get(row) for row in stay]
+
+
+class GpuLane:
+    """The predict stage of a job with a GPU lane: what comes encoded is decoded by `decoder`, or by `preprocess` where that does
+    not vouch for it, and `predict` labels it all."""
+
+    def __init__(self, decoder: Decoder, preprocess: Stage, predict: Stage, share: Share) -> None:
+        self.decoder, self.preprocess, self.predict, self.share = decoder, preprocess, predict, share
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """What `predict` makes of what `Lanes` puts out."""
+        since = time.perf_counter()
+        encoded = pc.is_valid(batch["bytes"])
+        waiting, tables = batch.filter(encoded), [batch.filter(pc.invert(encoded)).drop_columns("bytes")]
+        if waiting.num_rows:
+            tables += self._decoded(waiting)
+        decoded = time.perf_counter()
+        out = self.predict(pa.concat_tables(tables))
+        model = time.perf_counter() - decoded
+        self.share({"gpu": (waiting.num_rows, decoded - since), "model": (batch.num_rows, model)})
+        return out
+
+    def _decoded(self, waiting: pa.Table) -> list[pa.Table]:
+        sizes = np.stack([waiting[name].to_numpy() for name in ("width", "height")], axis=1).astype(np.int64)
+        pixels, vouched = self.decoder(waiting["bytes"].combine_chunks(), sizes)
+        done = waiting.filter(pa.array(vouched)).drop_columns("bytes")
+        place = done.schema.get_field_index("pixels")
+        done = done.set_column(place, "pixels", pixels_array(pixels, np.ones(len(pixels), bool)))
+        rest = waiting.filter(pa.array(~vouched)).drop_columns(["pixels", "width", "height", "exact"])
+        return [done, _completed(self.preprocess(rest), done.schema)] if rest.num_rows else [done]
+
+
+def _completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with the columns of `schema`, null where it has none."""
+    for field in schema:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(schema.names)
+
+
+def everything(_: Told) -> float:
+    """All of them are the GPU's."""
+    return 1.0
+
+
+class Split:
+    """How many of the plain JPEGs the GPU should take so that both sides are done at the same time, by what each has measured.
+    `actors`: of preprocess for each of predict. Told by both, it answers the first; a Ray actor of a pass."""
+
+    def __init__(self, actors: float) -> None:
+        self._actors = actors
+        self._images: dict[str, float] = defaultdict(float)
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    def share(self, told: Told) -> float:
+        """Add what was done to what is known; 0 to 1."""
+        for kind, (images, seconds) in told.items():
+            fade = 0.5 ** (images / _MEMORY)
+            self._images[kind] = self._images[kind] * fade + images
+            self._seconds[kind] = self._seconds[kind] * fade + seconds
+        if not all(self._images[kind] for kind in ("pass", "decode", "gpu", "model")):
+            return _START
+        passing, decode, gpu, model = (self._seconds[kind] / self._images[kind] for kind in ("pass", "decode", "gpu", "model"))
+        # An actor of predict has share × gpu + model for an image, its actors of preprocess (1 - share) × decode + passing.
+        share = ((decode + passing) / self._actors - model) / (gpu + decode / self._actors)
+        return min(1.0, max(0.0, share))

@@ -1,0 +1,204 @@
+"""`jpeg.cu` and its plan, built for the CPU, against the decoder and the resize of the CPU; and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import random
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from shards import picture
+from test_preprocess import MAX_PIXELS, PREPROCESSINGS, encode, noise
+
+from pipeline.decode import BadImage, decode
+from pipeline.engines import gpu_decode
+from pipeline.engines.gpu_decode import plan_resize
+from pipeline.lanes import plain
+from pipeline.model.preprocessing import Preprocessing
+from pipeline.preprocess import Prepare, resize_and_crop
+
+SOURCE = Path(gpu_decode.__file__).with_name("jpeg.cu")
+AROUND = """
+#include "%s"
+extern "C" int verdict(const u8 *data, i64 size) {
+    i64 starts[2] = {0, size};
+    u8 found = 255;
+    judge_all(data, starts, &found);
+    return found;
+}
+extern "C" void resize(const i64 *images, const int *axes, u8 *middle, u8 *out, int size, int count) {
+    for (blockIdx.y = 0; blockIdx.y < count; blockIdx.y++) {
+        resize_rows(images, axes, middle, size);
+        resize_columns(images, axes, middle, out, size);
+    }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernels as plain C++, one thread that does all blocks."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler is installed")
+    folder = tmp_path_factory.mktemp("jpeg")
+    (folder / "around.cpp").write_text(AROUND % SOURCE)
+    command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(folder / "jpeg.so"), str(folder / "around.cpp")]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(folder / "jpeg.so"))
+    library.verdict.argtypes = [ctypes.c_char_p, ctypes.c_longlong]
+    return library
+
+
+def is_decoded(data: bytes) -> bool:
+    try:
+        decode(data, max_pixels=MAX_PIXELS)
+    except BadImage:
+        return False
+    return True
+
+
+def scan(data: bytes) -> int:
+    return data.rfind(b"\xff\xda") + 14
+
+
+def middle(data: bytes) -> int:
+    return (scan(data) + len(data)) // 2
+
+
+def flipped(data: bytes, rng: random.Random, low: int, high: int) -> bytes:
+    changed = bytearray(data)
+    changed[rng.randrange(low, high)] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+def replaced(data: bytes, what: bytes, skip: int | None = None) -> bytes:
+    at = middle(data)
+    return data[:at] + what + data[at + (len(what) if skip is None else skip) :]
+
+
+DAMAGE: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    "cut": lambda data, rng: data[: rng.randrange(4, len(data))],
+    "cut, then an end": lambda data, rng: data[: rng.randrange(scan(data), len(data) - 8)] + b"\xff\xd9",
+    "the end is gone": lambda data, _: data[:-2],
+    "zeros at the end": lambda data, _: data[: middle(data)] + bytes(len(data) - middle(data) - 2) + b"\xff\xd9",
+    "a hole": lambda data, _: replaced(data, bytes(64)),
+    "a noisy hole": lambda data, rng: replaced(data, rng.randbytes(64)),
+    "a piece is missing": lambda data, _: replaced(data, b"", 30),
+    "a piece twice": lambda data, _: replaced(data, data[middle(data) : middle(data) + 30], 0),
+    "a restart": lambda data, _: replaced(data, b"\xff\xd0"),
+    "a frame": lambda data, _: replaced(data, b"\xff\xc0"),
+    "an early end": lambda data, _: replaced(data, b"\xff\xd9", 0),
+    "a bit": lambda data, rng: flipped(data, rng, scan(data), len(data) - 2),
+    "a bit of the header": lambda data, rng: flipped(data, rng, 2, scan(data)),
+}
+
+
+def photographs() -> list[bytes]:
+    kinds = ({}, {"subsampling": 0}, {"subsampling": 1}, {"restart_marker_blocks": 3}, {"optimize": True}, {"quality": 20})
+    pictures = [Image.open(io.BytesIO(picture(number, size=(90 + number, 70)))) for number in range(3)]
+    rough = [Image.fromarray(noise(64, 49, number)) for number in range(2)]
+    return [encode(image, "JPEG", **kind) for image in (*pictures, *rough) for kind in kinds]
+
+
+def test_whole_files_are_sound(built: ctypes.CDLL) -> None:
+    assert [built.verdict(data, len(data)) for data in photographs()] == [0] * 30
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_sound_is_what_the_decoder_finds_whole(built: ctypes.CDLL, kind: str) -> None:
+    rng, refused = random.Random(kind), 0
+    for data in photographs() * 8:
+        broken = DAMAGE[kind](data, rng)
+        if not is_decoded(broken):
+            refused += 1
+            assert built.verdict(broken, len(broken)) != 0, broken
+    assert refused or kind == "a bit"
+
+
+def test_what_is_not_plain_is_odd(built: ctypes.CDLL) -> None:
+    image = Image.fromarray(noise(40, 30))
+    grey, inks = image.convert("L"), image.convert("CMYK")
+    for data in (encode(image, "JPEG", progressive=True), encode(grey, "JPEG"), encode(inks, "JPEG"), encode(image), b"\xff\xd8"):
+        assert built.verdict(data, len(data)) == 1
+        assert plain(memoryview(data), Preprocessing(), MAX_PIXELS) is None
+
+
+def test_the_corpora(built: ctypes.CDLL, shared_data: Path) -> None:
+    images = []
+    for path in sorted((shared_data / "photos").glob("*.tar")) + sorted((shared_data / "bad_images").glob("*.tar.xz")):
+        with tarfile.open(path) as tar:
+            images += [tar.extractfile(member).read() for member in tar if member.isfile()]
+    sound = [
+        data for data in images if plain(memoryview(data), Preprocessing(), MAX_PIXELS) and built.verdict(data, len(data)) == 0
+    ]
+    assert len(sound) > 350
+    assert all(map(is_decoded, sound))
+
+
+def pointer(array: np.ndarray) -> ctypes.c_void_p:
+    return array.ctypes.data_as(ctypes.c_void_p)
+
+
+@pytest.mark.parametrize("name", PREPROCESSINGS)
+def test_the_resize_has_the_bytes_of_the_cpu(built: ctypes.CDLL, name: str) -> None:
+    preprocessing = PREPROCESSINGS[name]
+    sizes = [
+        (500, 375),
+        (375, 500),
+        (333, 500),
+        (224, 224),
+        (256, 256),
+        (257, 255),
+        (17, 20),
+        (1500, 1000),
+        (1333, 2000),
+        (900, 300),
+    ]
+    images = [noise(*size, seed) for seed, size in enumerate(sizes)]
+    images += [(noise(500, 375, seed) > 128).astype(np.uint8) * 255 for seed in (1, 2)]  # as hard as edges get
+    shapes = np.array([image.shape[1::-1] for image in images])
+    plan, axes, needed = plan_resize([image.ctypes.data for image in images], shapes, preprocessing)
+    between, out = np.empty(needed, np.uint8), np.empty((len(images), 3, preprocessing.size, preprocessing.size), np.uint8)
+    built.resize(*map(pointer, (plan, axes, between, out)), preprocessing.size, len(images))
+    for row, image in enumerate(images):
+        np.testing.assert_array_equal(out[row], resize_and_crop(image, preprocessing))
+
+
+@pytest.fixture(scope="module")
+def on_gpu() -> gpu_decode.GpuDecoder:
+    for name in ("cupy", "nvidia.nvimgcodec"):
+        pytest.importorskip(name)
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    return gpu_decode.GpuDecoder(Preprocessing())
+
+
+def test_a_gpu_has_the_crops_of_the_cpu_and_vouches_for_nothing_broken(on_gpu: gpu_decode.GpuDecoder) -> None:
+    whole = [encode(Image.fromarray(noise(300 + 16 * row, 260, row)), "JPEG", subsampling=row % 3) for row in range(30)]
+    rng = random.Random(0)
+    broken = [make(data, rng) for data in whole for make in DAMAGE.values()]
+    data, sizes = [], []
+    for image in (*whole, *broken):
+        size = plain(memoryview(image), Preprocessing(), MAX_PIXELS)
+        if size is not None:
+            data.append(image)
+            sizes.append(size)
+    pixels, vouched = on_gpu(pa.array(data, pa.large_binary()), np.array(sizes))
+    assert vouched[:30].all()
+    assert len(pixels) == vouched.sum()
+    assert all(is_decoded(image) for image, ok in zip(data, vouched, strict=True) if ok)
+    prepare = Prepare(Preprocessing(), MAX_PIXELS)
+    for row in range(30):
+        far = np.abs(pixels[row].astype(int) - prepare(whole[row])[0])
+        assert far.max() <= 2, row

@@ -1,0 +1,153 @@
+"""Which image takes which lane, and that both give the same rows. The GPU's decoder is stood in for by the CPU's."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from models import small_artifact
+from PIL import Image
+from shards import picture
+from test_preprocess import MAX_PIXELS, encode, noise, table
+
+from pipeline.artifact import load_artifact
+from pipeline.lanes import GpuLane, Lanes, Split, everything, plain
+from pipeline.model.preprocessing import Preprocessing
+from pipeline.predict import Predict
+from pipeline.preprocess import Prepare, Preprocess
+from pipeline.rows import SAME_LABEL
+from pipeline.spec import ModelSource, Output
+
+SMALL = Preprocessing(size=32)
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encode(Image.fromarray(noise(40, 30)), "JPEG", exif=exif)
+
+
+@pytest.mark.parametrize(
+    ("data", "size"),
+    [
+        (picture(1), (40, 30)),
+        (encode(Image.fromarray(noise(40, 30)), "JPEG", subsampling=0), (40, 30)),
+        (encode(Image.fromarray(noise(40, 30)), "JPEG", comment=b"x" * 9000), (40, 30)),
+        (encode(Image.fromarray(noise(40, 30)), "JPEG", progressive=True), None),
+        (encode(Image.fromarray(noise(40, 30)).convert("L"), "JPEG"), None),
+        (encode(Image.fromarray(noise(40, 30)).convert("CMYK"), "JPEG"), None),
+        (encode(Image.fromarray(noise(40, 30)), "JPEG", keep_rgb=True), None),
+        (encode(Image.fromarray(noise(40, 30))), None),
+        (encode(Image.fromarray(noise(2, 90)), "JPEG"), None),  # a strip
+        (encode(Image.fromarray(noise(4000, 2600)), "JPEG", quality=1), None),  # over max_pixels
+        (turned(), None),
+        (picture(1)[:-2], None),
+        (picture(1) + b"\0", None),
+        (b"\xff\xd8\xff\xd9", None),
+        (b"", None),
+    ],
+)
+def test_plain_jpegs_are_told_from_their_header(data: bytes, size: tuple[int, int] | None) -> None:
+    assert plain(memoryview(data), SMALL, MAX_PIXELS) == size
+    for end in range(0, min(len(data), 700), 7):  # no header is too short
+        assert plain(memoryview(data[:end]), SMALL, MAX_PIXELS) is None
+
+
+def images() -> list[bytes | None]:
+    """70, some of them broken, some for the CPU alone; 0 and 64 are those looked at twice, and 64 is cut short in its scan."""
+    made: list[bytes | None] = [picture(number) for number in range(70)]
+    made[3], made[5], made[7], made[9] = None, b"no image", picture(5, kind="PNG"), turned()
+    for row in (11, 12, 64):
+        made[row] = picture(row)[:-40] + b"\xff\xd9"
+    return made
+
+
+class Standing:
+    """In the GPU decoder's place: vouches for what the CPU decodes, but not for the first `shy` of a batch."""
+
+    def __init__(self, shy: int = 0) -> None:
+        self.shy, self.seen = shy, 0
+
+    def __call__(self, encoded: pa.Array, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        from pipeline.decode import BadImage
+
+        prepare, crops, vouched = Prepare(SMALL, MAX_PIXELS), [], np.zeros(len(encoded), bool)
+        self.seen += len(encoded)
+        for row, data in enumerate(encoded):
+            try:
+                pixels, *size = prepare(memoryview(data.as_buffer()))
+            except BadImage:
+                continue
+            assert size == sizes[row].tolist()
+            vouched[row] = row >= self.shy
+            crops += [pixels] if vouched[row] else []
+        return np.stack(crops) if crops else np.empty((0, 3, 32, 32), np.uint8), vouched
+
+
+@pytest.fixture(scope="module")
+def predict(tmp_path_factory: pytest.TempPathFactory) -> Predict:
+    artifact = load_artifact(small_artifact(tmp_path_factory.mktemp("model")))
+    return Predict(artifact, ModelSource(uri="x", engine="torch"), device="cpu", batch_size=16, output=Output(uri="x"))
+
+
+def chain(share: float, decoder: Standing, predict: Predict, *, fast: bool = False) -> pa.Table:
+    preprocess = Preprocess(SMALL, max_pixels=MAX_PIXELS, fast=fast)
+    batch = table(images(), cls=pa.array(range(70)))
+    ends = pa.table({**{name: pa.nulls(1, batch.schema.field(name).type) for name in batch.column_names}, "index": [70]})
+    routed = Lanes(preprocess, SMALL, MAX_PIXELS, lambda _: share)(pa.concat_tables([batch, ends.cast(batch.schema)]))
+    return GpuLane(decoder, preprocess, predict, everything)(routed)
+
+
+@pytest.mark.parametrize(("share", "shy"), [(1.0, 0), (1.0, 9), (0.5, 0), (0.0, 0)])
+@pytest.mark.parametrize("fast", [False, True])
+def test_both_lanes_give_the_same_rows(predict: Predict, share: float, shy: int, *, fast: bool) -> None:
+    expected = predict(Preprocess(SMALL, max_pixels=MAX_PIXELS)(table(images(), cls=pa.array(range(70))))).sort_by("index")
+    decoder = Standing(shy)
+    out = chain(share, decoder, predict, fast=fast).sort_by("index")
+    end = out.slice(70)
+    assert end["key"].to_pylist() == end["status"].to_pylist() == [None]
+    same = out.slice(0, 70)
+    for name in set(expected.column_names) - {"score", "topk"}:
+        assert same[name].to_pylist() == expected[name].to_pylist(), name
+    failed = [row for row, status in enumerate(same["status"].to_pylist()) if status == "failed"]
+    assert failed == [3, 5, 11, 12, 64]
+    np.testing.assert_allclose(same["score"].drop_null().to_numpy(), expected["score"].drop_null().to_numpy(), rtol=0, atol=1e-5)
+    compared = [row for row, same in enumerate(out[SAME_LABEL].to_pylist()) if same is not None]
+    assert compared == ([0] if share and not shy else [])
+    # Of the 66 plain ones, of which the CPU's second look has found one broken.
+    assert decoder.seen == {1.0: 65, 0.5: 33, 0.0: 0}[share]
+
+
+def test_a_label_that_differs_is_counted(predict: Predict) -> None:
+    class Grey(Standing):
+        def __call__(self, encoded: pa.Array, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            pixels, vouched = super().__call__(encoded, sizes)
+            return np.full_like(pixels, 128), vouched
+
+    out = chain(1.0, Grey(), predict).sort_by("index")
+    assert out[SAME_LABEL].to_pylist()[0] is False
+
+
+def test_the_share_makes_both_sides_end_together() -> None:
+    split, decode, passing, gpu, model, actors = Split(12.0), 2.6e-3, 6e-5, 1.2e-4, 4e-5, 12.0
+    assert split.share({}) == 0.5
+    split.share({"gpu": (512, 512 * gpu), "model": (1024, 1024 * model)})
+    share = split.share({"pass": (1000, 1000 * passing), "decode": (500, 500 * decode)})
+    assert share * gpu + model == pytest.approx(((1 - share) * decode + passing) / actors)
+    assert split.share({"decode": (200_000, 200_000 * 1e-5)}) == 0  # what is long past is forgotten
+    assert split.share({"decode": (200_000, 200_000 * 1.0)}) == pytest.approx(1, abs=0.01)
+
+
+def test_a_batch_of_nothing_passes(predict: Predict) -> None:
+    preprocess = Preprocess(SMALL, max_pixels=MAX_PIXELS)
+    routed = Lanes(preprocess, SMALL, MAX_PIXELS, everything)(table([]))
+    assert GpuLane(Standing(), preprocess, predict, everything)(routed).num_rows == 0
+
+
+def test_the_strip_is_pillows() -> None:
+    assert SMALL.is_strip(2, 90)
+    assert not SMALL.is_strip(40, 30)
+    with Image.open(io.BytesIO(picture(1))) as image:
+        assert SMALL.placement(*image.size) == (48, 36, 8, 2)
