@@ -18,7 +18,7 @@ from pipeline.errors import ModelError
 from pipeline.job.arithmetic import engine_for
 from pipeline.spec import ModelSource, Output
 
-_TAKEN = frozenset({*rows.IMAGE.names, *rows.PREDICTION.names, "pixels", "exact"})
+_TAKEN = frozenset({*rows.IMAGE.names, *rows.PREDICTION.names, "pixels", "exact", "room"})
 _NONFINITE = "the model's scores of this image are not finite numbers"
 
 

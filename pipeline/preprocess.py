@@ -54,7 +54,8 @@ class Preprocess:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """rows.IMAGE and kept columns in; out the same without `bytes`, and with `pixels` (rows.pixels_array), `width`,
         `height` int32 of the upright image. All three are null where a row failed, failed before, or ends a unit (key null).
-        When fast, also `exact` large_binary: every 64th image as exact decoding has it, where that is not the same.
+        When fast, also `exact` large_binary: every 64th image as exact decoding has it, where that is not the same. When careful,
+        `room`, as many zeros where there are no pixels: a block is full by its bytes, and images that hang must fill one too.
         """
         pixels, done = np.empty((batch.num_rows, 3, self._size, self._size), dtype=np.uint8), 0
         sizes: list[tuple[int | None, int | None]] = [(None, None)] * batch.num_rows
@@ -76,6 +77,10 @@ class Preprocess:
             "width": pa.array([width for width, _ in sizes], pa.int32()),
             "height": pa.array([height for _, height in sizes], pa.int32()),
         }
+        if isinstance(self._prepare, CarefulDecoder):
+            columns["room"] = pa.array(
+                [bytes(pixels[0].nbytes) if width is None else None for width, _ in sizes], pa.large_binary()
+            )
         if self._exact is not None:
             columns["exact"] = pa.array(self._exactly(batch, pixels, sizes), pa.large_binary())
         return _with_columns(batch.drop_columns("bytes"), columns)

@@ -93,7 +93,7 @@ SAME_LABEL = "_same_label"
 COMPARED_EVERY = 64  # where decoding may differ, one image of so many is decoded both ways: 1.5 % of the work
 #: Columns of the way that a kept column cannot be named after.
 RESERVED = frozenset(
-    {*IMAGE.names, *PREDICTION.names, *TIMINGS.values(), SAME_LABEL, "pixels", "exact", "embedding", "probabilities"}
+    {*IMAGE.names, *PREDICTION.names, *TIMINGS.values(), SAME_LABEL, "pixels", "exact", "room", "embedding", "probabilities"}
 )
 
 
