@@ -1,17 +1,18 @@
 """Where is the limit on a machine with a GPU, and how near is the pipeline? All ceilings in one go, under 4 minutes on 16 cores.
 
-    .venv/bin/python tests/benchmarks/gpu.py [--photos FOLDER] [--sections model,engine,decode,nvjpeg,pipeline] [--seconds 2]
-                                             [--copies N] [--precision float16] [--device cpu]
+    .venv/bin/python tests/benchmarks/gpu.py [--photos FOLDER] [--sections model,engine,decode,nvjpeg,lane,pipeline] [--seconds 2]
+                                             [--lanes cpu,gpu,both] [--copies N] [--precision float16] [--device cpu]
 
 * model: ResNet-18 on crops that are on the device: the engine by precision and batch, its first batch of a new size, the same
   captured as a CUDA graph, and a half-precision network compiled. What wins here by far is what to build next.
 * engine: blocks of 891 crops in the host's memory → labels in it, as a predict actor sees them, and of crops on the device.
 * decode: photographs → crops in plain processes, on one core and on all.
 * nvjpeg: photographs → pixels, without the resize, where nvImageCodec is installed; how far these are from libjpeg's, and how
-  many of the damaged photographs that our decoder refuses come through: a lane that decodes these labels what has failed.
-* pipeline: `nightlabel run` on tars on the local disk, decoding on CPU actors, one GPU actor. Images for 12 s of the limit, or
-  `--copies` of the photographs. R / R_limit is its steady rate over the smallest ceiling that it can meet: decode on all cores,
-  or the engine; it needs these sections in the same run.
+  many of the damaged photographs that our decoder refuses come through.
+* lane: photographs → crops in the host's memory as the GPU's lane makes them, walked, decoded and resized, in one thread.
+* pipeline: `nightlabel run` on tars on the local disk for each of `--lanes`. Images for 12 s of the limit, or `--copies` of the
+  photographs. R / R_limit is its steady rate over the smallest ceiling that it can meet: the engine, or what decodes, which is
+  all cores, or nvJPEG's hardware, or the sum of both; it needs these sections in the same run.
 
 `--device cpu` rehearses all of it with small numbers. Writes tests/benchmarks/results/gpu.json, or gpu-cpu.json.
 """
@@ -27,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,11 @@ from result import write_result  # noqa: E402
 
 from pipeline.model.preprocessing import Preprocessing  # noqa: E402
 
-SECTIONS = ("model", "engine", "decode", "nvjpeg", "pipeline")
+SECTIONS = ("model", "engine", "decode", "nvjpeg", "lane", "pipeline")
+LANES = ("cpu", "gpu", "both")
 BLOCK = 891  # crops in a block of 128 MiB
 SHARD = 1000  # photographs of a tar, 50 to 110 MB
+HARDWARE = "decode: nvJPEG, hardware"
 STEADY_S = 12.0  # of the pipeline at the limit: 10 s and its ends
 
 
@@ -182,47 +186,80 @@ def shards(photos: Path, folder: Path, images: int) -> int:
     return copies * each
 
 
-def pipeline(bench: Bench, folder: Path, model: str, precision: str) -> None:
-    cores = len(os.sched_getaffinity(0))
-    predict = {"actors": 1, "cpus_per_actor": 1 if bench.cuda else 0.5, "batch_size": 512 if bench.cuda else 16}
-    resources = {
-        "read": {"tasks": max(1, cores // 8), "cpus_per_task": 0.1},
-        "preprocess": {"actors": max(1, cores - 2), "cpus_per_actor": 0.9 if bench.cuda else 0.5},
-        "predict": predict | ({"gpus_per_actor": 1} if bench.cuda else {}),
-        "object_store": "8GiB" if bench.cuda else "1GiB",
+def lane(bench: Bench, images: list[bytes]) -> None:
+    """The GPU's lane in one thread, on blocks of 512 and 1,024."""
+    import pyarrow as pa
+
+    from pipeline.engines.gpu_decode import GpuDecoder
+    from pipeline.lanes import plain
+
+    preprocessing = Preprocessing()
+    found = [(image, plain(memoryview(image), preprocessing, 10**8)) for image in images]
+    fit = [(image, size) for image, size in found if size is not None]
+    decoder, name = GpuDecoder(preprocessing), f"lane: {len(fit)} of {len(images)} are plain"
+    for count in (512, 1024):
+        many = list(itertools.islice(itertools.cycle(fit), count))
+        encoded, sizes = pa.array([image for image, _ in many], pa.large_binary()), np.array([size for _, size in many])
+        vouched = decoder(encoded, sizes)[1]
+        assert vouched.all(), f"{(~vouched).sum()} of {count} whole photographs are left to the CPU"
+        bench.measure(f"{name}, blocks of {count}", count, partial(decoder, encoded, sizes))
+
+
+def resources(bench: Bench, which: str) -> dict[str, Any]:
+    cores, cuda = len(os.sched_getaffinity(0)), bench.cuda
+    half = max(1, cores // 2)
+    reading, decoding, predicting = {"cpu": (cores // 8, cores - 2, 1), "gpu": (4, 4, 4), "both": (4, half + 2, 3)}[which]
+    predict: dict[str, Any] = {"actors": predicting, "cpus_per_actor": 1 if cuda else 0.5, "batch_size": 512 if cuda else 16}
+    return {
+        "read": {"tasks": max(1, reading), "cpus_per_task": 0.1},
+        "preprocess": {"actors": max(1, decoding), "cpus_per_actor": 0.9 if cuda else 0.5},
+        "predict": predict | ({"gpus_per_actor": round(1 / predicting, 2)} if cuda else {}),
+        "object_store": "16GiB" if cuda else "1GiB",
     }
+
+
+def pipeline(bench: Bench, folder: Path, model: str, precision: str, which: str) -> None:
+    name, ceiling = f"pipeline: {precision}, lane {which}", limit(bench, precision, which)
+    tars = sorted(map(str, (folder / "tars").glob("*.tar")))
     job = {
         "name": "gpu",
         "model": {"uri": model, "precision": precision, "engine": "torch"},
-        "input": {"uri": str(folder / "tars")},
-        "output": {"uri": str(folder / "out")},
-        "resources": resources,
+        "input": {"uri": tars[: int(STEADY_S * ceiling / SHARD) + 1] if ceiling else tars},
+        "output": {"uri": str(folder / f"out-{which}")},
+        "decode_lane": which,
+        "resources": resources(bench, which),
     }
     (folder / "job.yaml").write_text(json.dumps(job))
     receipt = ours(folder / "job.yaml")
-    bench.note(f"pipeline: {precision}", receipt["images_per_second"])
+    bench.note(name, receipt["images_per_second"])
     print(f"{'':44} {receipt['ok']:,} labelled, the first after {receipt['first_seconds']:.1f} of {receipt['seconds']:.1f} s")
-    if ceiling := limit(bench, precision):
-        bench.rates[f"pipeline: {precision}, of the limit"] = receipt["images_per_second"] / ceiling
+    seams = ", ".join(f"{seam} {1e3 * seconds / receipt['ok']:.3f}" for seam, seconds in receipt["seam_seconds"].items())
+    print(f"{'':44} ms an image: {seams}; {receipt['same_label']} of {receipt['compared']} labels the same", flush=True)
+    if ceiling:
+        bench.rates[f"{name}, of the limit"] = receipt["images_per_second"] / ceiling
         print(f"{'R / R_limit':44} {receipt['images_per_second'] / ceiling:12.2f} of {ceiling:,.0f} img/s", flush=True)
 
 
-def limit(bench: Bench, precision: str) -> float | None:
-    """The smaller of decode on all cores and the engine, where both were measured."""
+def limit(bench: Bench, precision: str, which: str) -> float | None:
+    """The smaller of the engine and what decodes, where both were measured."""
     fed = [rate for name, rate in bench.rates.items() if name.startswith(f"engine: {precision}") and "device" not in name]
-    return min(max(fed), bench.rates["decode: all cores"]) if fed and "decode: all cores" in bench.rates else None
+    parts = {"cpu": ["decode: all cores"], "gpu": [HARDWARE], "both": ["decode: all cores", HARDWARE]}[which]
+    if not fed or not all(part in bench.rates for part in parts):
+        return None
+    return min(max(fed), sum(bench.rates[part] for part in parts))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, default=DEFAULT_PHOTOS, help="a folder of WebDataset tars")
     parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--lanes", default=",".join(LANES), help="of the pipeline's runs; a CPU has just the first")
     parser.add_argument("--copies", type=int, default=None, help="every photograph so often in the pipeline's run")
     parser.add_argument("--precision", default=None, help="of the pipeline's run; float16, or bfloat16 on a CPU")
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     args = parser.parse_args()
-    args.sections = args.sections.split(",")
+    args.sections, args.lanes = args.sections.split(","), args.lanes.split(",") if args.device == "cuda" else ["cpu"]
     if unknown := set(args.sections) - set(SECTIONS):
         sys.exit(f"--sections: {', '.join(sorted(unknown))}; required: some of {','.join(SECTIONS)}")
     if not args.photos.is_dir():
@@ -250,13 +287,17 @@ def run(args: argparse.Namespace, bench: Bench, folder: Path) -> dict[str, Any]:
         bench.note("decode: all cores", on_cores(images, args.seconds, len(os.sched_getaffinity(0))))
     if "nvjpeg" in args.sections and bench.cuda:
         found["nvjpeg"] = on_gpu(bench.measure, images)
+    if "lane" in args.sections and bench.cuda:
+        lane(bench, images)
     if "pipeline" in args.sections:
         precision = args.precision or ("float16" if bench.cuda else "bfloat16")
-        wanted = int(STEADY_S * (limit(bench, precision) or 700.0 * len(os.sched_getaffinity(0))))
+        guess = 700.0 * len(os.sched_getaffinity(0))
+        wanted = int(STEADY_S * max(limit(bench, precision, which) or guess for which in args.lanes))
         if args.copies is not None:
             wanted = args.copies * len(photographs(args.photos))
         found["images"] = shards(args.photos, folder / "tars", wanted)
-        pipeline(bench, folder, model, precision)
+        for which in args.lanes:
+            pipeline(bench, folder, model, precision, which)
     return found
 
 
