@@ -23,6 +23,7 @@ import argparse
 import itertools
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -191,17 +192,24 @@ def lane(bench: Bench, images: list[bytes]) -> None:
     import pyarrow as pa
 
     from pipeline.engines.gpu_decode import GpuDecoder
+    from pipeline.errors import ModelError
     from pipeline.lanes import plain
 
     preprocessing = Preprocessing()
     found = [(image, plain(memoryview(image), preprocessing, 10**8)) for image in images]
     fit = [(image, size) for image, size in found if size is not None]
-    decoder, name = GpuDecoder(preprocessing), f"lane: {len(fit)} of {len(images)} are plain"
+    try:
+        decoder = GpuDecoder(preprocessing)
+    except ModelError as error:
+        print(f"{'lane':44} -  ({error})")
+        return
+    name = f"lane: {len(fit)} of {len(images)} are plain"
     for count in (512, 1024):
         many = list(itertools.islice(itertools.cycle(fit), count))
         encoded, sizes = pa.array([image for image, _ in many], pa.large_binary()), np.array([size for _, size in many])
-        vouched = decoder(encoded, sizes)[1]
-        assert vouched.all(), f"{(~vouched).sum()} of {count} whole photographs are left to the CPU"
+        left = count - int(decoder(encoded, sizes)[1].sum())
+        if left:
+            print(f"{'':44} {left} of {count} whole photographs are left to the CPU")
         bench.measure(f"{name}, blocks of {count}", count, partial(decoder, encoded, sizes))
 
 
@@ -230,7 +238,11 @@ def pipeline(bench: Bench, folder: Path, model: str, precision: str, which: str)
         "resources": resources(bench, which),
     }
     (folder / "job.yaml").write_text(json.dumps(job))
-    receipt = ours(folder / "job.yaml")
+    try:
+        receipt = ours(folder / "job.yaml")
+    except subprocess.CalledProcessError as error:
+        print(f"{name:44} -  (exit code {error.returncode})", flush=True)
+        return
     bench.note(name, receipt["images_per_second"])
     print(f"{'':44} {receipt['ok']:,} labelled, the first after {receipt['first_seconds']:.1f} of {receipt['seconds']:.1f} s")
     seams = ", ".join(f"{seam} {1e3 * seconds / receipt['ok']:.3f}" for seam, seconds in receipt["seam_seconds"].items())
