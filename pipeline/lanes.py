@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from threading import Lock
 from typing import Final, Protocol
 
 import numpy as np
@@ -119,32 +120,40 @@ class Lanes:
 
 class GpuLane:
     """The predict stage of a job with a GPU lane: what comes encoded is decoded by `decoder`, or by `preprocess` where that does
-    not vouch for it, and `predict` labels it all."""
+    not vouch for it, and `predict` labels it all. For several threads: one decodes a block while another labels the one before.
+    """
 
     def __init__(self, decoder: Decoder, preprocess: Stage, predict: Stage, share: Share) -> None:
         self.decoder, self.preprocess, self.predict, self.share = decoder, preprocess, predict, share
+        self._decoding, self._labelling = Lock(), Lock()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """What `predict` makes of what `Lanes` puts out."""
-        since = time.perf_counter()
-        encoded = pc.is_valid(batch["bytes"])
-        waiting, tables = batch.filter(encoded), [batch.filter(pc.invert(encoded)).drop_columns("bytes")]
+        encoded, told = pc.is_valid(batch["bytes"]), Told()
+        rows = batch.drop_columns("bytes")
+        tables, waiting = [rows.filter(pc.invert(encoded))], rows.filter(encoded)
         if waiting.num_rows:
-            tables += self._decoded(waiting)
-        decoded = time.perf_counter()
-        out = self.predict(pa.concat_tables(tables))
-        model = time.perf_counter() - decoded
-        self.share({"gpu": (waiting.num_rows, decoded - since), "model": (batch.num_rows, model)})
+            data = batch["bytes"].drop_null().combine_chunks()
+            with self._decoding:
+                since = time.perf_counter()
+                tables += self._decoded(waiting, data)
+                told["gpu"] = waiting.num_rows, time.perf_counter() - since
+        with self._labelling:
+            out = self.predict(pa.concat_tables(tables))
+        self.share(told)
         return out
 
-    def _decoded(self, waiting: pa.Table) -> list[pa.Table]:
+    def _decoded(self, waiting: pa.Table, data: pa.LargeBinaryArray) -> list[pa.Table]:
         sizes = np.stack([waiting[name].to_numpy() for name in ("width", "height")], axis=1).astype(np.int64)
-        pixels, vouched = self.decoder(waiting["bytes"].combine_chunks(), sizes)
-        done = waiting.filter(pa.array(vouched)).drop_columns("bytes")
+        pixels, vouched = self.decoder(data, sizes)
+        done = waiting.filter(pa.array(vouched))
         place = done.schema.get_field_index("pixels")
         done = done.set_column(place, "pixels", pixels_array(pixels, np.ones(len(pixels), bool)))
-        rest = waiting.filter(pa.array(~vouched)).drop_columns(["pixels", "width", "height", "exact"])
-        return [done, _completed(self.preprocess(rest), done.schema)] if rest.num_rows else [done]
+        if vouched.all():
+            return [done]
+        doubted = pa.array(~vouched)
+        rest = waiting.drop_columns(["pixels", "width", "height", "exact"]).append_column("bytes", data).filter(doubted)
+        return [done, _completed(self.preprocess(rest), done.schema)]
 
 
 def _completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -175,9 +184,10 @@ class Split:
             fade = 0.5 ** (images / _MEMORY)
             self._images[kind] = self._images[kind] * fade + images
             self._seconds[kind] = self._seconds[kind] * fade + seconds
-        if not all(self._images[kind] for kind in ("pass", "decode", "gpu", "model")):
+        if not all(self._images[kind] for kind in ("pass", "decode", "gpu")):
             return _START
-        passing, decode, gpu, model = (self._seconds[kind] / self._images[kind] for kind in ("pass", "decode", "gpu", "model"))
-        # An actor of predict has share × gpu + model for an image, its actors of preprocess (1 - share) × decode + passing.
-        share = ((decode + passing) / self._actors - model) / (gpu + decode / self._actors)
+        passing, decode, gpu = (self._seconds[kind] / self._images[kind] for kind in ("pass", "decode", "gpu"))
+        # An actor of predict has share × gpu for an image, and model beside it for another; its actors of preprocess have
+        # (1 - share) × decode + passing. With these the share is right, or the model is what takes longest.
+        share = (decode + passing) / (self._actors * gpu + decode)
         return min(1.0, max(0.0, share))

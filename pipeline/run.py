@@ -40,6 +40,7 @@ _LEAVE_S = 30.0  # for Ray to kill the workers of a pass
 STALL_S = 600.0  # no block for so long means a hung pool (ray#62746); a 128 MiB block takes 50 s at 18 img/s
 _CAREFUL_BYTES = 2**14  # of encoded images, one photograph or 8 thumbnails, where preprocess has no blocks of its own
 _CAREFUL_ROWS = 8  # of a block in careful mode: hanging images come through by and by, so that the watch sees the pass live
+_CALLS = 3  # of an actor with a GPU lane: a block is fetched, one decoded and one labelled at the same time
 _ACTOR: dict[str, Any] = {"max_restarts": 2, "max_task_retries": 1}  # Ray's default is to retry for ever, a poison image with it
 _BLOCKS: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}  # a stage gets blocks as they are
 
@@ -73,11 +74,14 @@ def chain(
             dataset = dataset.map_batches(_Timed, fn_constructor_args=([decoding], rows), **_BLOCKS, **_actors(preprocess))
         stages = ([labelling], None) if preprocess.size else ([decoding, labelling], rows)
         blocks = _BLOCKS | {"batch_size": rows} if predict.gpus else _BLOCKS  # Ray wants a number where a GPU is asked for
-        return dataset.map_batches(_Timed, fn_constructor_args=stages, **blocks, **_actors(predict))
+        calls = _CALLS if share else 1
+        return dataset.map_batches(_Timed, fn_constructor_args=stages, **blocks, **_actors(predict, calls))
 
 
-def _actors(pool: Pool) -> dict[str, Any]:
-    return {"zero_copy_batch": True, "compute": ActorPoolStrategy(size=pool.size), **pool.options, **_ACTOR}
+def _actors(pool: Pool, calls: int = 1) -> dict[str, Any]:
+    """`calls` at a time, side by side, in threads of an actor."""
+    threads: dict[str, Any] = {"max_concurrent_calls_per_actor": calls, "enable_true_multi_threading": True} if calls > 1 else {}
+    return {"zero_copy_batch": True, "compute": ActorPoolStrategy(size=pool.size, **threads), **pool.options, **_ACTOR}
 
 
 def _item(unit: Unit, only: Only | None = None) -> dict[str, str]:

@@ -58,6 +58,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return library
 
 
+def verdict(built: ctypes.CDLL, data: bytes) -> int:
+    return built.verdict(data + bytes(8), len(data))  # whole words are read
+
+
 def is_decoded(data: bytes) -> bool:
     try:
         decode(data, max_pixels=MAX_PIXELS)
@@ -110,7 +114,7 @@ def photographs() -> list[bytes]:
 
 
 def test_whole_files_are_sound(built: ctypes.CDLL) -> None:
-    assert [built.verdict(data, len(data)) for data in photographs()] == [0] * 30
+    assert [verdict(built, data) for data in photographs()] == [0] * 30
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -120,7 +124,7 @@ def test_sound_is_what_the_decoder_finds_whole(built: ctypes.CDLL, kind: str) ->
         broken = DAMAGE[kind](data, rng)
         if not is_decoded(broken):
             refused += 1
-            assert built.verdict(broken, len(broken)) != 0, broken
+            assert verdict(built, broken) != 0, broken
     assert refused or kind == "a bit"
 
 
@@ -128,7 +132,7 @@ def test_what_is_not_plain_is_odd(built: ctypes.CDLL) -> None:
     image = Image.fromarray(noise(40, 30))
     grey, inks = image.convert("L"), image.convert("CMYK")
     for data in (encode(image, "JPEG", progressive=True), encode(grey, "JPEG"), encode(inks, "JPEG"), encode(image), b"\xff\xd8"):
-        assert built.verdict(data, len(data)) == 1
+        assert verdict(built, data) == 1
         assert plain(memoryview(data), Preprocessing(), MAX_PIXELS) is None
 
 
@@ -137,9 +141,7 @@ def test_the_corpora(built: ctypes.CDLL, shared_data: Path) -> None:
     for path in sorted((shared_data / "photos").glob("*.tar")) + sorted((shared_data / "bad_images").glob("*.tar.xz")):
         with tarfile.open(path) as tar:
             images += [tar.extractfile(member).read() for member in tar if member.isfile()]
-    sound = [
-        data for data in images if plain(memoryview(data), Preprocessing(), MAX_PIXELS) and built.verdict(data, len(data)) == 0
-    ]
+    sound = [data for data in images if plain(memoryview(data), Preprocessing(), MAX_PIXELS) and verdict(built, data) == 0]
     assert len(sound) > 350
     assert all(map(is_decoded, sound))
 

@@ -275,6 +275,29 @@ def test_a_poison_image_costs_one_row(tmp_path, model, on_ray, monkeypatch, deco
     assert receipt.passes == 3, "two as they come, one in careful mode"
 
 
+@pytest.mark.parametrize("lane", ["both", "gpu"])
+def test_images_that_take_two_lanes_are_rows_once(tmp_path, model, on_ray, monkeypatch, lane):
+    import standing
+
+    keys = write_tars(tmp_path / "in", shards=3, images=70)
+    odd = {"cut.jpg": picture(1)[:-40] + b"\xff\xd9", "no.jpg": b"no image", "other.png": picture(2, kind="PNG")}
+    (tmp_path / "in/odd.tar").write_bytes(tar_bytes(odd))
+    one = label(job(tmp_path / "in", model, tmp_path / "one"))
+    monkeypatch.setattr(run, "make_predict", standing.make_predict)
+    both = job(tmp_path / "in", model, tmp_path / "out", resources=APART).model_copy(update={"decode_lane": lane})
+    receipt = label(both)  # no GPU is asked for, which a job file cannot say
+    assert (receipt.exit_code, receipt.rows_in, receipt.ok, receipt.passes) == (0, 213, 211, 1)
+    assert (receipt.failures, receipt.lane) == (one.failures, lane)
+    rows, expected = (table(where).sort_by("key") for where in (receipt.where, one.where))
+    assert sorted(rows["key"].to_pylist()) == sorted([*keys, "cut", "no", "other"])
+    for name in ("label", "error_class", "error", "width", "height"):
+        assert rows[name].equals(expected[name]), name
+    assert receipt.compared == receipt.same_label
+    assert receipt.compared if lane == "gpu" else True
+    manifest = json.loads(Path(receipt.where, "runs/000001/manifest.json").read_bytes())
+    assert manifest["decode"] == {"mode": "exact", "lane": lane, "compared": receipt.compared, "same_label": receipt.compared}
+
+
 def test_an_image_that_hangs_costs_one_row(tmp_path, model, on_ray, monkeypatch):
     import poison
 

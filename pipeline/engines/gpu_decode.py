@@ -9,6 +9,7 @@ left to the CPU, which says what is wrong with it, if anything is.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +26,8 @@ SOUND: Final = 0
 
 
 class GpuDecoder:
-    """A callable on encoded JPEGs. Raises ModelError where a library or the chip's JPEG engine is missing."""
+    """A callable on encoded JPEGs, for one thread at a time. Raises ModelError where a library or the chip's JPEG engine is
+    missing."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         try:
@@ -46,7 +48,7 @@ class GpuDecoder:
         self._wanted = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
         kernels = cupy.RawModule(code=(Path(__file__).with_name("jpeg.cu")).read_text())
         self._judge, self._rows, self._columns = map(kernels.get_function, ("judge_all", "resize_rows", "resize_columns"))
-        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._walking, self._stream = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
 
     def __call__(self, encoded: pa.LargeBinaryArray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(pixels uint8 [K, 3, S, S], which of the images these are, bool [N]) of N JPEGs of int64 [N, 2] width and height, as
@@ -61,32 +63,31 @@ class GpuDecoder:
         starts = np.frombuffer(encoded.buffers()[1], np.int64, len(encoded) + 1, 8 * encoded.offset)
         data = np.frombuffer(encoded.buffers()[2], np.uint8)[starts[0] : starts[-1]]
         places = starts - starts[0]
+        with self._walking:  # beside the decoding
+            there, verdicts = cupy.empty(len(data) + 8, np.uint8), cupy.full(len(encoded), 255, np.uint8)  # whole words are read
+            there[: len(data)].set(data)
+            self._judge((len(encoded),), (32,), (there, cupy.asarray(places), verdicts))
+        files = [codec.CodeStream(data[at:end]) for at, end in pairwise(places.tolist())]
+        images = self._decoder.decode(files, params=self._wanted, cuda_stream=self._stream.ptr)
+        ok = verdicts.get(stream=self._walking) == SOUND
+        shapes = [None if image is None else tuple(image.shape) for image in images]
+        ok &= [shape == (height, width, 3) for shape, (width, height) in zip(shapes, sizes.tolist(), strict=True)]
+        kept = np.flatnonzero(ok)
         with self._stream:
-            verdicts = cupy.full(len(encoded), 255, np.uint8)
-            self._judge((len(encoded),), (32,), (cupy.asarray(data), cupy.asarray(places), verdicts))
-            files = [codec.CodeStream(data[at:end]) for at, end in zip(places[:-1].tolist(), places[1:].tolist(), strict=True)]
-            images = self._decoder.decode(files, params=self._wanted, cuda_stream=self._stream.ptr)
-            ok = verdicts.get() == SOUND
-            shapes = [None if image is None else tuple(image.shape) for image in images]
-            ok &= [shape == (height, width, 3) for shape, (width, height) in zip(shapes, sizes.tolist(), strict=True)]
-            kept = np.flatnonzero(ok)
             return self._resized([images[row] for row in kept.tolist()], sizes[kept]), ok
 
     def _resized(self, images: list[Any], sizes: np.ndarray) -> np.ndarray:
         cupy, size = self._cupy, self.preprocessing.size
+        pixels: np.ndarray = self._pinned((len(images), 3, size, size), np.uint8)
         if not images:
-            return np.empty((0, 3, size, size), np.uint8)
+            return pixels
         addresses = [image.__cuda_array_interface__["data"][0] for image in images]
         plan, axes, needed = plan_resize(addresses, sizes, self.preprocessing)
-        out = cupy.empty((len(images), 3, size, size), np.uint8)
-        middle, plan_there, axes_there = cupy.empty(needed, np.uint8), cupy.asarray(plan), cupy.asarray(axes)
-        for kernel, buffers, items in (
-            (self._rows, (middle,), int(plan[:, 3].max()) * size),
-            (self._columns, (middle, out), size * size),
-        ):
-            blocks = -(-items // _THREADS)
-            kernel((blocks, len(images)), (_THREADS,), (plan_there, axes_there, *buffers, np.int32(size)))
-        pixels: np.ndarray = self._pinned(out.shape, np.uint8)
+        out, middle = cupy.empty(pixels.shape, np.uint8), cupy.empty(needed, np.uint8)
+        plan_there, axes_there, rows = cupy.asarray(plan), cupy.asarray(axes), int(plan[:, 3].max())
+        for kernel, buffers, items in ((self._rows, (middle,), rows * size), (self._columns, (middle, out), size * size)):
+            grid = (-(-items // _THREADS), len(images))
+            kernel(grid, (_THREADS,), (plan_there, axes_there, *buffers, np.int32(size)))
         out.get(out=pixels)  # waits for all of it, so what nvJPEG decoded into may go
         return pixels
 
@@ -94,26 +95,23 @@ class GpuDecoder:
 def plan_resize(addresses: list[int], sizes: np.ndarray, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray, int]:
     """What `jpeg.cu` wants to know: `images` int64 [N, 7], `axes` int32, and the bytes of `middle`. The images lie at
     `addresses`, uint8 [height, width, 3] without gaps."""
-    size, tables, places = preprocessing.size, list[np.ndarray](), dict[tuple[int, ...], int]()
-    plan = np.zeros((len(addresses), 7), np.int64)
-    needed = end = 0
-
-    def place(*line: int) -> int:
-        nonlocal end
-        if line not in places:
-            tables.append(axis(*line, size, preprocessing.resample))
-            places[line] = end
-            end += len(tables[-1])
-        return places[line]
-
-    for row, (address, (width, height)) in enumerate(zip(addresses, sizes.tolist(), strict=True)):
+    size, tables, places, end = preprocessing.size, list[np.ndarray](), dict[tuple[int, ...], int](), 0
+    kinds, which = np.unique(sizes, axis=0, return_inverse=True)
+    plan = np.zeros((len(kinds), 7), np.int64)
+    for kind, (width, height) in enumerate(kinds.tolist()):  # of a thousand photographs, some 200
         new_width, new_height, left, top = preprocessing.placement(width, height)
-        across, down = place(width, new_width, left), place(height, new_height, top)
+        for line in ((width, new_width, left), (height, new_height, top)):
+            if line not in places:
+                tables.append(axis(*line, size, preprocessing.resample))
+                places[line], end = end, end + len(tables[-1])
         steps = axis(height, new_height, top, size, preprocessing.resample)[2 : 2 + 2 * size]
         first, rows = int(steps[0]), int((steps[0::2] + steps[1::2]).max() - steps[0])
-        plan[row] = address, 3 * width, first, rows, needed, across, down
-        needed += 3 * rows * size
-    return plan, np.concatenate(tables), needed
+        plan[kind, 1:] = 3 * width, first, rows, 0, places[width, new_width, left], places[height, new_height, top]
+    plan = plan[which.reshape(-1)]
+    plan[:, 0] = addresses
+    ends = np.cumsum(3 * size * plan[:, 3])
+    plan[1:, 4] = ends[:-1]
+    return plan, np.concatenate(tables), int(ends[-1])
 
 
 @lru_cache(4096)

@@ -1,8 +1,7 @@
 // What the GPU lane does by itself, beside nvJPEG: say whether a JPEG is whole, and resize what nvJPEG has decoded.
 //
 // nvJPEG fills the holes of a damaged file and says nothing (LOG.md), so every entropy-coded segment is walked here, one thread an
-// image: Huffman codes are decoded and counted, nothing is transformed. A thread takes some 10 ms for a photograph of 110 kB, so do
-// thousands of them side by side. What is not plain and whole is the CPU's to judge: a verdict other than SOUND costs time only,
+// image: Huffman codes are decoded and counted, nothing is transformed. That is slow, and thousands of them go side by side. What is not plain and whole is the CPU's to judge: a verdict other than SOUND costs time only,
 // and SOUND must mean that libjpeg-turbo would find every block and no complaint.
 //
 // Written in C that a C++ compiler also takes, without CUDA, for the tests.
@@ -11,9 +10,12 @@
 #define __device__
 #define __global__
 #define __shared__
+#define __forceinline__ inline
 struct Place { int x, y; };
 static Place blockIdx, blockDim = {1, 1}, threadIdx, gridDim = {1, 1};
 #endif
+
+#define INLINE __device__ __forceinline__
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -23,7 +25,7 @@ typedef long long i64;
 
 enum Verdict { SOUND = 0, ODD = 1, CUT = 2, BAD_CODE = 3, LEFT_OVER = 4, BAD_RESTART = 5 };
 
-#define LOOK 9  // bits that one look-up sees; longer codes are 1 to 2 % of the symbols
+#define LOOK 10  // bits that one look-up sees; longer codes are 1 % of the symbols
 
 struct Huffman {
     u16 look[1 << LOOK];  // length << 8 | symbol; 0 where the code is longer, or is none
@@ -42,8 +44,17 @@ struct Stream {
     int beyond;  // of these, zeros that stand for bits after the end of the data
 };
 
-static __device__ void fill(Stream *s) {
-    while (s->have <= 48) {
+// Four bytes from anywhere, the first one highest. Reads whole words: up to three bytes before and after them.
+static INLINE u32 word(const u8 *at) {
+    const u32 *words = (const u32 *)((u64)at & ~3ull);
+    int shift = 8 * ((u64)at & 3);
+    u32 raw = shift ? words[0] >> shift | words[1] << (32 - shift) : words[0];
+    return raw << 24 | (raw << 8 & 0xFF0000) | (raw >> 8 & 0xFF00) | raw >> 24;
+}
+
+// More bits where one of the next bytes is no plain one: stuffed, a marker, or after the end.
+static __device__ void fill_slowly(Stream *s) {
+    while (s->have <= 32) {
         u64 byte = 0;
         if (s->at >= s->end) {
             s->beyond += 8;
@@ -58,27 +69,37 @@ static __device__ void fill(Stream *s) {
     }
 }
 
-static __device__ void skip(Stream *s, int count) {
-    s->bits <<= count;
-    s->have -= count;
-}
-
-// The next symbol, or -1 for a code that there is not.
-static __device__ int symbol(Stream *s, const Huffman *table) {
-    if (s->have < 32) fill(s);
-    u32 entry = table->look[s->bits >> (64 - LOOK)];
-    if (entry) {
-        skip(s, entry >> 8);
-        return entry & 255;
-    }
-    for (int length = LOOK + 1; length <= 16; length++) {
-        int code = (int)(s->bits >> (64 - length));
-        if (code <= table->most[length]) {
-            skip(s, length);
-            return table->symbols[(code + table->shift[length]) & 255];
+static INLINE void fill(Stream *s) {
+    if (s->at + 4 <= s->end) {
+        u32 next = word(s->at);
+        if (!((~next - 0x01010101u) & next & 0x80808080u)) {  // no byte is 255
+            s->bits |= (u64)next << (32 - s->have);
+            s->have += 32;
+            s->at += 4;
+            return;
         }
     }
+    Stream copy = *s;  // so that this one can stay in registers
+    fill_slowly(&copy);
+    *s = copy;
+}
+
+// The next symbol, with the length of its code << 8, which is still to be skipped; or -1 for a code that there is not. 32 bits are
+// there then, enough for it and for the value behind it.
+static INLINE int symbol(Stream *s, const Huffman *table) {
+    if (s->have < 32) fill(s);
+    u32 entry = table->look[s->bits >> (64 - LOOK)];
+    if (entry) return (int)entry;
+    for (int length = LOOK + 1; length <= 16; length++) {
+        int code = (int)(s->bits >> (64 - length));
+        if (code <= table->most[length]) return length << 8 | table->symbols[(code + table->shift[length]) & 255];
+    }
     return -1;
+}
+
+static INLINE void skip(Stream *s, int count) {
+    s->bits <<= count;
+    s->have -= count;
 }
 
 // One table of a DHT segment, of symbols up to `greatest`; the bytes it takes, or 0 for a broken one.
@@ -110,26 +131,21 @@ static __device__ int make_table(Huffman *table, const u8 *counts, i64 left, int
 }
 
 // One 8 × 8 block: 0, or the verdict.
-static __device__ int walk_block(Stream *s, const Huffman *dc, const Huffman *ac) {
-    int size = symbol(s, dc);
-    if (size < 0 || size > 11) return BAD_CODE;
-    skip(s, size);
+static INLINE int walk_block(Stream *s, const Huffman *dc, const Huffman *ac) {
+    int found = symbol(s, dc);
+    if (found < 0 || (found & 255) > 11) return BAD_CODE;
+    skip(s, (found >> 8) + (found & 255));
     for (int k = 1; k < 64; k++) {
-        int both = symbol(s, ac);
-        if (both < 0) return BAD_CODE;
-        size = both & 15;
-        if (size) {
-            k += both >> 4;
-            if (k > 63 || size > 10) return BAD_CODE;
-            skip(s, size);
-        } else if (both == 0xF0) {
-            k += 15;
-            if (k > 63) return BAD_CODE;
-        } else if (both == 0) {
+        found = symbol(s, ac);
+        if (found < 0) return BAD_CODE;
+        int size = found & 15, run = found >> 4 & 15;
+        skip(s, (found >> 8) + size);
+        if (size == 0 && run != 15) {
+            if (run) return BAD_CODE;
             break;
-        } else {
-            return BAD_CODE;
         }
+        k += run;
+        if (k > 63 || size > 10) return BAD_CODE;
     }
     return 0;
 }
@@ -146,7 +162,7 @@ static __device__ int marker_after(Stream *s) {
     return marker;
 }
 
-static __device__ int walk_scan(Stream *s, const Huffman *tables, const Component *parts, i64 units, int restart) {
+static INLINE int walk_scan(Stream *s, const Huffman *tables, const Component *parts, i64 units, int restart) {
     int next = 0;
     for (i64 unit = 0; unit < units; unit++) {
         if (restart && unit && unit % restart == 0) {
@@ -164,7 +180,7 @@ static __device__ int walk_scan(Stream *s, const Huffman *tables, const Componen
 }
 
 // The verdict on one file: SOUND for a sequential Huffman JPEG of three components in one scan that is whole to its last bit.
-static __device__ int judge(const u8 *data, i64 size, Huffman *tables) {
+static INLINE int judge(const u8 *data, i64 size, Huffman *tables) {
     Component parts[3];
     int width = 0, height = 0, restart = 0, quantizers = 0;
     i64 at = 2;
