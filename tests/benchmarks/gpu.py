@@ -23,6 +23,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,11 +56,12 @@ STEADY_S = 12.0  # of the pipeline at the limit: 10 s and its ends
 
 @dataclass
 class Bench:
-    """`rates` by name, images a second; `seconds` of each, after a warm-up."""
+    """`rates` by name, images a second; `seconds` of each, after a warm-up. `found`: what else there is to say."""
 
     device: torch.device
     seconds: float
     rates: dict[str, float] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
 
     @property
     def cuda(self) -> bool:
@@ -188,7 +190,7 @@ def shards(photos: Path, folder: Path, images: int) -> int:
 
 
 def lane(bench: Bench, images: list[bytes]) -> None:
-    """The GPU's lane in one thread, on blocks of 512 and 1,024."""
+    """The GPU's lane in one thread, on blocks of 512 and 891."""
     import pyarrow as pa
 
     from pipeline.engines.gpu_decode import GpuDecoder
@@ -204,7 +206,7 @@ def lane(bench: Bench, images: list[bytes]) -> None:
         print(f"{'lane':44} -  ({error})")
         return
     name = f"lane: {len(fit)} of {len(images)} are plain"
-    for count in (512, 1024):
+    for count in (512, BLOCK):
         many = list(itertools.islice(itertools.cycle(fit), count))
         encoded, sizes = pa.array([image for image, _ in many], pa.large_binary()), np.array([size for _, size in many])
         left = count - int(decoder(encoded, sizes)[1].sum())
@@ -216,12 +218,13 @@ def lane(bench: Bench, images: list[bytes]) -> None:
 def resources(bench: Bench, which: str) -> dict[str, Any]:
     cores, cuda = len(os.sched_getaffinity(0)), bench.cuda
     half = max(1, cores // 2)
-    reading, decoding, predicting = {"cpu": (cores // 8, cores - 2, 1), "gpu": (4, 4, 4), "both": (4, half + 2, 3)}[which]
-    predict: dict[str, Any] = {"actors": predicting, "cpus_per_actor": 1 if cuda else 0.5, "batch_size": 512 if cuda else 16}
+    reading, decoding = {"cpu": (cores // 8, cores - 2), "gpu": (4, half - 2), "both": (4, half + 2)}[which]
+    batch = 896 if which != "cpu" else 512  # nvJPEG likes large ones; a block holds 891 crops
+    predict: dict[str, Any] = {"actors": 1, "cpus_per_actor": 1 if cuda else 0.5, "batch_size": batch if cuda else 16}
     return {
         "read": {"tasks": max(1, reading), "cpus_per_task": 0.1},
         "preprocess": {"actors": max(1, decoding), "cpus_per_actor": 0.9 if cuda else 0.5},
-        "predict": predict | ({"gpus_per_actor": round(1 / predicting, 2)} if cuda else {}),
+        "predict": predict | ({"gpus_per_actor": 1} if cuda else {}),
         "object_store": "16GiB" if cuda else "1GiB",
     }
 
@@ -281,13 +284,13 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace, bench: Bench, folder: Path) -> dict[str, Any]:
-    """The sections asked for, in order; what they found beside rates."""
+def run(args: argparse.Namespace, bench: Bench, folder: Path) -> None:
+    """The sections asked for, in order."""
     from models import make_artifact
 
     from pipeline.artifact import load_artifact
 
-    images, found = photographs(args.photos, 200), dict[str, Any]()
+    images = photographs(args.photos, 200)
     if {"model", "engine", "pipeline"} & set(args.sections):
         model = make_artifact(folder, images[:50], preprocessing=Preprocessing())
     if "model" in args.sections:
@@ -298,7 +301,7 @@ def run(args: argparse.Namespace, bench: Bench, folder: Path) -> dict[str, Any]:
         bench.note("decode: one core", on_cores(images, args.seconds, 1))
         bench.note("decode: all cores", on_cores(images, args.seconds, len(os.sched_getaffinity(0))))
     if "nvjpeg" in args.sections and bench.cuda:
-        found["nvjpeg"] = on_gpu(bench.measure, images)
+        bench.found["nvjpeg"] = on_gpu(bench.measure, images)
     if "lane" in args.sections and bench.cuda:
         lane(bench, images)
     if "pipeline" in args.sections:
@@ -307,21 +310,23 @@ def run(args: argparse.Namespace, bench: Bench, folder: Path) -> dict[str, Any]:
         wanted = int(STEADY_S * max(limit(bench, precision, which) or guess for which in args.lanes))
         if args.copies is not None:
             wanted = args.copies * len(photographs(args.photos))
-        found["images"] = shards(args.photos, folder / "tars", wanted)
+        bench.found["images"] = shards(args.photos, folder / "tars", wanted)
         for which in args.lanes:
             pipeline(bench, folder, model, precision, which)
-    return found
 
 
 def main() -> None:
     args = parse()
     bench = Bench(torch.device(args.device), args.seconds)
-    with tempfile.TemporaryDirectory() as name:
-        found = run(args, bench, Path(name))
     where = torch.cuda.get_device_name() if bench.cuda else "cpu"
     told = {"device": where, "cores": len(os.sched_getaffinity(0)), "versions": {"torch": torch.__version__}}
     told["versions"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    write_result("gpu" if bench.cuda else "gpu-cpu", {**told, "rates": bench.rates, **found})
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            run(args, bench, Path(name))
+    finally:  # whatever ends it: what was measured stays
+        write_result("gpu" if bench.cuda else "gpu-cpu", {**told, "rates": bench.rates, **bench.found})
 
 
 if __name__ == "__main__":
