@@ -1,6 +1,7 @@
 """Two lanes of decoding: the CPUs of the preprocess actors, and the GPU. Which image takes which, and in what proportion.
 
-Only plain JPEGs may take the GPU's lane: three components, sequential, upright, of a usual subsampling, that end where they say.
+Only plain JPEGs may take the GPU's lane: three components, sequential, upright, of a usual subsampling and length, whole to the
+eye.
 They pass the preprocess actor encoded, and `GpuLane` decodes them beside the model. One of 64 is decoded by both, for `Predict`
 to compare the labels. What the GPU will not vouch for is decoded on the CPU after all, so a failure has the same class and words
 in both lanes.
@@ -30,6 +31,7 @@ Share = Callable[[Told], float]
 
 _START: Final = 0.5  # of the plain JPEGs, before anything is measured
 _MEMORY: Final = 5_000.0  # images after which a measurement counts half as much
+_LONGEST: Final = 2**20  # bytes: the walk takes 0.2 s for so many, and a block waits for its longest
 _SOF: Final = (0xC0, 0xC1)  # sequential, Huffman
 _SKIPPED: Final = frozenset({0xC4, 0xDB, 0xDD, 0xEE, 0xFE, *range(0xE0, 0xF0)})
 _SAMPLINGS: Final = ((1, 1), (2, 1), (2, 2), (1, 2))  # of the first component; the others are 1 × 1
@@ -44,7 +46,7 @@ class Decoder(Protocol):
 def plain(data: memoryview, preprocessing: Preprocessing, max_pixels: int) -> tuple[int, int] | None:
     """Width and height of a JPEG that the GPU's lane may take, told from its header and its last bytes; None for any other."""
     data = data.cast("B")
-    if bytes(data[:2]) != b"\xff\xd8" or bytes(data[-2:]) != b"\xff\xd9":
+    if len(data) > _LONGEST or bytes(data[:2]) != b"\xff\xd8" or bytes(data[-2:]) != b"\xff\xd9":
         return None
     at, size = 2, None
     while at + 16 < len(data) and data[at] == 0xFF:
@@ -120,12 +122,11 @@ class Lanes:
 
 class GpuLane:
     """The predict stage of a job with a GPU lane: what comes encoded is decoded by `decoder`, or by `preprocess` where that does
-    not vouch for it, and `predict` labels it all. For several threads: one decodes a block while another labels the one before.
-    """
+    not vouch for it, and `predict` labels it all. For several threads: while one labels a block others decode the next."""
 
     def __init__(self, decoder: Decoder, preprocess: Stage, predict: Stage, share: Share) -> None:
         self.decoder, self.preprocess, self.predict, self.share = decoder, preprocess, predict, share
-        self._decoding, self._labelling = Lock(), Lock()
+        self._labelling, self._decoded_at = Lock(), 0.0
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """What `predict` makes of what `Lanes` puts out."""
@@ -134,10 +135,11 @@ class GpuLane:
         tables, waiting = [rows.filter(pc.invert(encoded))], rows.filter(encoded)
         if waiting.num_rows:
             data = batch["bytes"].drop_null().combine_chunks()
-            with self._decoding:
-                since = time.perf_counter()
-                tables += self._decoded(waiting, data)
-                told["gpu"] = waiting.num_rows, time.perf_counter() - since
+            since = time.perf_counter()
+            tables += self._decoded(waiting, data)
+            now = time.perf_counter()
+            told["gpu"] = waiting.num_rows, now - max(since, self._decoded_at)  # without the time that it waited for others
+            self._decoded_at = now
         with self._labelling:
             out = self.predict(pa.concat_tables(tables))
         self.share(told)

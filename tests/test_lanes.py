@@ -43,6 +43,7 @@ def turned() -> bytes:
         (encode(Image.fromarray(noise(40, 30))), None),
         (encode(Image.fromarray(noise(2, 90)), "JPEG"), None),  # a strip
         (encode(Image.fromarray(noise(4000, 2600)), "JPEG", quality=1), None),  # over max_pixels
+        (encode(Image.fromarray(noise(900, 800)), "JPEG", quality=100, subsampling=0), None),  # over 1 MiB
         (turned(), None),
         (picture(1)[:-2], None),
         (picture(1) + b"\0", None),

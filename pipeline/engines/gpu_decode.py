@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock, local
 from typing import Any, Final
 
 import numpy as np
@@ -26,7 +27,7 @@ SOUND: Final = 0
 
 
 class GpuDecoder:
-    """A callable on encoded JPEGs, for one thread at a time. Raises ModelError where a library or the chip's JPEG engine is
+    """A callable on encoded JPEGs, for any number of threads. Raises ModelError where a library or the chip's JPEG engine is
     missing."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
@@ -48,7 +49,7 @@ class GpuDecoder:
         self._wanted = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
         kernels = cupy.RawModule(code=(Path(__file__).with_name("jpeg.cu")).read_text())
         self._judge, self._rows, self._columns = map(kernels.get_function, ("judge_all", "resize_rows", "resize_columns"))
-        self._walking, self._stream = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+        self._stream, self._threads, self._decoding = cupy.cuda.Stream(non_blocking=True), local(), Lock()
 
     def __call__(self, encoded: pa.LargeBinaryArray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(pixels uint8 [K, 3, S, S], which of the images these are, bool [N]) of N JPEGs of int64 [N, 2] width and height, as
@@ -63,24 +64,30 @@ class GpuDecoder:
         starts = np.frombuffer(encoded.buffers()[1], np.int64, len(encoded) + 1, 8 * encoded.offset)
         data = np.frombuffer(encoded.buffers()[2], np.uint8)[starts[0] : starts[-1]]
         places = starts - starts[0]
-        with self._walking:  # beside the decoding
+        if not hasattr(self._threads, "walking"):
+            self._threads.walking = cupy.cuda.Stream(non_blocking=True)
+        with self._threads.walking:
             there, verdicts = cupy.empty(len(data) + 8, np.uint8), cupy.full(len(encoded), 255, np.uint8)  # whole words are read
             there[: len(data)].set(data)
             self._judge((len(encoded),), (32,), (there, cupy.asarray(places), verdicts))
         files = [codec.CodeStream(data[at:end]) for at, end in pairwise(places.tolist())]
-        images = self._decoder.decode(files, params=self._wanted, cuda_stream=self._stream.ptr)
-        ok = verdicts.get(stream=self._walking) == SOUND
+        with self._decoding, self._stream:  # meanwhile, others walk: the largest of a block takes 90 ms, whatever else is in it
+            images = self._decoder.decode(files, params=self._wanted, cuda_stream=self._stream.ptr)
+            ok = verdicts.get(stream=self._threads.walking) == SOUND
+            return self._kept(images, sizes, ok), ok
+
+    def _kept(self, images: list[Any], sizes: np.ndarray, ok: np.ndarray) -> np.ndarray:
+        """The crops of those that are `ok`, and of the size that they say; the others are not any more."""
         shapes = [None if image is None else tuple(image.shape) for image in images]
         ok &= [shape == (height, width, 3) for shape, (width, height) in zip(shapes, sizes.tolist(), strict=True)]
         kept = np.flatnonzero(ok)
-        with self._stream:
-            return self._resized([images[row] for row in kept.tolist()], sizes[kept]), ok
+        return self._resized([images[row] for row in kept.tolist()], sizes[kept])
 
     def _resized(self, images: list[Any], sizes: np.ndarray) -> np.ndarray:
         cupy, size = self._cupy, self.preprocessing.size
-        pixels: np.ndarray = self._pinned((len(images), 3, size, size), np.uint8)
         if not images:
-            return pixels
+            return np.empty((0, 3, size, size), np.uint8)
+        pixels: np.ndarray = self._pinned((len(images), 3, size, size), np.uint8)
         addresses = [image.__cuda_array_interface__["data"][0] for image in images]
         plan, axes, needed = plan_resize(addresses, sizes, self.preprocessing)
         out, middle = cupy.empty(pixels.shape, np.uint8), cupy.empty(needed, np.uint8)
