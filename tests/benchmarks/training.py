@@ -14,8 +14,8 @@ distill: a ResNet-50 trained the same way, then ResNet-18 without and with it; g
 have seen more images than its students, as one does that is worth asking: --teacher-shards.
 amp: images a second and memory of training at 224 pixels, by precision.
 
-Data lies where --data says. Writes tests/benchmarks/results/training-<what>.json, anew with every model that is done; logs lie
-beside the models. A signal ends what runs, and the same command goes on.
+Data lies where --data says. Writes tests/benchmarks/results/training-<what>.json, with a GPU training-<what>-gpu.json, anew with
+every model that is done; logs lie beside the models. A signal ends what runs, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -208,7 +208,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args.out.resolve(), args.what, parallel=args.parallel, facts={"precision": precision(args)})
+    what = args.what + "-gpu" * bool(args.gpus or args.device == "cuda")
+    bench = Bench(args.out.resolve(), what, parallel=args.parallel, facts={"precision": precision(args)})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what there is gets written
     try:
         if args.what == "amp":
