@@ -169,6 +169,23 @@ def test_crop_flip_and_jitter_are_torchvisions(height: int, width: int, resample
             assert torch.equal(ours(image), expected)
 
 
+def test_a_shift_is_torchvisions_padded_crop():
+    ours, theirs = Change(Preprocessing(size=24), Augment(crop=(1, 1), shift=3)), v2.RandomCrop(24, padding=3)
+    plain, mirror = Change(Preprocessing(size=24), STILL), v2.RandomHorizontalFlip()
+    image = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    seen = set()
+    for number in range(40):
+        with seeded(number):
+            expected = mirror(theirs(plain(image)))
+        with seeded(number):
+            changed = ours(image)
+        assert torch.equal(changed, expected)
+        seen.add(changed.numpy().tobytes())
+    assert len(seen) > 25
+    with pytest.raises(JobError, match=r"shift is 24 and the model sees 24 pixels; required: less than that"):
+        Change(Preprocessing(size=24), Augment(shift=24))
+
+
 @given(st.integers(8, 100), st.integers(2, 8), st.integers(1, 3))
 def test_workers_share_an_epoch_without_overlap(count: int, batch: int, world: int):
     orders = [Order(count, batch=batch, seed=3, rank=rank, world=world) for rank in range(world)]

@@ -65,6 +65,8 @@ class Augment(Model):
 
     crop: tuple[Part, Part] = (0.35, 1.0)
     """Range of the area that a random crop keeps before it is resized; [1, 1] keeps all of it."""
+    shift: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Move the crop by up to so many of its pixels, up or down and to a side, over black; 4 is usual for pictures of 32."""
     flip: bool = True
     """Mirror half of the images left to right; wrong for digits, letters and signs."""
     jitter: Part = 0.0

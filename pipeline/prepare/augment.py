@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from pipeline.errors import JobError
 from pipeline.job.training import Augment
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.preprocess import resize_and_crop
@@ -27,10 +28,13 @@ class Change:
     """uint8 [H, W, 3] of any size → uint8 [3, S, S], by torch's random numbers of the moment.
 
     With `crop` of (1, 1) the geometry is that of predicting; else a random crop of that share of the area and of an aspect ratio
-    from 3/4 to 4/3 (arXiv 1409.4842) is resized.
+    from 3/4 to 4/3 (arXiv 1409.4842) is resized. Raises JobError for a shift out of the picture.
     """
 
     def __init__(self, preprocessing: Preprocessing, wanted: Augment) -> None:
+        if wanted.shift >= preprocessing.size:
+            got = f"training.augment.shift is {wanted.shift} and the model sees {preprocessing.size} pixels"
+            raise JobError(got, need="less than that, or nothing is left to see", do="Lower it")
         self._preprocessing, self._wanted = preprocessing, wanted
         self._crops = wanted.crop != (1.0, 1.0)
         self._filter = InterpolationMode(preprocessing.resample)
@@ -45,12 +49,21 @@ class Change:
             pixels = v2.functional.resize_image(cut, size, interpolation=self._filter, antialias=True)
         else:
             pixels = torch.from_numpy(resize_and_crop(image, self._preprocessing))
+        if self._wanted.shift:
+            pixels = _shifted(pixels, self._wanted.shift)
         if self._wanted.flip and torch.rand(1).item() < 0.5:
             pixels = pixels.flip(-1)
         if self._jitter is not None:
             pixels = self._jitter(pixels)
         changed: Tensor = pixels.contiguous()
         return changed
+
+
+def _shifted(pixels: Tensor, most: int) -> Tensor:
+    """The picture moved, black where nothing of it is: torchvision's RandomCrop with padding."""
+    top, left = (int(torch.randint(0, 2 * most + 1, (1,)).item()) for _ in range(2))
+    size = pixels.shape[-1]
+    return torch.nn.functional.pad(pixels, [most] * 4)[:, top : top + size, left : left + size]
 
 
 def draw_crop(height: int, width: int, share: tuple[float, float]) -> tuple[int, int, int, int]:

@@ -39,7 +39,7 @@ CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 SMALL = {"size": 32, "crop_pct": 1.0}
 SGD = {"optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 0.0005, "batch_size": 128, "augment": {"crop": [0.5, 1.0]}}
 #: Where a GPU makes epochs cheap: enough of them for mixup to pay; 256 images keep it busy, and the rate grows with the batch.
-LONG = {"epochs": 60, "batch_size": 256, "learning_rate": 0.2, "mixup": 0.2}
+LONG = {"epochs": 60, "batch_size": 256, "learning_rate": 0.2, "mixup": 0.2, "augment": {"crop": [1, 1], "shift": 4}}
 #: A teacher that was told to be unsure of everything has less to say (arXiv 1906.02629).
 TEACHER = {"epochs": 10, "batch_size": 256, "learning_rate": 0.2, "label_smoothing": 0.0}
 
