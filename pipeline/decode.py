@@ -132,6 +132,15 @@ def decode_small(data: bytes | memoryview, *, edge: int, max_pixels: int) -> tup
     return upright(pixels, orientation), width, height
 
 
+def has_plain_header(data: memoryview, size: tuple[int, int]) -> bool:
+    """Is this a JPEG of this width and height in YCbCr, about whose header libjpeg-turbo has no complaint?"""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except (ValueError, KeyError):
+        return False
+    return (width, height) == size and colorspace == "YCbCr"
+
+
 def _decode_jpeg(data: memoryview, max_pixels: int) -> np.ndarray | None:
     """The fast path, or None where Pillow has to look: CMYK, odd subsamplings, 12 bits, oddities of the headers."""
     try:

@@ -30,7 +30,7 @@ _MAGIC = b"PAR1"
 @dataclass(frozen=True)
 class Footer:
     """`rows_in = ok + failed`, or it was not written. `split`: why this is a tombstone, empty for a unit that is committed.
-    `compared`: images that were decoded fast and exactly, to different pixels; `same_label` of them got the same label."""
+    `compared`: images that were decoded in two ways and labelled both times; `same_label` of them got the same label."""
 
     unit: str
     fingerprint: str

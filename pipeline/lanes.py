@@ -9,6 +9,7 @@ in both lanes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -29,12 +30,13 @@ Told = dict[str, tuple[int, float]]
 #: Told that, it says which share of the plain JPEGs is the GPU's.
 Share = Callable[[Told], float]
 
-_START: Final = 0.5  # of the plain JPEGs, before anything is measured
+START: Final = 0.5  # of the plain JPEGs, before anything is measured
 _MEMORY: Final = 5_000.0  # images after which a measurement counts half as much
-_LONGEST: Final = 2**20  # bytes: the walk takes 0.2 s for so many, and a block waits for its longest
+_LONGEST: Final = 2**20  # bytes: the walk takes some 0.2 s for so many, and a block waits for its longest
 _SOF: Final = (0xC0, 0xC1)  # sequential, Huffman
 _SKIPPED: Final = frozenset({0xC4, 0xDB, 0xDD, 0xEE, 0xFE, *range(0xE0, 0xF0)})
-_SAMPLINGS: Final = ((1, 1), (2, 1), (2, 2), (1, 2))  # of the first component; the others are 1 × 1
+_SAMPLINGS: Final = ((1, 1), (2, 1), (2, 2))  # of the first component, the others are 1 × 1: 4:4:4, 4:2:2, 4:2:0
+_LEAST: Final = 0.02  # of the plain JPEGs for the GPU, or a slow first block would leave nothing to measure it by again
 
 
 class Decoder(Protocol):
@@ -62,7 +64,9 @@ def plain(data: memoryview, preprocessing: Preprocessing, max_pixels: int) -> tu
         at += 2 + length
     if size is None or size[0] * size[1] > max_pixels or preprocessing.is_strip(*size):
         return None
-    return size if jpeg_orientation(data) in (None, 1) else None
+    from pipeline.decode import has_plain_header  # not above: the driver imports this too, and decodes nothing
+
+    return size if has_plain_header(data, size) and jpeg_orientation(data) in (None, 1) else None
 
 
 def _frame(segment: bytes) -> tuple[int, int] | None:
@@ -87,7 +91,7 @@ class Lanes:
         since = time.perf_counter()
         sizes = self._sizes(batch)
         able = np.flatnonzero([size is not None for size in sizes])
-        taken = able[: round(self.share(self._told) * len(able))]
+        taken = able[: math.ceil(self.share(self._told) * len(able))]
         passed = time.perf_counter() - since
         taken, exact = self._compared(batch, taken)
         mask = np.zeros(batch.num_rows, bool)
@@ -115,7 +119,9 @@ class Lanes:
         """Those of the rows `taken` that stay taken, without what the CPU refuses of every 64th; and the crops of these 64th."""
         rows = batch.take(pa.array(taken))
         looked = np.flatnonzero(rows["index"].to_numpy() % COMPARED_EVERY == 0)
-        crops = dict(zip(looked.tolist(), self.preprocess(rows.take(pa.array(looked)))["pixels"].to_pylist(), strict=True))
+        seen = self.preprocess(rows.take(pa.array(looked)))
+        exact = pc.coalesce(seen["exact"], seen["pixels"]) if "exact" in seen.column_names else seen["pixels"]
+        crops = dict(zip(looked.tolist(), exact.to_pylist(), strict=True))
         stay = [row for row in range(len(taken)) if crops.get(row, b"") is not None]
         return taken[stay], [crops.get(row) for row in stay]
 
@@ -126,7 +132,8 @@ class GpuLane:
 
     def __init__(self, decoder: Decoder, preprocess: Stage, predict: Stage, share: Share) -> None:
         self.decoder, self.preprocess, self.predict, self.share = decoder, preprocess, predict, share
-        self._labelling, self._decoded_at = Lock(), 0.0
+        self._labelling, self._repairing, self._timing = Lock(), Lock(), Lock()
+        self._decoded_at = 0.0
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """What `predict` makes of what `Lanes` puts out."""
@@ -137,9 +144,10 @@ class GpuLane:
             data = batch["bytes"].drop_null().combine_chunks()
             since = time.perf_counter()
             tables += self._decoded(waiting, data)
-            now = time.perf_counter()
-            told["gpu"] = waiting.num_rows, now - max(since, self._decoded_at)  # without the time that it waited for others
-            self._decoded_at = now
+            with self._timing:
+                now = time.perf_counter()
+                told["gpu"] = waiting.num_rows, now - max(since, self._decoded_at)  # without the time that it waited for others
+                self._decoded_at = now
         with self._labelling:
             out = self.predict(pa.concat_tables(tables))
         self.share(told)
@@ -155,7 +163,8 @@ class GpuLane:
             return [done]
         doubted = pa.array(~vouched)
         rest = waiting.drop_columns(["pixels", "width", "height", "exact"]).append_column("bytes", data).filter(doubted)
-        return [done, _completed(self.preprocess(rest), done.schema)]
+        with self._repairing:  # one image at a time in a process, see `decode`
+            return [done, _completed(self.preprocess(rest), done.schema)]
 
 
 def _completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -181,15 +190,15 @@ class Split:
         self._seconds: dict[str, float] = defaultdict(float)
 
     def share(self, told: Told) -> float:
-        """Add what was done to what is known; 0 to 1."""
+        """Add what was done to what is known; up to 1."""
         for kind, (images, seconds) in told.items():
             fade = 0.5 ** (images / _MEMORY)
             self._images[kind] = self._images[kind] * fade + images
             self._seconds[kind] = self._seconds[kind] * fade + seconds
         if not all(self._images[kind] for kind in ("pass", "decode", "gpu")):
-            return _START
+            return START
         passing, decode, gpu = (self._seconds[kind] / self._images[kind] for kind in ("pass", "decode", "gpu"))
         # An actor of predict has share × gpu for an image, and model beside it for another; its actors of preprocess have
         # (1 - share) × decode + passing. With these the share is right, or the model is what takes longest.
         share = (decode + passing) / (self._actors * gpu + decode)
-        return min(1.0, max(0.0, share))
+        return min(1.0, max(_LEAST, share))

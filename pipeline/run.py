@@ -26,7 +26,7 @@ from pipeline.artifact import Artifact
 from pipeline.cluster import connect
 from pipeline.errors import NightlabelError, Stalled, Temporary
 from pipeline.job.resources import Pool
-from pipeline.lanes import Share, Split, Told, everything
+from pipeline.lanes import START, Share, Split, Told, everything
 from pipeline.rows import TIMINGS
 from pipeline.spec import S3, Input, Job
 from pipeline.stages import Stage, make_predict, make_preprocess
@@ -120,12 +120,16 @@ def _share(job: Job) -> Share | None:
     if job.decode_lane == "gpu":
         return everything
     pools = job.resources
-    split = ray.remote(Split).options(num_cpus=0).remote(pools.preprocess.actors / pools.predict.actors)
+    actors = pools.preprocess.actors / pools.predict.actors
+    split = ray.remote(Split).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(actors)
     return partial(_told, split)
 
 
 def _told(split: Any, told: Told) -> float:
-    share: float = ray.get(split.share.remote(told))
+    try:
+        share: float = ray.get(split.share.remote(told))
+    except ray.exceptions.RayError:  # it only steers: no block is lost for it
+        return START
     return share
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +188,11 @@ def on_gpu() -> gpu_decode.GpuDecoder:
 
 
 def test_a_gpu_has_the_crops_of_the_cpu_and_vouches_for_nothing_broken(on_gpu: gpu_decode.GpuDecoder) -> None:
-    whole = [encode(Image.fromarray(noise(300 + 16 * row, 260, row)), "JPEG", subsampling=row % 3) for row in range(30)]
+    kinds = ({}, {"restart_marker_blocks": 5}, {"optimize": True})
+    whole = [
+        encode(Image.fromarray(noise(300 + 17 * row, 261, row)), "JPEG", subsampling=row % 3, **kinds[row // 3 % 3])
+        for row in range(30)
+    ]
     rng = random.Random(0)
     broken = [make(data, rng) for data in whole for make in DAMAGE.values()]
     data, sizes = [], []
@@ -204,3 +209,15 @@ def test_a_gpu_has_the_crops_of_the_cpu_and_vouches_for_nothing_broken(on_gpu: g
     for row in range(30):
         far = np.abs(pixels[row].astype(int) - prepare(whole[row])[0])
         assert far.max() <= 2, row
+
+
+def test_threads_share_a_gpu(on_gpu: gpu_decode.GpuDecoder) -> None:
+    blocks = []
+    for block in range(6):
+        images = [encode(Image.fromarray(noise(200 + 10 * block, 150, row)), "JPEG") for row in range(20)]
+        blocks.append((pa.array(images, pa.large_binary()), np.array([[200 + 10 * block, 150]] * 20)))
+    alone = [on_gpu(*block)[0] for block in blocks]
+    with ThreadPoolExecutor(3) as pool:
+        together = [pixels for pixels, _ in pool.map(lambda block: on_gpu(*block), blocks)]
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,12 @@ from pipeline.rows import SAME_LABEL
 from pipeline.spec import ModelSource, Output
 
 SMALL = Preprocessing(size=32)
+
+
+def with_segments(*segments: tuple[int, bytes]) -> bytes:
+    """A picture with these after its JFIF header."""
+    data = picture(1)
+    return data[:20] + b"".join(struct.pack(">BBH", 255, kind, len(body) + 2) + body for kind, body in segments) + data[20:]
 
 
 def turned() -> bytes:
@@ -45,6 +52,9 @@ def turned() -> bytes:
         (encode(Image.fromarray(noise(4000, 2600)), "JPEG", quality=1), None),  # over max_pixels
         (encode(Image.fromarray(noise(900, 800)), "JPEG", quality=100, subsampling=0), None),  # over 1 MiB
         (turned(), None),
+        (with_segments((0xE2, b"ICC_PROFILE\0\5\1xx")), None),  # libjpeg-turbo complains, so Pillow has a word in it
+        (with_segments((0xE0, b"JFIF\0\2\1\0\0\1\0\1\0\0")), None),
+        (with_segments((0xFE, b"of no harm")), (40, 30)),
         (picture(1)[:-2], None),
         (picture(1) + b"\0", None),
         (b"\xff\xd8\xff\xd9", None),

@@ -1,6 +1,6 @@
 """JPEGs to crops on an NVIDIA GPU: nvJPEG decodes on the engine that the chip has for it, `jpeg.cu` checks and resizes.
 
-That engine gives libjpeg-turbo's pixels to the bit for 4:4:4 and within one level for 4:2:0; nvJPEG's CUDA kernels are up to
+That engine gave libjpeg-turbo's pixels to the bit for 4:4:4 and within one level for 4:2:0; nvJPEG's CUDA kernels were up to
 three off, so a GPU without the engine is refused. The resize has torch's integers and equals the CPU's to the bit. nvJPEG fills
 what is missing of a file and says nothing; therefore every file is walked to its last bit beside it, and what is not whole is
 left to the CPU, which says what is wrong with it, if anything is.
@@ -21,6 +21,7 @@ from pipeline.errors import ModelError
 from pipeline.model.preprocessing import Preprocessing
 
 _PIXELS: Final = 2**28  # decoded at a time, 800 MB
+_IMAGES: Final = 2**15  # decoded at a time; a grid has 65,535 rows
 _THREADS: Final = 256
 _CPU_THREADS: Final = 2  # nvImageCodec's own; more only wait faster: 8,254, 9,586 and 11,173 img/s with 1, 2 and 16
 SOUND: Final = 0
@@ -37,7 +38,7 @@ class GpuDecoder:
             from nvidia import nvimgcodec
         except ImportError as error:
             do = "Install nightlabel[gpu-decode], or set decode_lane to cpu"
-            raise ModelError(f"decode_lane: {error.name} is not installed", need="nvImageCodec and CuPy", do=do) from None
+            raise ModelError(f"decode_lane: {error}", need="nvImageCodec and CuPy", do=do) from None
         self._cupy, self._pinned, self._codec = cupy, cupyx.empty_pinned, nvimgcodec
         self.preprocessing = preprocessing
         try:
@@ -48,13 +49,19 @@ class GpuDecoder:
             raise ModelError(got, need="one with a JPEG engine, A100, H100 or newer", do="Set decode_lane to cpu") from error
         self._wanted = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
         kernels = cupy.RawModule(code=(Path(__file__).with_name("jpeg.cu")).read_text())
-        self._judge, self._rows, self._columns = map(kernels.get_function, ("judge_all", "resize_rows", "resize_columns"))
+        try:
+            self._judge, self._rows, self._columns = map(kernels.get_function, ("judge_all", "resize_rows", "resize_columns"))
+        except RuntimeError as error:
+            got = f"decode_lane: jpeg.cu cannot be compiled ({str(error).splitlines()[0]})"
+            raise ModelError(
+                got, need="NVRTC of CUDA 13", do="Install nightlabel[gpu-decode], or set decode_lane to cpu"
+            ) from error
         self._stream, self._threads, self._decoding = cupy.cuda.Stream(non_blocking=True), local(), Lock()
 
     def __call__(self, encoded: pa.LargeBinaryArray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(pixels uint8 [K, 3, S, S], which of the images these are, bool [N]) of N JPEGs of int64 [N, 2] width and height, as
         `lanes.plain` takes them. Those left out are for the CPU to decode: damaged, or odd."""
-        groups = _groups(sizes.prod(axis=1), _PIXELS)
+        groups = _groups(np.maximum(sizes.prod(axis=1), _PIXELS // _IMAGES), _PIXELS)
         done = [self._some(encoded.slice(at, end - at), sizes[at:end]) for at, end in groups]
         pixels, ok = ([part[which] for part in done] for which in (0, 1))
         return pixels[0] if len(done) == 1 else np.concatenate(pixels), np.concatenate(ok)

@@ -1,8 +1,9 @@
 // What the GPU lane does by itself, beside nvJPEG: say whether a JPEG is whole, and resize what nvJPEG has decoded.
 //
 // nvJPEG fills the holes of a damaged file and says nothing (LOG.md), so every entropy-coded segment is walked here, one thread an
-// image: Huffman codes are decoded and counted, nothing is transformed. That is slow, and thousands of them go side by side. What is not plain and whole is the CPU's to judge: a verdict other than SOUND costs time only,
-// and SOUND must mean that libjpeg-turbo would find every block and no complaint.
+// image: Huffman codes are decoded and counted, nothing is transformed. That is slow, and thousands of them go side by side. What is
+// not whole is the CPU's to judge: a verdict other than SOUND costs time only, and SOUND must mean that libjpeg-turbo would find
+// every block of the scan and have no complaint of it. The header's oddities are for `lanes.plain` to see.
 //
 // Written in C that a C++ compiler also takes, without CUDA, for the tests.
 
@@ -210,7 +211,7 @@ static INLINE int judge(const u8 *data, i64 size, Huffman *tables) {
             width = in[3] << 8 | in[4];
             for (int c = 0; c < 3; c++) {
                 Component part = {in[6 + 3 * c], in[7 + 3 * c] >> 4, in[7 + 3 * c] & 15, in[8 + 3 * c], 0, 0};
-                if (part.wide < 1 || part.wide > 2 || part.high < 1 || part.high > 2) return ODD;
+                if (part.wide < 1 || part.high < 1 || part.wide > 2 || part.high > part.wide) return ODD;
                 if (c && (part.wide != 1 || part.high != 1)) return ODD;
                 parts[c] = part;
             }
@@ -218,6 +219,7 @@ static INLINE int judge(const u8 *data, i64 size, Huffman *tables) {
         } else if (marker == 0xDB) {
             for (; left > 0; in += 65, left -= 65) {
                 if (left < 65 || in[0] > 3) return ODD;  // 8 bits each, as a baseline file has them
+                for (int i = 1; i < 65; i++) if (!in[i]) return ODD;
                 quantizers |= 1 << in[0];
             }
         } else if (marker == 0xDD) {
