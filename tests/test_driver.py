@@ -487,8 +487,8 @@ def test_fast_decoding_is_another_output_whose_manifest_says_what_it_did_to_the_
         mode: json.loads(Path(receipt.where, "runs", receipt.run, "manifest.json").read_text())["decode"]
         for mode, receipt in receipts.items()
     }
-    assert said["exact"] == {"mode": "exact", "compared": 0, "same_label": 0}
-    assert said["fast"] == {"mode": "fast", "compared": 4, "same_label": 4}  # the first of every unit
+    assert said["exact"] == {"mode": "exact", "lane": "cpu", "compared": 0, "same_label": 0}
+    assert said["fast"] == {"mode": "fast", "lane": "cpu", "compared": 4, "same_label": 4}  # the first of every unit
     assert (
         "decode  fast: 100.0% kept their label, of 4 that came out otherwise and were labelled both ways"
         in receipts["fast"].lines()
