@@ -489,7 +489,4 @@ def test_fast_decoding_is_another_output_whose_manifest_says_what_it_did_to_the_
     }
     assert said["exact"] == {"mode": "exact", "lane": "cpu", "compared": 0, "same_label": 0}
     assert said["fast"] == {"mode": "fast", "lane": "cpu", "compared": 4, "same_label": 4}  # the first of every unit
-    assert (
-        "decode  fast: 100.0% kept their label, of 4 that came out otherwise and were labelled both ways"
-        in receipts["fast"].lines()
-    )
+    assert "decode  fast: 100.0% kept their label, of 4 labelled both ways" in receipts["fast"].lines()
