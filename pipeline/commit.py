@@ -32,7 +32,7 @@ class Provenance:
 
 
 class UnitBuffer:
-    """Collects the rows of one unit until all are there. Rows that come twice (a task that ran again) are the same rows."""
+    """Collects the rows of one unit until all are there. Of rows that come twice (a task that ran again) the first stays."""
 
     def __init__(self) -> None:
         self._tables: list[pa.Table] = []

@@ -26,10 +26,10 @@ from pipeline.artifact import Artifact
 from pipeline.cluster import connect
 from pipeline.errors import NightlabelError, Stalled, Temporary
 from pipeline.job.resources import Pool
-from pipeline.lanes import START, Share, Split, Told, everything
+from pipeline.lanes import START, Share, Split, Stage, Told, everything
 from pipeline.rows import TIMINGS
 from pipeline.spec import S3, Input, Job
-from pipeline.stages import Stage, make_predict, make_preprocess
+from pipeline.stages import make_predict, make_preprocess
 from pipeline.storage import Store, open_store
 from pipeline.unit import Part, Unit
 from pipeline.watch import losses, watched

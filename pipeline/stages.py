@@ -4,16 +4,10 @@ imported by the worker that needs it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import pyarrow as pa
-
 from pipeline.errors import ModelError
-from pipeline.lanes import GpuLane, Lanes, Share
+from pipeline.lanes import GpuLane, Lanes, Share, Stage
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.spec import Job
-
-Stage = Callable[[pa.Table], pa.Table]
 
 
 def make_preprocess(job: Job, preprocessing: Preprocessing, careful: bool, share: Share | None) -> Stage:
