@@ -64,7 +64,7 @@ class Predict:
         at = np.flatnonzero(np.asarray(column.is_valid()))
         if len(at) == 0:
             return self._nothing(), at
-        return self.engine(rows.pixels_view(column, self.size), np.arange(len(at))), at
+        return self.engine(rows.pixels_view(column, self.size)), at
 
     def _same_label(self, exact: pa.ChunkedArray, scores: Scores, at: np.ndarray) -> pa.Array:
         where = np.flatnonzero(np.asarray(exact.is_valid()))
@@ -74,7 +74,7 @@ class Predict:
             pixels = np.stack([np.frombuffer(exact[row].as_buffer(), np.uint8).reshape(shape) for row in where.tolist()])
             label = np.full(len(exact), -1)
             label[at] = scores.ids[:, 0]
-            same[where] = label[where] == self.engine(pixels, np.arange(len(where))).ids[:, 0]
+            same[where] = label[where] == self.engine(pixels).ids[:, 0]
         return pa.array(same, mask=np.asarray(exact.is_null()))
 
     def _nothing(self) -> Scores:

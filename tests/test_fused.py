@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.engines.feed import gather
 from pipeline.engines.fused import Fused
 from pipeline.engines.scores import Wanted
 from pipeline.engines.torch_engine import TorchEngine
@@ -103,19 +102,10 @@ def test_a_batch_of_an_odd_size_is_padded_and_the_scores_are_the_same(batch_size
     engine = TorchEngine(
         model, Preprocessing(size=32), wanted=Wanted(2), precision="float32", device="cpu", batch_size=batch_size
     )
-    expected = engine(pixels, np.arange(23))
+    expected = engine(pixels)
     engine.features, engine.fused = watched, True  # as on a GPU
-    found = engine(pixels, np.arange(23))
+    found = engine(pixels)
     assert seen[-len(counts) :] == counts
     assert all(count <= batch_size for count in seen)
     np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-5)
-
-
-@pytest.mark.parametrize("rows", [[0], [4], [2, 3, 4], [0, 2, 4], [3, 2, 1], [1, 1, 2]])
-def test_ranges_and_rows_apart_are_gathered_alike(rows: list[int]) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 4, 4), dtype=np.uint8)
-    pixels.flags.writeable = False
-    out = np.empty((len(rows), 3, 4, 4), np.uint8)
-    gather(pixels, np.array(rows), out)
-    np.testing.assert_array_equal(out, pixels[rows])

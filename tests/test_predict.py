@@ -186,30 +186,30 @@ def test_the_batch_is_halved_for_good_when_memory_runs_out() -> None:
     model.tried = []
     engine = TorchEngine(model, PREPROCESSING, wanted=Wanted(2), precision="float32", device="cpu", batch_size=16)
     pixels = images(11)
-    cramped = engine(pixels, np.arange(11))
+    cramped = engine(pixels)
     assert (model.tried, engine.batch_size) == ([11, 5, 5, 1], 5)
     model.room = 1000
-    np.testing.assert_allclose(engine(pixels, np.arange(11)).scores, cramped.scores, atol=1e-6)
+    np.testing.assert_allclose(engine(pixels).scores, cramped.scores, atol=1e-6)
     assert model.tried[4:] == [5, 5, 1]
     model.room = 0
     with pytest.raises(ModelError, match="no memory for one image of 32 × 32"):
-        engine(pixels, np.arange(11))
+        engine(pixels)
 
 
 def test_the_batch_is_halved_when_memory_runs_out_in_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     upload, tried = TorchEngine._upload, []
 
-    def cramped(self: TorchEngine, pixels: np.ndarray, rows: np.ndarray) -> torch.Tensor:
-        tried.append(len(rows))
-        if len(rows) > 3:
+    def cramped(self: TorchEngine, pixels: np.ndarray) -> torch.Tensor:
+        tried.append(len(pixels))
+        if len(pixels) > 3:
             raise torch.OutOfMemoryError("no room")
-        return upload(self, pixels, rows)
+        return upload(self, pixels)
 
     engine = TorchEngine(ResNet(TINY).eval(), PREPROCESSING, wanted=Wanted(2), precision="float32", device="cpu", batch_size=8)
     pixels = images(8)
-    whole = engine(pixels, np.arange(8))
+    whole = engine(pixels)
     monkeypatch.setattr(TorchEngine, "_upload", cramped)
-    np.testing.assert_allclose(engine(pixels, np.arange(8)).scores, whole.scores, atol=1e-6)
+    np.testing.assert_allclose(engine(pixels).scores, whole.scores, atol=1e-6)
     assert tried == [8, 4, 2, 2, 2, 2]
 
 
@@ -220,7 +220,7 @@ def test_pixels_that_are_on_the_device_get_the_same_scores() -> None:
     wanted = Wanted(2, embeddings=True, probabilities=True)
     engine = TorchEngine(model, PREPROCESSING, wanted=wanted, precision="float32", device="cpu", batch_size=5)
     pixels = images(11)
-    whole = engine(pixels, np.arange(11))
+    whole = engine(pixels)
     model.room = 2
     interleaved = torch.from_numpy(pixels.transpose(0, 2, 3, 1).copy()).permute(0, 3, 1, 2)  # as a decoder leaves it
     there = engine.on_device(interleaved)
@@ -276,16 +276,14 @@ def test_a_gpu_agrees_with_the_cpu(precision: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
 def test_a_gpus_buffers_are_written_over_only_when_they_were_read(precision: str) -> None:
-    """Many small batches that the host makes faster than the GPU reads them; ranges of rows and rows apart."""
+    """Many small batches that the host makes faster than the GPU reads them."""
     torch.manual_seed(0)
     engine = TorchEngine(
         fold(ResNet(TINY).eval()), PREPROCESSING, wanted=Wanted(4), precision=precision, device="cuda", batch_size=16
     )
     pixels = images(1000)
     there = engine.on_device(torch.from_numpy(pixels).cuda())
-    apart = np.flatnonzero(np.arange(1000) % 7)
-    np.testing.assert_allclose(engine(pixels, np.arange(1000)).scores, there.scores, atol=2e-3)
-    np.testing.assert_allclose(engine(pixels, apart).scores, there.scores[apart], atol=2e-3)
+    np.testing.assert_allclose(engine(pixels).scores, there.scores, atol=2e-3)
 
 
 def test_images_with_exact_pixels_beside_are_labelled_twice_and_compared():

@@ -145,7 +145,7 @@ def test_int8_says_what_float32_says_within_its_steps(done: tuple[Outcome, Path]
     artifact = load_artifact(str(done[1]))
     crops = [resize_and_crop(decode(picture(n), max_pixels=10**6), artifact.preprocessing) for n in range(CLASSES)]
     pixels, wanted = np.stack(crops), Wanted(3, embeddings=True, probabilities=True)
-    got = OnnxEngine(artifact.files[INT8], wanted=wanted, batch_size=3, threads=1)(pixels, np.arange(CLASSES))
+    got = OnnxEngine(artifact.files[INT8], wanted=wanted, batch_size=3, threads=1)(pixels)
     want = by_torch(artifact, pixels, wanted)
     assert got.ids[:, 0].tolist() == want.ids[:, 0].tolist() == list(range(CLASSES))
     np.testing.assert_allclose(got.probabilities, want.probabilities, atol=0.1)
@@ -264,7 +264,7 @@ def test_few_images_are_measured_in_rounds_enough(monkeypatch: pytest.MonkeyPatc
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
     rounds = gate._round
     monkeypatch.setattr(gate, "_round", lambda *given: seen.append(given[2]) or rounds(*given))
-    best = OnnxEngine(graph, wanted=Wanted(), batch_size=2)(pixels, np.arange(2)).ids[:, 0].astype(np.int64)
+    best = OnnxEngine(graph, wanted=Wanted(), batch_size=2)(pixels).ids[:, 0].astype(np.int64)
     monkeypatch.setattr(gate, "_check_power", lambda right, truth: None)
     one, other = gate.measure({FLOAT32: graph, "other": graph}, [(pixels, best)], threads=1)
     assert seen == [0, *range(gate.ROUNDS)], "a warm-up, then every round begins with another model"

@@ -1,8 +1,7 @@
 """Crops in the host's memory → batches on the device: pinned memory that is used again, copies beside the computing.
 
-Two buffers in pinned memory and two on the device, each pair with its events: while one batch computes the next one is gathered
-and copied. Nothing is allocated for a batch, so what a block takes of the GPU's memory does not depend on how far the host runs
-ahead. A block without failures is a range of rows, which numpy copies as one piece of memory.
+Two buffers in pinned memory and two on the device, each pair with its events: while one batch computes the next one is copied.
+Nothing is allocated for a batch, so what a block takes of the GPU's memory does not depend on how far the host runs ahead.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ class Feed:
         self.slots: tuple[_Slot, ...] = ()
         self.at = 0
 
-    def __call__(self, pixels: np.ndarray, rows: np.ndarray) -> Tensor:
-        """The images `pixels[rows]` on the device, uint8 [N, 3, S, S], for work that is put on the current stream before the next
+    def __call__(self, pixels: np.ndarray) -> Tensor:
+        """The images on the device, uint8 [N, 3, S, S], for work that is put on the current stream before the next
         call; the call after that writes over them. Returns while the copy is under way."""
-        count = len(rows)
+        count = len(pixels)
         if not self.slots or self.slots[0].pinned.shape[1:] != pixels.shape[1:] or len(self.slots[0].pinned) < count:
             self._make((1 << (count - 1).bit_length(), *pixels.shape[1:]))  # not anew for every block that is a little larger
         computing = torch.cuda.current_stream(self.device)
@@ -42,7 +41,7 @@ class Feed:
         self.at = 1 - self.at
         slot = self.slots[self.at]
         slot.copied.synchronize()
-        gather(pixels, rows, slot.pinned[:count].numpy())
+        np.copyto(slot.pinned[:count].numpy(), pixels)
         with torch.cuda.stream(self.copying):
             self.copying.wait_event(slot.used)
             slot.device[:count].copy_(slot.pinned[:count], non_blocking=True)
@@ -59,12 +58,3 @@ class Feed:
             device = torch.empty(shape, dtype=torch.uint8, device=self.device)
             made.append(_Slot(pinned, device, torch.cuda.Event(), torch.cuda.Event()))  # type: ignore[no-untyped-call]
         self.slots = tuple(made)
-
-
-def gather(pixels: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
-    """Copies `pixels[rows]` into `out`; `rows` is int [N], N > 0, none below 0."""
-    first, count = int(rows[0]), len(rows)
-    if np.array_equal(rows, np.arange(first, first + count)):
-        np.copyto(out, pixels[first : first + count])
-    else:
-        np.take(pixels, rows, axis=0, out=out, mode="clip")  # any other mode makes another copy

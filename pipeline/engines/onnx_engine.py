@@ -33,11 +33,11 @@ class OnnxEngine:
         self.session = _open(model, threads or 0, where)
         self.classes = int(self.session.get_outputs()[0].shape[1])
 
-    def __call__(self, pixels: np.ndarray, rows: np.ndarray) -> Scores:
-        """Scores of the images `pixels[rows]`, in that order; `rows` is int [N], N > 0."""
+    def __call__(self, pixels: np.ndarray) -> Scores:
+        """Scores of the images uint8 [N, 3, S, S], N > 0."""
         names = OUTPUTS if self.wanted.embeddings else OUTPUTS[:1]
-        starts = range(0, len(rows), self.batch_size)
-        batches = (self.session.run(names, {INPUT: pixels[rows[at : at + self.batch_size]]}) for at in starts)
+        starts = range(0, len(pixels), self.batch_size)
+        batches = (self.session.run(names, {INPUT: pixels[at : at + self.batch_size]}) for at in starts)
         logits, *features = (np.concatenate(part) for part in zip(*batches, strict=True))
         return ranked(logits, features[0] if features else None, self.wanted)
 

@@ -34,11 +34,11 @@ class OpenVinoEngine:
         options |= {"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
         self.request = core.compile_model(core.read_model(graph), "CPU", options).create_infer_request()
 
-    def __call__(self, pixels: np.ndarray, rows: np.ndarray) -> Scores:
-        """Scores of the images `pixels[rows]`, in that order; `rows` is int [N], N > 0."""
+    def __call__(self, pixels: np.ndarray) -> Scores:
+        """Scores of the images uint8 [N, 3, S, S], N > 0."""
         found: list[tuple[np.ndarray, ...]] = []
-        for at in range(0, len(rows), self.batch_size):
-            answer = self.request.infer({INPUT: pixels[rows[at : at + self.batch_size]]})
+        for at in range(0, len(pixels), self.batch_size):
+            answer = self.request.infer({INPUT: pixels[at : at + self.batch_size]})
             found.append(tuple(answer[name].copy() for name in OUTPUTS))  # the next call writes over them
         logits, features = (np.concatenate(part) for part in zip(*found, strict=True))
         return ranked(logits, features if self.wanted.embeddings else None, self.wanted)

@@ -40,5 +40,5 @@ def ranked(logits: np.ndarray, features: np.ndarray | None, wanted: Wanted) -> S
     return Scores(ids, scores, finite, features, probabilities.astype(np.float16) if wanted.probabilities else None)
 
 
-#: (pixels uint8 [M, 3, S, S], rows int [N], N > 0) → scores of the images `pixels[rows]`, in that order.
-Engine = Callable[[np.ndarray, np.ndarray], Scores]
+#: pixels uint8 [N, 3, S, S], N > 0 → scores of the images, in that order.
+Engine = Callable[[np.ndarray], Scores]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.engines.feed import Feed, gather
+from pipeline.engines.feed import Feed
 from pipeline.engines.fused import Fused
 from pipeline.engines.scores import Scores, Wanted
 from pipeline.errors import ModelError
@@ -59,10 +59,10 @@ class TorchEngine:
         self.scale, self.shift = 1 / std, -mean / std
         self.feed = Feed(self.device) if cuda else None
 
-    def __call__(self, pixels: np.ndarray, rows: np.ndarray) -> Scores:
-        """Scores of the images `pixels[rows]`, in that order; `rows` is int [N], N > 0. Raises ModelError when not even one
+    def __call__(self, pixels: np.ndarray) -> Scores:
+        """Scores of the images uint8 [N, 3, S, S], N > 0, in the host's memory. Raises ModelError when not even one
         image fits into the GPU's memory."""
-        return self._scores(len(rows), pixels.shape[-1], lambda images: self._upload(pixels, rows[images]))
+        return self._scores(len(pixels), pixels.shape[-1], lambda images: self._upload(pixels[images]))
 
     def on_device(self, pixels: Tensor) -> Scores:
         """Scores of uint8 [N, 3, S, S], N > 0, that is on the engine's device already, in any layout, made on the current stream.
@@ -87,13 +87,11 @@ class TorchEngine:
     def _autocast(self) -> torch.autocast | nullcontext[None]:
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
 
-    def _upload(self, pixels: np.ndarray, rows: np.ndarray) -> Tensor:
+    def _upload(self, pixels: np.ndarray) -> Tensor:
         """The images on the device, uint8. On a GPU this returns while the copy is under way."""
         if self.feed is not None:
-            return self.feed(pixels, rows)
-        batch = torch.empty((len(rows), *pixels.shape[1:]), dtype=torch.uint8)
-        gather(pixels, rows, batch.numpy())
-        return batch
+            return self.feed(pixels)
+        return torch.tensor(pixels)  # a copy: Arrow's memory is not to be written to
 
     def _try(self, give: Callable[[slice], Tensor], images: slice, size: int) -> tuple[Tensor, ...] | None:
         """The results of these images, still on the device, or None when memory ran out and the batch size was halved."""

@@ -112,12 +112,12 @@ def _check_power(right: int, truth: Counter[int]) -> None:
 
 def _round(engines: Mapping[str, OnnxEngine], pixels: np.ndarray, number: int) -> dict[str, tuple[Scores, float]]:
     """Scores and seconds of every engine, beginning with the `number`-th."""
-    names, rows = list(engines), np.arange(len(pixels))
+    names = list(engines)
     results: dict[str, tuple[Scores, float]] = {}
     for at in range(len(names)):
         name = names[(at + number) % len(names)]
         since = time.perf_counter()
-        scores = engines[name](pixels, rows)
+        scores = engines[name](pixels)
         results[name] = scores, time.perf_counter() - since
     return results
 

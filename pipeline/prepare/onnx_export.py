@@ -18,6 +18,6 @@ def to_onnx(artifact: Artifact) -> bytes:
     """Raises ModelError when the scores of random pixels are not finite."""
     model, size = graph.to_onnx(artifact), artifact.preprocessing.size
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3, size, size), dtype=np.uint8)
-    if not OnnxEngine(model, wanted=Wanted(), batch_size=1)(pixels, np.arange(2)).finite.all():
+    if not OnnxEngine(model, wanted=Wanted(), batch_size=1)(pixels).finite.all():
         raise ModelError("the model's scores of random pixels are not finite numbers", do="Train or import it again")
     return model

@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32])
     args = parser.parse_args()
     pixels = np.random.default_rng(0).integers(0, 256, (args.images, 3, 224, 224), dtype=np.uint8)
-    artifact, rows, output = resnet18(pixels), np.arange(args.images), Output(uri="unused")
+    artifact, output = resnet18(pixels), Output(uri="unused")
     ways = [way for way in WAYS if way[0] != "openvino" or importlib.util.find_spec("openvino")]
     rates: dict[str, dict[int, list[float]]] = {f"{precision} {engine}": {} for engine, precision in ways}
     for batch in args.batches:
@@ -71,7 +71,7 @@ def main() -> None:
         for number in range(args.rounds + 1):
             for name, stage in stages.items():
                 since = time.perf_counter()
-                stage.engine(pixels, rows)
+                stage.engine(pixels)
                 if number:  # the first is warm-up
                     rates[name].setdefault(batch, []).append(args.images / (time.perf_counter() - since))
     medians = {name: {batch: statistics.median(found) for batch, found in by.items()} for name, by in rates.items()}

@@ -19,8 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
@@ -83,7 +81,7 @@ class Steps:
         took["pack"] -= took["decode"] + took["resize"]
         crops = rows.pixels_view(batch.column("pixels"), self.preprocessing.size)
         since = time.perf_counter()
-        self.predict.engine(crops, np.arange(len(crops)))
+        self.predict.engine(crops)
         lap("model")
         predictions = self.predict(batch)
         lap("answer")
