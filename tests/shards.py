@@ -23,6 +23,17 @@ def picture(number: int, *, size: tuple[int, int] = (40, 30), kind: str = "JPEG"
     return sink.getvalue()
 
 
+def is_decoded(data: bytes, *, max_pixels: int = 10**8) -> bool:
+    """Does our decoder take it?"""
+    from pipeline.decode import BadImage, decode
+
+    try:
+        decode(data, max_pixels=max_pixels)
+    except BadImage:
+        return False
+    return True
+
+
 def tar_bytes(members: dict[str, bytes], *, tar_format: int = tarfile.USTAR_FORMAT) -> bytes:
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=tar_format) as tar:

@@ -16,10 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
-from shards import picture
+from shards import is_decoded, picture
 from test_preprocess import MAX_PIXELS, PREPROCESSINGS, encode, noise
 
-from pipeline.decode import BadImage, decode
 from pipeline.engines import gpu_decode
 from pipeline.engines.gpu_decode import plan_resize
 from pipeline.lanes import plain
@@ -61,14 +60,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 def verdict(built: ctypes.CDLL, data: bytes) -> int:
     return built.verdict(data + bytes(8), len(data))  # whole words are read
-
-
-def is_decoded(data: bytes) -> bool:
-    try:
-        decode(data, max_pixels=MAX_PIXELS)
-    except BadImage:
-        return False
-    return True
 
 
 def scan(data: bytes) -> int:

@@ -298,6 +298,19 @@ def test_images_that_take_two_lanes_are_rows_once(tmp_path, model, on_ray, monke
     assert manifest["decode"] == {"mode": "exact", "lane": lane, "compared": receipt.compared, "same_label": receipt.compared}
 
 
+def test_what_steers_two_lanes_may_die(tmp_path, model, on_ray):
+    wanted = job(tmp_path / "in", model, tmp_path / "out", resources=APART).model_copy(update={"decode_lane": "both"})
+    ray.init(address=on_ray, log_to_driver=False)
+    try:
+        share = run._share(wanted)
+        measured = {"pass": (100, 0.01), "decode": (100, 1.0), "gpu": (100, 0.1)}
+        assert share(measured) == pytest.approx(0.92, abs=0.01)
+        ray.kill(share.args[0])
+        assert share(measured) == 0.5
+    finally:
+        ray.shutdown()
+
+
 def test_an_image_that_hangs_costs_one_row(tmp_path, model, on_ray, monkeypatch):
     import poison
 

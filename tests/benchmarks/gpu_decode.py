@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shards import is_decoded
 
-from pipeline.decode import BadImage, decode
+from pipeline.decode import decode
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.preprocess import Prepare
 
@@ -27,7 +28,7 @@ HYBRID = ":fancy_upsampling=1 :hybrid_huffman_threshold=0"
 def fork_server() -> Any:
     """Starts processes that have this module imported already, and have never seen CUDA."""
     context, here = multiprocessing.get_context("forkserver"), Path(__file__).resolve().parent
-    places = [str(here), str(here.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    places = [str(here), str(here.parent), str(here.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(places))  # the server preloads by name, and knows no other path
     context.set_forkserver_preload([Path(__file__).stem])
     return context
@@ -128,12 +129,4 @@ def damaged(images: list[bytes]) -> dict[str, list[bytes]]:
         "64 zeros": lambda data: data[: len(data) // 2] + bytes(64) + data[len(data) // 2 + 64 :],
         "100 bytes missing": lambda data: data[: len(data) // 2] + data[len(data) // 2 + 100 :],
     }
-    return {kind: [broken for broken in map(make, images) if refused(broken)] for kind, make in kinds.items()}
-
-
-def refused(data: bytes) -> bool:
-    try:
-        decode(data, max_pixels=MAX_PIXELS)
-    except BadImage:
-        return True
-    return False
+    return {kind: [broken for broken in map(make, images) if not is_decoded(broken)] for kind, make in kinds.items()}
