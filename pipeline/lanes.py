@@ -1,10 +1,9 @@
 """Two lanes of decoding: the CPUs of the preprocess actors, and the GPU. Which image takes which, and in what proportion.
 
 Only plain JPEGs may take the GPU's lane: three components, sequential, upright, of a usual subsampling and length, whole to the
-eye.
-They pass the preprocess actor encoded, and `GpuLane` decodes them beside the model. One of 64 is decoded by both, for `Predict`
-to compare the labels. What the GPU will not vouch for is decoded on the CPU after all, so a failure has the same class and words
-in both lanes.
+eye. They pass the preprocess actor encoded, and `GpuLane` decodes them beside the model. One of 64 is decoded by both, for
+`Predict` to compare the labels. What the GPU will not vouch for is decoded on the CPU after all, so a failure has the same class
+and words in both lanes.
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ class UnitError(enum.StrEnum):
 
 #: Seconds that a row took in each stage, on its way to the driver only.
 TIMINGS = {seam: f"_{seam}_s" for seam in ("read", "preprocess", "predict")}
-#: bool, on its way to the driver only: has fast decoding left the image its label? Null where the two were not compared.
+#: bool, on its way to the driver only: does the image keep its label when it is decoded the other way? Null where that was not
+#: looked at.
 SAME_LABEL = "_same_label"
 COMPARED_EVERY = 64  # where decoding may differ, one image of so many is decoded both ways: 1.5 % of the work
 #: Columns of the way that a kept column cannot be named after.

@@ -40,7 +40,7 @@ _LEAVE_S = 30.0  # for Ray to kill the workers of a pass
 STALL_S = 600.0  # no block for so long means a hung pool (ray#62746); a 128 MiB block takes 50 s at 18 img/s
 _CAREFUL_BYTES = 2**14  # of encoded images, one photograph or 8 thumbnails, where preprocess has no blocks of its own
 _CAREFUL_ROWS = 8  # of a block in careful mode: hanging images come through by and by, so that the watch sees the pass live
-_CALLS = 3  # of an actor with a GPU lane: a block is fetched, one decoded and one labelled at the same time
+_CALLS = 3  # of an actor with a GPU lane: a block is walked, one decoded and one labelled at the same time
 _ACTOR: dict[str, Any] = {"max_restarts": 2, "max_task_retries": 1}  # Ray's default is to retry for ever, a poison image with it
 _BLOCKS: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}  # a stage gets blocks as they are
 

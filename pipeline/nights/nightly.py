@@ -138,7 +138,7 @@ def _outcome(job: Job, label: Label, check: Check, day: Day, say: Say) -> Receip
     except NightlabelError as error:
         check()  # when it was told to stop, that is no failure of the day
         return error
-    except Exception as error:
+    except Exception as error:  # a bug: whoever is to hear how a night ended hears of it too, and it goes on its way
         tell(job.notify, account(job.name, day.date, NightlabelError(f"a bug: {error!r}")), say=say)
         raise
 

@@ -65,7 +65,7 @@ class Iceberg:
                         snapshot.append_data_file(file)
         except (CommitFailedException, TableAlreadyExistsError) as error:
             raise Changed from error
-        except Exception as error:
+        except Exception as error:  # as above
             raise self._explained(error) from error
 
     def _create(self, first: File) -> Table:
