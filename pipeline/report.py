@@ -121,7 +121,8 @@ class Receipt:
         """What fast decoding and the GPU's lane have done to the labels, over all units of the run."""
         how = " and ".join(["fast"] * (self.decode == "fast") + ["by the GPU"] * (self.lane != "cpu"))
         if not self.compared:
-            return f"{how}: none was labelled both ways, for which one in 64 is looked at"
+            why = "was large enough to come out otherwise" if self.lane == "cpu" else "was labelled both ways"
+            return f"{how}: of the images looked at, one in 64, none {why}"
         share = f"{self.same_label / self.compared:.1%}"
         return f"{how}: {share} kept their label, of {self.compared:,} labelled both ways"
 

@@ -489,4 +489,8 @@ def test_fast_decoding_is_another_output_whose_manifest_says_what_it_did_to_the_
     }
     assert said["exact"] == {"mode": "exact", "lane": "cpu", "compared": 0, "same_label": 0}
     assert said["fast"] == {"mode": "fast", "lane": "cpu", "compared": 4, "same_label": 4}  # the first of every unit
-    assert "decode  fast: 100.0% kept their label, of 4 labelled both ways" in receipts["fast"].lines()
+    fast = receipts["fast"]
+    assert "decode  fast: 100.0% kept their label, of 4 labelled both ways" in fast.lines()
+    assert replace(fast, compared=0).agreement.endswith("one in 64, none was large enough to come out otherwise")
+    on_gpu = replace(fast, decode="exact", lane="gpu", compared=0)
+    assert "decode  by the GPU: of the images looked at, one in 64, none was labelled both ways" in on_gpu.lines()
