@@ -21,6 +21,8 @@ from pipeline.log import Log
 from pipeline.rows import PREDICTION, SAME_LABEL, TIMINGS
 from pipeline.unit import Unit
 
+_SORTED_AT_ONCE = 2**28  # bytes: Arrow joins a column to sort it, and 2 GiB of text in one array are more than its offsets hold
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -90,11 +92,20 @@ class UnitBuffer:
         except pa.ArrowException as error:
             need, do = "one type for each kept column of a unit", "Write the files alike, or leave the column out of input.keep"
             raise JobError(f"inputs of one unit differ: {error}", need=need, do=do) from error
-        whole = whole.sort_by("index")
+        whole = _in_order(whole)
         passing = {*PREDICTION.names, *TIMINGS.values(), SAME_LABEL}
         extra = [name for name in whole.column_names if name not in passing]
         schema = pa.schema([*PREDICTION, *(whole.schema.field(name) for name in extra)])
         return whole.select([*PREDICTION.names, *extra]).cast(schema)
+
+
+def _in_order(table: pa.Table) -> pa.Table:
+    """The rows by their `index`."""
+    index, pieces = table.column("index"), 1 + table.nbytes // _SORTED_AT_ONCE
+    rows = 1 + table.num_rows // pieces
+    starts = range(0, 1 + (pc.max(index).as_py() or 0), rows)
+    wanted = (pc.and_(pc.greater_equal(index, start), pc.less(index, start + rows)) for start in starts)
+    return pa.concat_tables([table.filter(those).sort_by("index") for those in wanted])
 
 
 def serialise(table: pa.Table, unit: Unit, provenance: Provenance, compared: tuple[int, int] = (0, 0)) -> tuple[bytes, Footer]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import random
 import shutil
 import threading
 from collections.abc import Iterator
@@ -385,6 +387,20 @@ def test_a_unit_is_complete_when_all_rows_are_there_in_any_order_even_twice(orde
             buffer.add(table)
     assert buffer.complete
     assert buffer.table() == prediction_rows(5)
+
+
+def test_kept_text_of_more_than_two_gigabytes_is_put_in_order():
+    """Arrow's offsets of text have 32 bits. The buffers share one text, so the memory that it takes is that of the result."""
+    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 2**33:
+        pytest.skip("needs 8 GiB of free memory")
+    text, buffer = pa.array(["x" * 2**20] * 64), UnitBuffer()
+    numbers = random.Random(0).sample(range(2112), 2112)
+    rows = prediction_rows(2112)
+    for at in range(0, 2112, 64):
+        buffer.add(rows.take(pa.array(numbers[at : at + 64])).append_column("html", text))
+    table = buffer.table()
+    assert table.select(PREDICTION.names) == rows
+    assert table.column("html").nbytes > 2**31
 
 
 def test_a_unit_error_completes_the_unit_and_an_empty_unit_has_no_rows():
