@@ -12,32 +12,33 @@ MAX_PIXELS = 10**7
 
 
 class Standing:
-    """In the GPU decoder's place: vouches for what the CPU decodes, but not for the first `shy` of a batch."""
+    """In the GPU decoder's place: vouches for what the CPU decodes, but not for the rows `doubted` of a batch."""
 
-    def __init__(self, shy: int = 0) -> None:
-        self.shy, self.seen = shy, 0
+    def __init__(self, doubted: slice = slice(0)) -> None:
+        self.doubted, self.seen = doubted, 0
 
     def __call__(self, encoded: pa.Array, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         from pipeline.decode import BadImage
         from pipeline.preprocess import Prepare
 
-        prepare, crops, vouched = Prepare(SMALL, MAX_PIXELS), [], np.zeros(len(encoded), bool)
+        prepare, crops, vouched = Prepare(SMALL, MAX_PIXELS), [], np.ones(len(encoded), bool)
+        vouched[self.doubted] = False
         self.seen += len(encoded)
         for row, data in enumerate(encoded):
             try:
                 pixels, *size = prepare(memoryview(data.as_buffer()))
             except BadImage:
+                vouched[row] = False
                 continue
             assert size == sizes[row].tolist()
-            vouched[row] = row >= self.shy
             crops += [pixels] if vouched[row] else []
         return np.stack(crops) if crops else np.empty((0, 3, 32, 32), np.uint8), vouched
 
 
 def make_predict(job, digest, share):
-    """Stands in for `stages.make_predict`: the lane is a GPU's by name only, and vouches for all but the first of a batch."""
+    """Stands in for `stages.make_predict`: the lane is a GPU's by name only, and vouches for all but the last of a batch."""
     from pipeline import stages
     from pipeline.lanes import GpuLane
 
     predict = stages.make_predict(job, digest, None)
-    return GpuLane(Standing(shy=1), stages.make_preprocess(job, SMALL, False, None), predict, share)
+    return GpuLane(Standing(slice(-1, None)), stages.make_preprocess(job, SMALL, False, None), predict, share)

@@ -90,11 +90,11 @@ def chain(share: float, decoder: Standing, predict: Predict, *, fast: bool = Fal
     return GpuLane(decoder, preprocess, predict, everything)(routed)
 
 
-@pytest.mark.parametrize(("share", "shy"), [(1.0, 0), (1.0, 9), (0.5, 0), (0.0, 0)])
+@pytest.mark.parametrize(("share", "doubted"), [(1.0, 0), (1.0, 9), (0.5, 0), (0.0, 0)])
 @pytest.mark.parametrize("fast", [False, True])
-def test_both_lanes_give_the_same_rows(predict: Predict, share: float, shy: int, *, fast: bool) -> None:
+def test_both_lanes_give_the_same_rows(predict: Predict, share: float, doubted: int, *, fast: bool) -> None:
     expected = predict(Preprocess(SMALL, max_pixels=MAX_PIXELS)(table(images(), cls=pa.array(range(70))))).sort_by("index")
-    decoder = Standing(shy)
+    decoder = Standing(slice(doubted))
     out = chain(share, decoder, predict, fast=fast).sort_by("index")
     end = out.slice(70)
     assert end["key"].to_pylist() == end["status"].to_pylist() == [None]
@@ -105,7 +105,7 @@ def test_both_lanes_give_the_same_rows(predict: Predict, share: float, shy: int,
     assert failed == [3, 5, 11, 12, 64]
     np.testing.assert_allclose(same["score"].drop_null().to_numpy(), expected["score"].drop_null().to_numpy(), rtol=0, atol=1e-5)
     compared = [row for row, same in enumerate(out[SAME_LABEL].to_pylist()) if same is not None]
-    assert compared == ([0] if share and not shy else [])
+    assert compared == ([0] if share and not doubted else [])
     # Of the 66 plain ones, of which the CPU's second look has found one broken.
     assert decoder.seen == {1.0: 65, 0.5: 33, 0.0: 0}[share]
 

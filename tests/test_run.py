@@ -292,8 +292,7 @@ def test_images_that_take_two_lanes_are_rows_once(tmp_path, model, on_ray, monke
     assert sorted(rows["key"].to_pylist()) == sorted([*keys, "cut", "no", "other"])
     for name in ("label", "error_class", "error", "width", "height"):
         assert rows[name].equals(expected[name]), name
-    assert receipt.compared == receipt.same_label
-    assert receipt.compared if lane == "gpu" else True
+    assert receipt.compared == receipt.same_label > 0
     manifest = json.loads(Path(receipt.where, "runs/000001/manifest.json").read_bytes())
     assert manifest["decode"] == {"mode": "exact", "lane": lane, "compared": receipt.compared, "same_label": receipt.compared}
 

@@ -1,49 +1,81 @@
-"""What a night costs beside labelling, on a real S3 server on loopback: taking and giving back the lease, publishing 1,000 files.
+"""What a night costs beside labelling, on a real S3 server on loopback: the lease, and publishing 1,000 files as a Delta table.
 
-python tests/benchmarks/nights.py
+    .venv/bin/python tests/benchmarks/nights.py [--leases 20] [--files 1000]
+
+Seconds, medians for the lease. Publishing is done twice: the second time finds out that nothing is new. Writes
+tests/benchmarks/results/nights.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 2)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 import seaweed  # noqa: E402
-from test_publish import FINGERPRINT, Labels, parquet  # noqa: E402
-from test_run import job  # noqa: E402
+from result import write_result  # noqa: E402
 
-from pipeline.nights.lease import Office  # noqa: E402
-from pipeline.storage import open_store  # noqa: E402
 
-server = seaweed.start(Path(tempfile.mkdtemp()))
-os.environ.update(server.env)
-store, out = open_store("s3://", server.options), f"s3://{server.bucket()}/labels"
-store.create(f"{out}/first", b"a client takes half a second to build")
-
-took, gave = [], []
-for _ in range(20):
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     since = time.perf_counter()
-    lease = Office(store, f"{out}/leases/products").acquire("skip", wait=0.0, say=print)
-    took.append(time.perf_counter() - since)
-    since = time.perf_counter()
-    lease.__exit__()
-    gave.append(time.perf_counter() - since)
-print(f"lease: taken in {statistics.median(took) * 1000:.0f} ms (at most {max(took) * 1000:.0f}), given back in", end=" ")
-print(f"{statistics.median(gave) * 1000:.0f} ms (at most {max(gave) * 1000:.0f})")
+    done = work()
+    return time.perf_counter() - since, done
 
-output = {"uri": out, "s3": server.options.model_dump()}
-labels = Labels(job("in", "model", out, output=output, publish={"format": "delta"}), f"{out}/{FINGERPRINT}")
-data = parquet([str(number) for number in range(100)])
-with ThreadPoolExecutor(8) as pool:
-    list(pool.map(lambda number: labels.put(str(number), data), range(1000)))
-for _ in range(2):
-    since = time.perf_counter()
-    print(f"{labels.publish().line()} in {time.perf_counter() - since:.2f} s")
-server.stop()
+
+def lease_seconds(server: seaweed.Seaweed, out: str, times: int) -> dict[str, float]:
+    from pipeline.nights.lease import Office
+    from pipeline.storage import open_store
+
+    store = open_store("s3://", server.options)
+    store.create(f"{out}/first", b"a client takes half a second to build")
+    took, gave = [], []
+    for _ in range(times):
+        seconds, lease = timed(lambda: Office(store, f"{out}/leases/products").acquire("skip", wait=0.0, say=print))
+        took.append(seconds)
+        gave.append(timed(lease.__exit__)[0])
+    return {"taken": statistics.median(took), "taken_at_most": max(took), "given_back": statistics.median(gave)}
+
+
+def publish_seconds(server: seaweed.Seaweed, out: str, files: int) -> dict[str, float]:
+    from test_publish import FINGERPRINT, Labels, parquet
+    from test_run import job
+
+    output = {"uri": out, "s3": server.options.model_dump()}
+    labels = Labels(job("in", "model", out, output=output, publish={"format": "delta"}), f"{out}/{FINGERPRINT}")
+    data = parquet([str(number) for number in range(100)])
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: labels.put(str(number), data), range(files)))
+    (first, found), (again, nothing) = timed(labels.publish), timed(labels.publish)
+    assert (found.added, nothing.added) == (files, 0), (found, nothing)
+    return {"published": first, "nothing_new": again}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--leases", type=int, default=20)
+    parser.add_argument("--files", type=int, default=1000)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        server = seaweed.start(Path(folder))
+        try:
+            os.environ.update(server.env)
+            out = f"s3://{server.bucket()}/labels"
+            seconds = lease_seconds(server, out, args.leases) | publish_seconds(server, out, args.files)
+        finally:
+            server.stop()
+    print(", ".join(f"{name} {spent:.3f} s" for name, spent in seconds.items()))
+    write_result("nights", {"leases": args.leases, "files": args.files, "seconds": seconds})
+
+
+if __name__ == "__main__":
+    main()

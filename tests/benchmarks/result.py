@@ -1,4 +1,4 @@
-"""What a benchmark leaves in tests/benchmarks/results: its figures with the date, the machine and the command."""
+"""What a benchmark leaves in tests/benchmarks/results: its figures with the date, the machine, the command and the commit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 from datetime import date
 from pathlib import Path
@@ -28,8 +29,18 @@ def write_result(name: str, figures: dict[str, Any]) -> None:
             [f"{os.cpu_count()} cores", model[1] if model else platform.machine(), *([" ".join(flags)] if flags else [])]
         ),
         "command": " ".join([f"tests/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": _commit(),
         **figures,
     }
     path = HERE / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _commit() -> str | None:
+    """Of the working tree, with a mark when it was changed since; None where there is no git."""
+    try:
+        told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told.stdout.strip()

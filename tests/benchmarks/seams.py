@@ -80,12 +80,13 @@ class Steps:
         lap("pack")
         took["pack"] -= took["decode"] + took["resize"]
         crops = rows.pixels_view(batch.column("pixels"), self.preprocessing.size)
-        since = time.perf_counter()
-        self.predict.engine(crops)
+        engine, since = self.predict.engine, time.perf_counter()
+        scores = engine(crops)
         lap("model")
+        self.predict.engine = lambda _: scores
         predictions = self.predict(batch)
         lap("answer")
-        took["answer"] -= took["model"]
+        self.predict.engine = engine
         for name in rows.TIMINGS.values():
             predictions = predictions.append_column(name, pa.nulls(predictions.num_rows, pa.float32()))
         since = time.perf_counter()
