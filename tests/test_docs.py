@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.testing
 from conftest import ROOT
 from test_layers import LADDER
 
 from pipeline import errors
+from pipeline.cli import app
 from pipeline.demo import job_text, model_text
-from pipeline.rows import PREDICTION, Failure
+from pipeline.rows import PREDICTION, Failure, UnitError
 
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", "jobs/README.md", "infra/README.md")}
+NIGHTLABEL: Any = typer.main.get_command(app)
+
+
+def command_lines(text: str) -> list[str]:
+    """The lines of a document that begin with the command."""
+    return re.findall(r"^nightlabel .*", text, re.MULTILINE)
 
 
 def test_readme_is_short_and_complete():
@@ -37,8 +49,8 @@ def test_the_map_names_every_module_or_its_folder():
 def test_columns_failures_and_exit_codes_are_documented():
     for field in PREDICTION:
         assert f"`{field.name}`" in README
-    for failure in Failure:
-        assert failure in README
+    for trouble in (*Failure, *UnitError):
+        assert trouble in README
     codes = {
         error.exit_code
         for error in vars(errors).values()
@@ -49,20 +61,29 @@ def test_columns_failures_and_exit_codes_are_documented():
     assert {str(code) for code in codes} <= set(re.findall(r"\d+", table))
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        *("run", "plan", "validate", "retry-failed", "demo", "schema", "prepare import", "model show"),
-        *("submit", "status", "render", "apply"),
-    ],
-)
+def commands(command: Any, *words: str) -> Iterator[str]:
+    """Every command of the command line, with the names of its groups."""
+    if not hasattr(command, "commands"):
+        yield " ".join(words)
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, *words, name)
+
+
+@pytest.mark.parametrize("command", sorted(commands(NIGHTLABEL)))
 def test_commands_have_help_and_are_documented(command):
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *command.split(), "--help"], capture_output=True, text=True, check=True
-    )
-    assert len(done.stdout.splitlines()) > 5
-    documents = README + (ROOT / "jobs/README.md").read_text() + (ROOT / "Makefile").read_text()
-    assert f"nightlabel {command}" in documents
+    shown = typer.testing.CliRunner().invoke(app, [*command.split(), "--help"])
+    assert shown.exit_code == 0
+    assert len(shown.output.splitlines()) > 5
+    assert re.search(rf"\bnightlabel {command}\b", "".join(DOCUMENTS.values()) + (ROOT / "Makefile").read_text())
+
+
+@pytest.mark.parametrize(("document", "line"), [(name, line) for name, text in DOCUMENTS.items() for line in command_lines(text)])
+def test_command_lines_in_documents_are_commands(document, line):
+    words: list[str] = shlex.split(re.split(r" [|>] ", line)[0], comments=True)[1:]
+    command: Any = NIGHTLABEL
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    command.make_context(command.name, words)
 
 
 def test_the_demo_runs_the_job_files_in_jobs():

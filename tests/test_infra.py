@@ -148,19 +148,6 @@ def blocks(kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", (INFRA / "README.md").read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("line", re.findall(r"^nightlabel .*", (INFRA / "README.md").read_text(), re.MULTILINE))
-def test_the_readmes_commands_are_commands(line):
-    import typer
-
-    from pipeline.cli import app
-
-    command: Any = typer.main.get_command(app)
-    words = shlex.split(re.split(r"[|>]", line)[0], comments=True)[1:]
-    while hasattr(command, "commands"):
-        command = command.commands[words.pop(0)]
-    command.make_context(command.name, words)
-
-
 def test_the_readmes_first_job_fits_the_laptops_cluster(tmp_path):
     from pipeline.job.jobfile import load_label_job
 
