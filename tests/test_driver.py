@@ -301,6 +301,27 @@ def test_a_deadline_ends_a_run_in_which_nothing_arrives(begin):
     assert ended, "the pass goes on without its driver"
 
 
+def test_what_was_committed_before_a_deadline_stays(begin):
+    driver, log, plan = begin(limits={"deadline": "1s"})
+
+    def slow(units: list[Unit], *, careful: bool, lost: list[str]):
+        yield from (arrival(unit) for unit in units[:2])
+        while True:
+            time.sleep(0.01)
+            yield None
+
+    with pytest.raises(UnitsLeft, match="2 units left"):
+        driver.passes(log, plan, slow)
+    committed = log.objects()
+    assert len(committed) == 2
+    driver, log, plan = begin()
+    assert [len(plan.committed), len(plan.todo)] == [2, 2]
+    receipt = finish(driver, log, plan, Passes())
+    assert (receipt.exit_code, receipt.units_before, receipt.rows_in) == (0, 2, 8 * ROWS)
+    assert committed.items() <= log.objects().items()
+    assert sorted(rows_of(log)) == all_rows(*range(8))
+
+
 def test_what_comes_twice_counts_once(begin):
     driver, log, plan = begin()
     told: Counter[str] = Counter()

@@ -1,0 +1,140 @@
+"""What a person sees of a run: the line while it works, and its page afterwards."""
+
+from __future__ import annotations
+
+import re
+import time
+from html import unescape
+
+import pytest
+
+from pipeline import screen as screens
+from pipeline.report import Receipt, UnitTrouble
+from pipeline.screen import Screen
+
+
+def screen(units: int = 4, **planned: object) -> Screen:
+    """Of a run that has planned `units`."""
+    shown = Screen()
+    shown.observe("planned", {"run": "000001", "units": units, "done": 0, "todo_bytes": 10**6, **planned})
+    return shown
+
+
+def rows(shown: Screen, images: int, failed: int = 0) -> None:
+    shown.observe("rows", {"images": images, "failed": failed})
+
+
+def test_the_line_counts_images_and_estimates_the_rest(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(screens.time, "monotonic", lambda: now[0])
+    with screen() as shown:
+        now[0] += 9
+        assert shown._line() == "0 images, 9 s"
+        rows(shown, 100, failed=2)
+        now[0] += 10
+        assert shown._line() == "100 images, 10 img/s, 2 failed, 0/4 units"
+        shown.observe("commit", {"rows": 80})
+        assert shown._line() == "100/~320 images, 10 img/s, 22 s left, 2 failed, 1/4 units"
+        for _ in range(3):
+            shown.observe("commit", {"rows": 80})
+        rows(shown, 220)
+        assert shown._line() == "320/320 images, 32 img/s, 0 s left, 2 failed, 4/4 units"
+
+
+@pytest.mark.parametrize("event", ["trouble", "split"])
+def test_what_is_dropped_is_taken_off_the_line(event, capsys):
+    with screen() as shown:
+        rows(shown, 100, failed=5)
+        shown.observe(event, {"dropped": 30, "dropped_failed": 4, "error_class": "TAR_NO_EOF", "error": "in/a.tar: cut"})
+        assert shown._line() == "70 images, 0 img/s, 1 failed, 0/4 units"
+    assert ("TAR_NO_EOF: in/a.tar: cut" in capsys.readouterr().err) == (event == "trouble")
+
+
+def test_what_comes_again_by_itself_is_not_shown_as_trouble(capsys):
+    with screen() as shown:
+        shown.observe("trouble", {"dropped": 0, "dropped_failed": 0, "error_class": "LOST", "error": "a worker died"})
+    assert "LOST" not in capsys.readouterr().err
+
+
+def test_a_resumed_run_counts_the_units_that_are_left_and_a_new_plan_more(capsys):
+    with screen(10, done=6) as shown:
+        rows(shown, 1)
+        assert shown._line().endswith("0/4 units")
+        shown.observe("replanned", {"before": 4, "units": 7})
+        assert shown._line().endswith("0/7 units")
+    assert "resuming: 6 of 10 units done" in capsys.readouterr().err
+
+
+def test_a_line_comes_by_and_by_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(screens, "EVERY_S", 0.01)
+    with screen() as shown:
+        rows(shown, 7)
+        time.sleep(0.2)
+    assert "7 images" in capsys.readouterr().err
+
+
+def receipt(**other: object) -> Receipt:
+    said = {
+        "job": "nightly",
+        "where": "s3://b/labels/0123456789ab",
+        "fingerprint": "0123456789ab",
+        "artifact": "sha256:12",
+        "precision": "int8",
+        "run": "000007",
+        "units": 3,
+        "units_done": 3,
+        "units_before": 1,
+        "rows_in": 12345,
+        "ok": 12340,
+        "failed": 5,
+        "failures": {"CORRUPT": 3, "TRUNCATED": 2},
+        "labels": {"<b>cat</b> & dog": 9000, "tree": 3000},
+        "labelled_now": 12000,
+        "written": 2,
+        "seconds": 61.25,
+        "first_seconds": 10.0,
+        "images_per_second": 234.4,
+        "seam_seconds": {"read": 1.5, "preprocess": 20.0, "predict": 90.0},
+        "passes": 1,
+    }
+    return Receipt(**(said | other))  # type: ignore[arg-type]
+
+
+def seen(page: bytes) -> str:
+    """The text of a page, its markup and style taken off."""
+    text = re.sub(r"<style>.*?</style>", "", page.decode(), flags=re.DOTALL)
+    return unescape(" ".join(re.sub(r"<[^>]+>", " ", text).split()))
+
+
+def test_the_page_of_a_run_says_what_the_receipt_says():
+    page = receipt().page()
+    text = seen(page)
+    for said in (
+        *("nightly, run 000007", "12,345 in = 12,340 ok + 5 failed", "s3://b/labels/0123456789ab", "sha256:12 , int8"),
+        *(
+            "3 of 3, 1 of them before this attempt",
+            "61.2 s, 234 img/s",
+            "CORRUPT 3 TRUNCATED 2",
+            "<b>cat</b> & dog 9,000 tree 3,000",
+        ),
+        "read 1.5 s preprocess 20.0 s predict 90.0 s",
+    ):
+        assert said in text, said
+    assert b"<b>cat" not in page, "a label is no markup"
+    assert b"Units left" not in page
+    assert not re.search(rb"(src|href)=|url\(|@import", page), "nothing is loaded from elsewhere"
+
+
+def test_the_page_of_a_run_that_is_not_done_names_what_is_left():
+    trouble = UnitTrouble("u", ("in/a.tar",), "TAR_NO_EOF", "in/a.tar: ends without its two zero blocks.")
+    text = seen(receipt(units_done=2, trouble=(trouble,), labels={f"class {n}": n + 1 for n in range(40)}).page())
+    assert "Units left TAR_NO_EOF in/a.tar: ends without its two zero blocks." in text
+    assert "the 25 most frequent of 40" in text
+    assert "class 15 16" in text
+    assert "class 14 15" not in text
+
+
+def test_the_page_says_how_many_labels_another_decoding_left_as_they_were():
+    assert "99.0% kept their label, of 200 labelled both ways" in seen(
+        receipt(decode="fast", compared=200, same_label=198).page()
+    )
