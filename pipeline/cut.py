@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import InputError, InputMissing, JobError, NightlabelError, PermissionDenied
+from pipeline.errors import InputError, InputMissing, JobError, NightlabelError, PermissionDenied, Unidentified
 from pipeline.names import glob_prefix
 from pipeline.spec import Input
 from pipeline.storage import Object, RangeFile, Store
@@ -125,6 +125,8 @@ def _cut_parquet(store: Store, wanted: Input, listing: Sequence[Object], *, piec
     for item in large:
         try:
             units += _split_rows(store, wanted, item, size=size)
+        except Unidentified:
+            raise
         except (InputError, PermissionDenied, JobError, pa.ArrowException, OSError) as error:
             # One unit, whose reading says what is wrong while the rest is labelled.
             units.append(Unit((Part(item.uri, item.etag, item.size),)))

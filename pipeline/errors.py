@@ -15,6 +15,7 @@
     ├── Temporary        75   try again
     │   └── Stalled           something hangs
     └── PermissionDenied 77
+        └── Unidentified      of whoever asks, not of what is asked for: no credentials, or none that are taken
     Interrupted     130/143   stopped by a signal; resumable. Beside the tree, for what catches trouble must let it through
 
 Anything else that escapes is a bug of ours: a traceback and exit code 70.
@@ -115,6 +116,12 @@ class Stalled(Temporary):
 class PermissionDenied(NightlabelError):
     exit_code = 77
     error_class = "PERMISSION_DENIED"
+
+
+class Unidentified(PermissionDenied):
+    """No credentials, or expired or unknown ones, or a clock that is wrong: so it is with every input, and no fault of any."""
+
+    error_class = "UNIDENTIFIED"
 
 
 class Interrupted(BaseException):

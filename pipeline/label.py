@@ -22,7 +22,7 @@ from pipeline.attempt import Attempt, Observer
 from pipeline.commit import Provenance, UnitBuffer
 from pipeline.committer import Committer
 from pipeline.environment import set_ray_environment
-from pipeline.errors import Conflict, Stalled, Temporary, UnitsLeft
+from pipeline.errors import Conflict, Stalled, Temporary, Unidentified, UnitsLeft
 from pipeline.job.jobfile import dump_job
 from pipeline.log import Log
 from pipeline.plan import Plan
@@ -36,6 +36,7 @@ TRIES = 3  # two passes as they come, the third in careful mode
 _REPLANS = 20  # of an attempt: enough to find any culprit, and an end where an input is written over again and again
 _AT_ONCE = 20_000  # units of a pass: each is put into Ray's store by itself before the first block can come
 _LOST = "LOST"
+_PASSING = frozenset({_LOST, Temporary.error_class, Unidentified.error_class})  # another pass may fare better
 
 #: A pass over units: prediction rows as they arrive, None when nothing did for a second. Why blocks were lost goes into `lost`.
 RunPass = Callable[..., Generator[pa.Table | None, None, None]]
@@ -107,7 +108,7 @@ class Driver:
     def _is_hopeless(self, unit: Unit) -> bool:
         """Wrong in itself: another pass reads the same bytes with the same rights."""
         trouble = self.attempt.trouble.get(unit.id)
-        return trouble is not None and trouble.error_class not in (_LOST, Temporary.error_class)
+        return trouble is not None and trouble.error_class not in _PASSING
 
     @property
     def _disputed(self) -> set[str]:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cut import IMAGE_SUFFIXES, check_columns, plain_type, root_of
-from pipeline.errors import InputError, JobError, NightlabelError, PermissionDenied, ShardError, Temporary
+from pipeline.errors import InputError, JobError, NightlabelError, PermissionDenied, ShardError, Temporary, Unidentified
 from pipeline.rows import IMAGE, Failure, UnitError
 from pipeline.spec import Input
 from pipeline.storage import Object, RangeFile, Store
@@ -225,6 +225,8 @@ def _fetched(pool: ThreadPoolExecutor, store: Store, parts: tuple[Part, ...], ro
 def _fetch(store: Store, part: Part) -> Row:
     try:
         return {"bytes": store.read(part.uri, etag=part.etag)}
+    except Unidentified:  # the others would fail like it, and be failed rows for good
+        raise
     # Gone or replaced since the plan, or not ours to read: this image has no bytes, and the others of its unit have theirs.
     except (InputError, PermissionDenied) as error:
         return {"error_class": Failure.FETCH_FAILED, "error": str(error)}

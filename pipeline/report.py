@@ -146,7 +146,8 @@ def exit_code(trouble: tuple[UnitTrouble, ...], *, left: int, done: int, rows: i
     classes = {item.error_class for item in trouble}
     if left:
         broken = {*UnitError.__members__, InputError.error_class}
-        by_class = (({"CONFLICT"}, 6), (broken, 3), ({"PERMISSION_DENIED"}, 77), ({"UNFIT"}, 2), ({"TEMPORARY"}, 75))
+        rights = {"PERMISSION_DENIED", "UNIDENTIFIED"}
+        by_class = (({"CONFLICT"}, 6), (broken, 3), (rights, 77), ({"UNFIT"}, 2), ({"TEMPORARY"}, 75))
         return next((code for names, code in by_class if classes & names), 5)
     if done and not rows:
         return 3

@@ -6,7 +6,7 @@ import aiohttp
 from botocore import exceptions as sdk
 from botocore.parsers import ResponseParserError
 
-from pipeline.errors import InputMissing, NightlabelError, PermissionDenied, StoreError
+from pipeline.errors import InputMissing, NightlabelError, PermissionDenied, StoreError, Unidentified
 
 #: No answer, half of one, or one that was damaged.
 INTERRUPTED = (
@@ -16,6 +16,14 @@ INTERRUPTED = (
 _UNIDENTIFIED = (
     *(sdk.NoCredentialsError, sdk.PartialCredentialsError, sdk.CredentialRetrievalError, sdk.ProfileNotFound),
     *(sdk.TokenRetrievalError, sdk.NoAuthTokenError),
+)
+#: Credentials that came and are not taken; an AccessDenied is of known ones, and may be of one object alone.
+_UNIDENTIFIED_CODES = frozenset(
+    {
+        *("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId"),
+        *("InvalidClientTokenId", "UnrecognizedClientException", "InvalidSecurity", "SignatureDoesNotMatch"),
+        *("RequestTimeTooSkewed", "RequestExpired", "NotSignedUp", "AccountProblem"),
+    }
 )
 _TEMPORARY_CODES = frozenset({"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded"})
 
@@ -50,8 +58,11 @@ def explanation(error: Exception, uri: str, writing: bool) -> NightlabelError:
     text = said(error)
     if isinstance(error, _UNIDENTIFIED):
         do = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role; a public bucket needs s3.anonymous"
-        return PermissionDenied(f"{uri}: {text}", need="credentials for S3", do=do)
-    if status(error) in (401, 403) or _code(error) == "ExpiredToken":
+        return Unidentified(f"{uri}: {text}", need="credentials for S3", do=do)
+    if status(error) == 401 or _code(error) in _UNIDENTIFIED_CODES:
+        need = "credentials that are known and not expired, and a clock that is right"
+        return Unidentified(f"{uri}: {text}", need=need, do="Renew them where the job runs, on every worker, and run again")
+    if status(error) == 403:
         right = "write" if writing else "read and list"
         return PermissionDenied(f"{uri}: {text}", need=f"the right to {right} there", do="Check the credentials and the policy")
     if status(error) == 404 and not writing:

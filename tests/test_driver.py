@@ -22,7 +22,7 @@ import ray
 from faults import Fault, fault_proxy
 from inprocess import without_ray
 from models import small_artifact
-from shards import picture
+from shards import picture, tar_bytes, write_parquet
 
 from pipeline import cli, label, run, start
 from pipeline.commit import Provenance, UnitBuffer, commit_unit
@@ -231,10 +231,11 @@ def test_what_is_lost_again_and_again_is_split_too_and_says_why(begin):
     assert passes.careful == [False, False, True] * 2
 
 
-def test_a_store_that_is_away_costs_no_unit_its_shape(begin):
+@pytest.mark.parametrize(("error_class", "code"), [("TEMPORARY", 75), ("UNIDENTIFIED", 77)])
+def test_a_store_that_is_away_or_knows_nobody_costs_no_unit_its_shape(begin, error_class, code):
     driver, log, plan = begin()
-    receipt = finish(driver, log, plan, Passes(lambda unit: ("TEMPORARY", "the store does not answer")))
-    assert (receipt.exit_code, receipt.passes, receipt.units, len(log.runs())) == (75, TRIES, 4, 1)
+    receipt = finish(driver, log, plan, Passes(lambda unit: (error_class, "the store does not answer")))
+    assert (receipt.exit_code, receipt.passes, receipt.units, len(log.runs())) == (code, TRIES, 4, 1)
 
 
 @pytest.mark.parametrize("error", [Temporary("the pass ended early"), Stalled("nothing arrived")])
@@ -515,3 +516,34 @@ def test_fast_decoding_is_another_output_whose_manifest_says_what_it_did_to_the_
     assert replace(fast, compared=0).agreement.endswith("one in 64, none was large enough to come out otherwise")
     on_gpu = replace(fast, decode="exact", lane="gpu", compared=0)
     assert "decode  by the GPU: of the images looked at, one in 64, none was labelled both ways" in on_gpu.lines()
+
+
+@pytest.mark.parametrize("kind", ["images", "webdataset", "parquet"])
+def test_workers_whose_credentials_are_not_taken_cost_no_image_its_label_and_no_unit_its_shape(
+    tmp_path, model, s3, monkeypatch, kind
+):
+    """As when a session's token expires in the night, or a worker's clock is wrong, and the output is on another store."""
+    without_ray(monkeypatch)
+    bucket = s3.bucket()
+    for number in range(12):
+        if kind == "parquet":
+            write_parquet(tmp_path / "one", [picture(number)])
+        one = {"images": picture(number), "webdataset": tar_bytes({f"{number}.jpg": picture(number)})}
+        suffix = {"images": "jpg", "webdataset": "tar"}.get(kind, "parquet")
+        s3.put(f"s3://{bucket}/in/{number:02}.{suffix}", one.get(kind) or (tmp_path / "one").read_bytes())
+    with fault_proxy(s3.port) as proxy:
+        source = {"uri": f"s3://{bucket}/in/", "format": kind, "s3": {"endpoint": proxy.endpoint, "region": "us-east-1"}}
+        content = {"name": "test", "input": source, "model": {"uri": model}, "output": {"uri": str(tmp_path / "out")}}
+        job = Job.model_validate(content | {"resources": {"read": {"tasks": 1}}})
+        proxy.script(*[Fault("status", "GET", f".{suffix}", status=403, code="RequestTimeTooSkewed")] * 200)
+        receipts = []
+        for _ in range(2):
+            receipts.append(Driver(job, observe=lambda event, fields: None, started=0.0).label())
+            proxy.forget()
+    assert [(receipt.exit_code, receipt.units_done, receipt.ok) for receipt in receipts] == [
+        (77, 0, 0),
+        (0, receipts[0].units, 12),
+    ]
+    assert receipts[0].units == receipts[1].units < 12, "joined units keep their shape"
+    assert {item.error_class for item in receipts[0].trouble} == {"UNIDENTIFIED"}
+    assert "RequestTimeTooSkewed" in receipts[0].trouble[0].error

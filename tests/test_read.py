@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from shards import picture, tar_bytes, write_parquet
 
 from pipeline.cut import count_suffixes, cut, kept_fields, list_inputs
-from pipeline.errors import InputMissing, JobError, ShardError, StoreError
+from pipeline.errors import InputMissing, JobError, PermissionDenied, ShardError, StoreError, Unidentified
 from pipeline.read import read_unit
 from pipeline.spec import Input
 from pipeline.storage import Disk, Object
@@ -406,6 +406,27 @@ def test_one_large_file_without_the_columns_is_a_unit_and_all_of_them_are_an_err
     assert [Path(unit.parts[0].uri).name for unit in whole] == ["b.parquet"]
     with pytest.raises(JobError, match="no column other"):
         cut(STORE, wanted.model_copy(update={"image_column": "other"}), list_inputs(STORE, wanted).inputs, tasks=10)
+
+
+class Refusing(Disk):
+    """A disk that lists, and refuses to be read."""
+
+    def __init__(self, error: Exception) -> None:
+        object.__setattr__(self, "error", error)
+
+    def read(self, uri: str, **_: object) -> bytes:
+        raise self.error  # type: ignore[attr-defined]
+
+
+def test_whoever_is_unknown_plans_nothing_and_whoever_may_not_read_one_file_plans_the_others(tmp_path):
+    for name in "abc":
+        write_parquet(tmp_path / f"{name}.parquet", [picture(number) for number in range(20)])
+    wanted = Input(uri=str(tmp_path), format="parquet")
+    listing = list_inputs(STORE, wanted).inputs
+    assert len(cut(STORE, wanted, listing, tasks=10)) > 3
+    assert len(cut(Refusing(PermissionDenied("no")), wanted, listing, tasks=10)) == 3
+    with pytest.raises(Unidentified):  # in whose plan each file would be one unit for good
+        cut(Refusing(Unidentified("who?")), wanted, listing, tasks=10)
 
 
 @pytest.mark.parametrize("counts", [(100, 0, 0, 100, 0, 0, 100), (0, 0, 100, 0), (0, 0, 0)])

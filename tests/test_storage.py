@@ -22,7 +22,7 @@ import pytest
 from faults import Fault, FaultProxy, fault_proxy
 from seaweed import Seaweed
 
-from pipeline.errors import InputChanged, InputMissing, PermissionDenied, StoreError, Temporary
+from pipeline.errors import InputChanged, InputMissing, PermissionDenied, StoreError, Temporary, Unidentified
 from pipeline.s3 import ATTEMPTS, S3Store
 from pipeline.spec import S3
 from pipeline.storage import Object, RangeFile, Store, join, open_store
@@ -330,7 +330,8 @@ def test_a_create_sends_a_checksum_that_the_server_holds_it_to(s3: Seaweed) -> N
         (Fault("status", status=404, code="NoSuchBucket"), StoreError),
         (Fault("status", status=403, code="AccessDenied"), PermissionDenied),
         (Fault("status", status=501, code="NotImplemented"), StoreError),
-        (Fault("status", status=400, code="ExpiredToken"), PermissionDenied),
+        (Fault("status", status=400, code="ExpiredToken"), Unidentified),
+        (Fault("status", status=403, code="RequestTimeTooSkewed"), Unidentified),
     ],
 )
 def test_a_refused_create_is_not_tried_again(
@@ -353,16 +354,17 @@ def test_an_unreachable_endpoint_is_temporary(s3: Seaweed) -> None:
 
 
 def test_wrong_missing_and_anonymous_credentials(s3: Seaweed, blob: Object, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(PermissionDenied, match="AccessDenied"):
+    with pytest.raises(PermissionDenied, match="AccessDenied") as caught:
         S3Store(S3(endpoint=s3.endpoint, anonymous=True)).read(blob.uri)
+    assert type(caught.value) is PermissionDenied, "who asks is known well enough: it is this bucket that says no"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(PermissionDenied, match="SignatureDoesNotMatch"):
+    with pytest.raises(Unidentified, match="SignatureDoesNotMatch"):
         S3Store(s3.options).create(blob.uri, b"")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    with pytest.raises(PermissionDenied, match="credentials"):
+    with pytest.raises(Unidentified, match="credentials"):
         S3Store(s3.options).read(blob.uri)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    with pytest.raises(PermissionDenied, match=r"s3\.anonymous"):
+    with pytest.raises(Unidentified, match=r"s3\.anonymous"):
         S3Store(s3.options).read(blob.uri)
 
 

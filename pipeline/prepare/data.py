@@ -15,14 +15,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cut import cut, list_inputs
-from pipeline.errors import InputError, JobError, NightlabelError, PermissionDenied, Temporary, UnfitError
+from pipeline.errors import InputError, JobError, NightlabelError, PermissionDenied, Temporary, UnfitError, Unidentified
 from pipeline.read import read_unit
 from pipeline.spec import Input
 from pipeline.storage import RangeFile, open_store
 
 NO_LABEL = -1
 _LISTED, _SHOWN = 50, 3  # keys of images left out, of each reason: those that are recorded, and those on a screen
-_ERRORS = {kind.error_class: kind for kind in (Temporary, PermissionDenied, UnfitError)}
+_ERRORS = {kind.error_class: kind for kind in (Temporary, PermissionDenied, Unidentified, UnfitError)}
 
 
 @dataclass
