@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.cut import IMAGE_SUFFIXES, check_columns, plain_type, root_of
 from pipeline.errors import InputError, JobError, NightlabelError, PermissionDenied, ShardError, Temporary, Unidentified
+from pipeline.names import spelt
 from pipeline.rows import IMAGE, Failure, UnitError
 from pipeline.spec import Input
 from pipeline.storage import Object, RangeFile, Store
@@ -60,8 +61,13 @@ def read_unit(store: Store, unit: Unit, *, wanted: Input, only: list[int] | None
         error = Temporary(f"{unit.parts[0].uri}: not enough memory to read it", do="Lower read.tasks, or take larger nodes")
     end: Row = {"unit": unit.id, "index": rows}
     if error is not None:
-        end |= {"error_class": error.error_class, "error": str(error)}
+        end |= _failed(error.error_class, error)
     yield pa.Table.from_pylist([end], schema=schema)
+
+
+def _failed(error_class: str, error: NightlabelError) -> Row:
+    """Its words may hold a name of any bytes, which no column does."""
+    return {"error_class": error_class, "error": spelt(str(error))}
 
 
 def _check_like(schema: pa.Schema, before: pa.Schema, uri: str) -> None:
@@ -229,4 +235,4 @@ def _fetch(store: Store, part: Part) -> Row:
         raise
     # Gone or replaced since the plan, or not ours to read: this image has no bytes, and the others of its unit have theirs.
     except (InputError, PermissionDenied) as error:
-        return {"error_class": Failure.FETCH_FAILED, "error": str(error)}
+        return _failed(Failure.FETCH_FAILED, error)

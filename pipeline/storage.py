@@ -137,7 +137,7 @@ class Disk:
 def changed(uri: str) -> InputChanged:
     """The error for an object that is not the version that was pinned."""
     return InputChanged(
-        f"{uri} is not the version that was listed", need="inputs that stay as they are", do="Run again to take it up"
+        f"{spelt(uri)} is not the version that was listed", need="inputs that stay as they are", do="Run again to take it up"
     )
 
 
@@ -183,7 +183,7 @@ def _explained(path: str, *, writing: bool = False) -> Iterator[None]:
 
 
 def _explanation(error: OSError, path: str, writing: bool) -> NightlabelError:
-    got = f"{error.filename or path}: {error.strerror or error}"
+    got = spelt(f"{error.filename or path}: {error.strerror or error}")
     if error.filename2 is not None and error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
         return StoreError(got, need="a file system with hard links", do="Write the output to another disk or to S3")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

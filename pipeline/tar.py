@@ -77,6 +77,7 @@ def members(stream: Stream) -> Iterator[tuple[str, memoryview | None]]:
         header = _header(stream, count)
         if header is None:
             return
+        header.name = spelt(override.get("path", name or header.name))
         if header.type in _UNREAD or "GNU.sparse.major" in override:
             raise _corrupt(uri, f"{header.name} is a sparse file, or goes on in another volume")
         has_data = header.type not in _EMPTY
@@ -88,7 +89,7 @@ def members(stream: Stream) -> Iterator[tuple[str, memoryview | None]]:
         elif header.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
             count += 1
             if has_data or header.type in _LINKS:
-                yield spelt(override.get("path", name or header.name)), content if has_data else None
+                yield header.name, content if has_data else None
             name, override = "", {}
 
 

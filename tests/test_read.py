@@ -250,6 +250,41 @@ def test_a_name_that_is_not_utf8_is_spelt_out(tmp_path):
         assert [name for name, _ in members(stream)] == ["caf\\xe9.jpg"]
 
 
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_that_breaks_in_a_member_whose_name_is_not_utf8_says_so(tmp_path, tar_format):
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tar_format, encoding="utf-8", errors="surrogateescape") as tar:
+        for name in ("caf\udce9.jpg", "d/" + "x" * 150 * (tar_format != tarfile.USTAR_FORMAT) + "\udce9.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = 600
+            tar.addfile(info, io.BytesIO(b"x" * 600))
+    first = sink.getvalue().index(b"x" * 600)
+    for cut_at in (first + 300, sink.getvalue().rindex(b"x" * 600) + 300):
+        (tmp_path / "x.tar").write_bytes(sink.getvalue()[:cut_at])
+        _, end = rows_of(tmp_path / "x.tar")
+        assert end["error_class"] == "TAR_TRUNCATED"
+        assert "\\xe9" in end["error"]
+
+
+@pytest.mark.parametrize("trouble", ["gone", "changed", "a folder"])
+def test_a_loose_image_whose_name_is_not_utf8_fails_as_a_row(tmp_path, trouble):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")
+    Path(path).write_bytes(b"1")
+    (tmp_path / "d.jpg").write_bytes(b"2")
+    wanted = Input(uri=str(tmp_path), format="images")
+    listing = list_inputs(STORE, wanted).inputs
+    os.unlink(path)
+    if trouble == "changed":
+        Path(path).write_bytes(b"3")
+        os.utime(path, ns=(1, 1))
+    elif trouble == "a folder":
+        Path(path).mkdir()
+    unit = Unit(tuple(Part(item.uri, item.etag, item.size) for item in listing))
+    rows = pa.concat_tables(read_unit(STORE, unit, wanted=wanted)).to_pylist()
+    assert [(row["key"], row["error_class"]) for row in rows] == [("caf\\xe9.jpg", "FETCH_FAILED"), ("d.jpg", None), (None, None)]
+    assert "caf\\xe9.jpg" in rows[0]["error"]
+
+
 def test_files_of_one_unit_whose_kept_columns_differ_are_told_apart(tmp_path):
     parts = []
     for name, labels in (("a", [1, 2]), ("b", ["one", "two"])):
