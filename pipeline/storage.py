@@ -152,19 +152,30 @@ def _object(path: str, stat: os.stat_result) -> Object:
 
 
 def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Object]:
-    """All files below a folder, in no order. Links are followed; a broken one is an error, it was meant to be an input."""
-    stat = os.stat(folder)
+    """All files below a folder, in no order. Links are followed; a broken one is an error, it was meant to be an input. What goes
+    away meanwhile, as a file does that gets its final name, is left for the next listing."""
+    try:
+        stat, scanned = os.stat(folder), os.scandir(folder)
+    except FileNotFoundError:
+        if not above:
+            raise
+        return
     if (stat.st_dev, stat.st_ino) in above:  # a link back to a folder that is being listed already
+        scanned.close()
         return
     above = (*above, (stat.st_dev, stat.st_ino))
-    with os.scandir(folder) as entries:
+    with scanned as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
                 yield from _walk(entry.path, above)
             elif entry.is_file() or entry.is_symlink():
-                yield _object(entry.path, entry.stat())
+                try:
+                    yield _object(entry.path, entry.stat())
+                except FileNotFoundError:
+                    if entry.is_symlink():
+                        raise
 
 
 #: Says nothing about the file: a failing or distant disk, no memory, too many open files.

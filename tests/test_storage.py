@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -413,6 +414,27 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "root/broken").symlink_to(tmp_path / "nothing")
     with pytest.raises(InputMissing, match="broken"):
         list(store.list(str(tmp_path / "root")))
+
+
+def test_what_goes_away_while_a_folder_is_listed_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A producer writes b.part and renames it; a folder is moved away with all that it holds."""
+    for name in ("a", "b.part", "moved/x", "z"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    scan = os.scandir
+
+    def scanned(folder: str):
+        with scan(folder) as entries:
+            found = list(entries)
+        if folder == str(tmp_path):
+            os.rename(tmp_path / "b.part", tmp_path / "b")
+            os.rename(tmp_path / "moved", tmp_path.parent / f"{tmp_path.name}-moved")
+        return contextlib.nullcontext(found)
+
+    monkeypatch.setattr(os, "scandir", scanned)
+    assert [Path(found.uri).name for found in open_store("/").list(str(tmp_path))] == ["a", "z"]
+    with pytest.raises(InputMissing, match="absent"):
+        list(open_store("/").list(str(tmp_path / "absent/")))
 
 
 @pytest.fixture
