@@ -31,6 +31,8 @@ IMAGE_SUFFIXES = frozenset(
         *("ppm", "pgm", "pbm", "pnm", "pam", "pfm", "tga", "exr", "hdr", "dds", "qoi", "xcf", "dng", "cr2", "nef"),
     }
 )
+#: What reading a Parquet file may raise; a ValueError also where the footer names a column in bytes that are not UTF-8.
+UNREADABLE = (pa.ArrowException, OSError, ValueError)
 _SUFFIX = {"webdataset": frozenset({"tar"}), "parquet": frozenset({"parquet", "pq"}), "images": IMAGE_SUFFIXES}
 
 
@@ -127,7 +129,7 @@ def _cut_parquet(store: Store, wanted: Input, listing: Sequence[Object], *, piec
             units += _split_rows(store, wanted, item, size=size)
         except Unidentified:
             raise
-        except (InputError, PermissionDenied, JobError, pa.ArrowException, OSError) as error:
+        except (InputError, PermissionDenied, JobError, *UNREADABLE) as error:
             # One unit, whose reading says what is wrong while the rest is labelled.
             units.append(Unit((Part(item.uri, item.etag, item.size),)))
             unfit += [error] if isinstance(error, JobError) else []
@@ -174,7 +176,7 @@ def kept_fields(store: Store, wanted: Input, inputs: Iterable[Object]) -> list[p
         try:
             schema = pq.read_schema(RangeFile(store, item))
             return [pa.field(name, plain_type(schema.field(name).type)) for name in wanted.keep]
-        except (NightlabelError, pa.ArrowException, OSError, KeyError):
+        except (NightlabelError, *UNREADABLE, KeyError):
             continue  # it may be the broken one
     return [pa.field(name, pa.string()) for name in wanted.keep]
 

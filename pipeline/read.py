@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cut import IMAGE_SUFFIXES, check_columns, plain_type, root_of
+from pipeline.cut import IMAGE_SUFFIXES, UNREADABLE, check_columns, plain_type, root_of
 from pipeline.errors import InputError, JobError, NightlabelError, PermissionDenied, ShardError, Temporary, Unidentified
 from pipeline.names import spelt
 from pipeline.rows import IMAGE, Failure, UnitError
@@ -154,7 +154,7 @@ def _read_parquet(store: Store, part: Part, wanted: Input) -> Iterator[pa.Table]
         for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(dict.fromkeys(columns))):
             yield _image_table(pa.Table.from_batches([batch]), part.uri, wanted, first=first, seen=seen)
             first += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:  # of the machine, not of the file
             raise Temporary(f"{part.uri}: {error}", do="Run again, with fewer read.tasks or on larger nodes") from error
         reason = str(error).splitlines()[0]

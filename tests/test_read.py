@@ -443,6 +443,25 @@ def test_one_large_file_without_the_columns_is_a_unit_and_all_of_them_are_an_err
         cut(STORE, wanted.model_copy(update={"image_column": "other"}), list_inputs(STORE, wanted).inputs, tasks=10)
 
 
+@pytest.mark.parametrize("column", ["image", "other"])
+def test_a_footer_with_a_column_whose_name_is_not_utf8_is_a_corrupt_file_and_no_others_trouble(tmp_path, column):
+    for name in "abc":
+        table = pa.table({"image": [bytes([number]) * 4000 for number in range(40)], "key": ["k"] * 40, "other": [1] * 40})
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=4, compression="none", store_schema=False)
+    data = bytearray((tmp_path / "b.parquet").read_bytes())
+    at = data.index(column.encode(), data.rindex(b"schema"))
+    data[at + 1] ^= 0x80
+    (tmp_path / "b.parquet").write_bytes(data)
+    wanted = Input(uri=str(tmp_path), format="parquet", key_column=None, keep=("other",))
+    listing = list_inputs(STORE, wanted).inputs
+    units = cut(STORE, wanted, listing, tasks=10)
+    whole = [unit for unit in units if unit.parts[0].stop is None]
+    assert [Path(unit.parts[0].uri).name for unit in whole] == ["b.parquet"]
+    ends = {unit.id: list(read_unit(STORE, unit, wanted=wanted))[-1].to_pylist()[-1]["error_class"] for unit in units}
+    assert {unit_id: error for unit_id, error in ends.items() if error} == {whole[0].id: "PARQUET_CORRUPT"}
+    assert kept_fields(STORE, wanted, [listing[1], listing[0]]) == [pa.field("other", pa.int64())]
+
+
 class Refusing(Disk):
     """A disk that lists, and refuses to be read."""
 

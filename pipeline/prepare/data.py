@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cut import cut, list_inputs
+from pipeline.cut import UNREADABLE, cut, list_inputs
 from pipeline.errors import InputError, JobError, NightlabelError, PermissionDenied, Temporary, UnfitError, Unidentified
 from pipeline.read import read_unit
 from pipeline.spec import Input
@@ -80,7 +80,7 @@ def has_labels(wanted: Input, label: str) -> bool:
     store = open_store(wanted.uris[0], wanted.s3)
     try:
         return any(label in pq.read_schema(RangeFile(store, item)).names for item in list_inputs(store, wanted).inputs)
-    except (pa.ArrowException, OSError):
+    except UNREADABLE:
         return True  # broken: whoever reads it says what is wrong
 
 
