@@ -142,6 +142,7 @@ def _with_sidecars(images: list[Row], sidecars: dict[str, str], sample: str, kee
 
 
 def _read_parquet(store: Store, part: Part, wanted: Input) -> Iterator[pa.Table]:
+    """A key that comes twice is seen within the part: to know the keys before it, each would read the file from its start."""
     columns = [wanted.image_column, *((wanted.key_column,) if wanted.key_column else ()), *wanted.keep]
     try:
         file = pq.ParquetFile(

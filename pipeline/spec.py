@@ -44,7 +44,8 @@ class Input(Model):
     image_column: Word = "image"
     """Parquet: the column with encoded images, binary or struct<bytes, path>."""
     key_column: Word | None = "key"
-    """Parquet: the column that names an image; null numbers the rows instead."""
+    """Parquet: the column that names an image; null numbers the rows instead. A name that comes twice is a DUPLICATE_KEY row; in
+    a large file, which is cut into units by its rows, only where both stand in one unit."""
     keep: tuple[Word, ...] = ()
     """Sidecars of a tar (`cls`, `json`) or columns of a Parquet file to copy into the output; loose images have none."""
     s3: S3 = S3()

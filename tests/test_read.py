@@ -143,6 +143,18 @@ def test_parquet_rows_in_order_over_units(tmp_path):
     assert tables[0].schema.field("label").type == pa.int64()
 
 
+def test_a_key_that_comes_twice_is_seen_within_the_rows_of_a_unit(tmp_path):
+    write_parquet(
+        tmp_path / "a.parquet", [picture(number) for number in range(40)], keys=["a", "b", "b", "c"] * 10, rows_per_group=4
+    )
+    wanted = Input(uri=str(tmp_path), format="parquet")
+    units = cut(STORE, wanted, list_inputs(STORE, wanted).inputs, tasks=10)
+    assert len(units) == 10
+    for unit in units:
+        rows = pa.concat_tables(read_unit(STORE, unit, wanted=wanted)).to_pylist()[:-1]
+        assert [row["error_class"] for row in rows] == [None, None, "DUPLICATE_KEY", None]
+
+
 def test_parquet_struct_null_and_missing_keys(tmp_path):
     images = [{"bytes": b"1", "path": "p"}, None, {"bytes": None, "path": "q"}]
     table = pa.table(
