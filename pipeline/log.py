@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import Conflict, InputMissing, StoreError
 from pipeline.footer import TOMBSTONE_BYTES, Footer, read_footer
+from pipeline.spec import absolute
 from pipeline.storage import Object, Store, join
 from pipeline.unit import Input, Part, Unit
 
@@ -70,10 +71,11 @@ class Standing:
 
 
 class Log:
-    """The runs and data objects of one output and fingerprint."""
+    """The runs and data objects of one output and fingerprint. Its root is absolute, as the URIs that a store lists are: a table
+    tells its files from others by them."""
 
     def __init__(self, store: Store, root: str) -> None:
-        self.store, self.root = store, root
+        self.store, self.root = store, absolute(root)
 
     @property
     def fingerprint(self) -> str:

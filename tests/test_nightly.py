@@ -147,7 +147,7 @@ def test_a_table_that_fails_leaves_the_labels_and_says_so(tmp_path, monkeypatch)
 
     monkeypatch.setattr(nightly, "publish", refuse)
     nights = run_nights(wanted, (Day("2026-11-01"),), label=lambda one, check: receipt(), say=print)
-    assert (asked_for, gravest(nights)) == (["out/f"], 75)
+    assert (asked_for, gravest(nights)) == ([str(Path("out/f").absolute())], 75)
     assert nights[0].line().endswith("; the table is busy.")
     assert nights[0].as_dict()["table"] == {"error": "the table is busy."}
     run_nights(wanted, (Day("2026-11-01"),), label=lambda one, check: receipt(exit_code=3), say=print)

@@ -20,6 +20,8 @@ import pytest
 from conftest import ROOT
 from inprocess import without_ray
 from shards import write_tars
+from test_nightly import invoke, write
+from test_retry import guard, loose
 from test_run import job, label, problems
 
 from pipeline.errors import Conflict, JobError, StoreError
@@ -160,6 +162,38 @@ def test_a_retried_unit_replaces_its_older_version(make, kind):
     labels.put("c", parquet(["5"]), generation=2)
     assert labels.publish().added == 1, "of a unit that was retried before it was published, the newest alone"
     assert counts(labels) == [("cat", 5, 5)]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder, for jobs whose paths are relative."""
+    without_ray(monkeypatch)
+    guard(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["delta", "iceberg"])
+@pytest.mark.parametrize("out", ["labels/", "file://{here}/labels"])
+def test_a_table_holds_the_same_files_however_the_job_spells_its_output(here, model, iceberg, kind, out):
+    loose(Path("in"), 4)
+    Path("in/01.jpg.denied").touch()
+    wanted = {"format": kind} | ({"catalog": "night", "table": iceberg} if kind == "iceberg" else {})
+    path = write(Path(), job("in", model, out.format(here=here), input={"format": "images"}, publish=wanted))
+
+    def rows() -> list[tuple[str, str]]:
+        (root,) = (here / "labels").iterdir()
+        found = read(Labels(job("in", model, "labels", publish=wanted), str(root)))
+        return sorted(zip(*(found.column(name).to_pylist() for name in ("key", "status")), strict=True))
+
+    assert invoke("run", path)[0] == 0
+    assert [status for _, status in rows()] == ["ok", "failed", "ok", "ok"]
+    Path("in/01.jpg.denied").unlink()
+    code, said, err = invoke("retry-failed", path, "--class", "FETCH_FAILED")
+    assert (code, "1 files added, 1 replaced" in said) == (0, True), (said, err)
+    assert rows() == [(f"0{number}.jpg", "ok") for number in range(4)]
+    code, said, err = invoke("run", path)
+    assert (code, rows()) == (0, [(f"0{number}.jpg", "ok") for number in range(4)]), (said, err)
 
 
 @pytest.mark.parametrize("kind", ["delta", "iceberg"])
