@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -26,14 +27,14 @@ from typer.testing import CliRunner
 from pipeline import label as driver
 from pipeline import read, run
 from pipeline.cli import app
-from pipeline.errors import Conflict, JobError, Temporary
+from pipeline.errors import Conflict, JobError, StoreError, Temporary, UnfitError
 from pipeline.job.schedule import Schedule
 from pipeline.log import Log
 from pipeline.nights import lease
 from pipeline.nights.generation import __doc__ as sql_doc
 from pipeline.nights.generation import generations, to_plan, validate_all
 from pipeline.nights.retry import Retried, Retry, parse_classes
-from pipeline.spec import Job
+from pipeline.spec import Job, Publish
 from pipeline.start import load_model, open_log
 from pipeline.storage import Disk, open_store
 from pipeline.unit import Part, Unit
@@ -260,6 +261,27 @@ def test_a_retry_holds_the_lease_that_nights_and_other_retries_respect(two_class
     assert problems(two_classes) == []
 
 
+def test_a_retry_whose_table_fails_is_told_all_the_same(two_classes, tmp_path):
+    path = write(tmp_path, two_classes.model_copy(update={"publish": Publish(format="delta")}))
+    assert invoke("run", path)[0] == 0, "labels nothing, and makes the table"
+    DeltaTable(output_of(two_classes).root).optimize.compact()
+    done = CliRunner().invoke(app, ["retry-failed", str(path), "--class", "FETCH_FAILED"])
+    assert done.stdout.splitlines()[0] == "done: 2 images retried (FETCH_FAILED), 2 labelled now"
+    assert isinstance(done.exception, StoreError)
+    code, out, _ = invoke("retry-failed", path, "--class", "NOT_AN_IMAGE", "--json")
+    told = json.loads(out)
+    assert (code, told["exit_code"], told["generation"], told["retried"]) == (2, 2, 2, 1)
+    assert "Compact a copy instead" in told["table"]["error"]
+
+
+def test_a_retry_looks_for_its_publisher_before_the_images(two_classes, tmp_path, monkeypatch):
+    path = write(tmp_path, two_classes.model_copy(update={"publish": Publish(format="delta")}))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    done = CliRunner().invoke(app, ["retry-failed", str(path), "--class", "FETCH_FAILED"])
+    assert isinstance(done.exception, UnfitError)
+    assert generations(output_of(two_classes)) == []
+
+
 def test_a_retry_without_a_schedule_takes_no_lease(two_classes, tmp_path):
     code, out, err = invoke("retry-failed", write(tmp_path, two_classes), "--class", "FETCH_FAILED")
     assert (code, out.splitlines()[0]) == (0, "done: 2 images retried (FETCH_FAILED), 2 labelled now"), err
@@ -299,6 +321,51 @@ def test_a_job_that_lists_less_goes_on_with_the_whole_retry(two_classes, tmp_pat
         "of what was replaced nothing, of the other one"
     )
     assert latest(two_classes).items() >= {"a/00.jpg": ("ok", None), "b/00.jpg": ("failed", "FETCH_FAILED")}.items()
+
+
+def with_broken_images(folder: Path, model: str, *, tars: int) -> Job:
+    """Labelled: `tars` shards of two images, of which one is none; two shards a unit when there are eight."""
+    folder.joinpath("in").mkdir()
+    for number in range(tars):
+        members = {"a.jpg": picture(number), "b.jpg": b"hello %d" % number}
+        (folder / f"in/{number}.tar").write_bytes(tar_bytes(members))
+    wanted = job(folder / "in", model, folder / "out", resources=LIGHT | {"read": {"tasks": 1}})
+    assert label(wanted).failures == {"NOT_AN_IMAGE": tars}
+    return wanted
+
+
+@pytest.mark.parametrize(("change", "words"), [("replace", "is not the version"), ("remove", "No such file")])
+def test_a_shard_that_changes_during_a_retry_is_named_and_the_next_one_leaves_it_as_it_is(
+    tmp_path, model, change, words, monkeypatch
+):
+    without_ray(monkeypatch)
+    wanted = with_broken_images(tmp_path, model, tars=2)
+    shard, passes = tmp_path / "in/1.tar", []
+
+    def meddle(event: str, fields: dict[str, Any]) -> None:
+        if event == "pass":
+            passes.append(fields)
+            shard.unlink(missing_ok=True)
+            if change == "replace":
+                shard.write_bytes(tar_bytes({"a.jpg": picture(7)}))
+
+    done = Retry(wanted, ("NOT_AN_IMAGE",), observe=meddle, started=0.0).retry()
+    assert (done.units, done.units_done, done.exit_code, len(passes)) == (2, 1, 3, 1)
+    (line,) = [line for line in done.lines() if line.startswith("left ")]
+    assert words in line
+    assert str(shard) in line
+    again = retry(wanted, "NOT_AN_IMAGE")
+    assert (again.generation, again.units, again.units_done, again.exit_code) == (1, 2, 2, 0)
+    assert problems(wanted) == []
+
+
+def test_a_retry_leaves_a_unit_of_which_a_shard_is_gone(tmp_path, model, monkeypatch):
+    without_ray(monkeypatch)
+    wanted = with_broken_images(tmp_path, model, tars=8)
+    (tmp_path / "in/0.tar").unlink()
+    done = retry(wanted, "NOT_AN_IMAGE")
+    assert (done.units, done.units_done, done.retried, done.exit_code) == (3, 3, 6, 0)
+    assert problems(wanted) == []
 
 
 def test_rows_wait_in_the_store_for_their_turn_and_rotten_ones_are_a_conflict(tmp_path, model, monkeypatch):

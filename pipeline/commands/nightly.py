@@ -16,7 +16,7 @@ from pipeline.errors import NightlabelError
 
 if TYPE_CHECKING:
     from pipeline.attempt import Observer
-    from pipeline.nights.nightly import Day, Night, Policy
+    from pipeline.nights.nightly import Day, Night, Policy, Table
     from pipeline.prometheus import Metrics
     from pipeline.report import Receipt
     from pipeline.spec import Job
@@ -42,27 +42,29 @@ def retry_failed(
 ) -> None:
     """Label images again that failed, into a new generation of their units; what was committed stays as it is."""
     from pipeline.job.jobfile import load_label_template, one_day
-    from pipeline.nights.nightly import leased
+    from pipeline.nights.nightly import leased, publish_labels, with_table
     from pipeline.nights.retry import Retry, parse_classes  # brings Ray
     from pipeline.screen import Screen
-    from pipeline.start import load_model, open_log
-    from pipeline.tables.publish import publish
+    from pipeline.tables.publish import check_publisher
 
     template, wanted = load_label_template(job), parse_classes(classes)
     loaded = one_day(template, date, name=str(job))
+    check_publisher(loaded)
     with leased(template, say=_say, if_running=if_running) as check:
         if check is None:
             _print_skipped(as_json)
             return
         with Screen() as screen:
-            observe = _checked(check, screen.observe)
-            outcome = Retry(loaded, wanted, observe=observe, started=time.perf_counter()).retry()
-        done = outcome.exit_code in (0, 4)
-        table = publish(loaded, open_log(loaded, load_model(loaded, weights=False))) if done else None
+            driver = Retry(loaded, wanted, observe=_checked(check, screen.observe), started=time.perf_counter())
+            outcome = driver.retry()
+        table = publish_labels(loaded, driver.log, outcome.exit_code)
     if as_json:
-        print_json(outcome.as_dict() | {"table": table and table.as_dict()})
-    for line in () if as_json else [*outcome.lines(), *([table.line()] if table else [])]:
+        told = outcome.as_dict() | with_table(outcome.exit_code, table)
+        print_json(told)
+        sys.exit(told["exit_code"])
+    for line in outcome.lines():
         typer.echo(line)
+    _print_table(table)
     sys.exit(outcome.exit_code)
 
 
@@ -136,10 +138,15 @@ def _print_night(night: Night, *, as_json: bool, path: Path) -> None:
         print_json(night.outcome.as_dict() | {name: night.as_dict()[name] for name in ("table", "exit_code")})
         return
     print_receipt(night.outcome, as_json=False, job=f"{path}{f' --date {night.date}' if night.date else ''}")
-    if isinstance(night.table, NightlabelError):
-        raise night.table
-    if night.table is not None:
-        typer.echo(night.table.line())
+    _print_table(night.table)
+
+
+def _print_table(table: Table) -> None:
+    """Its line; raises what it failed of."""
+    if isinstance(table, NightlabelError):
+        raise table
+    if table is not None:
+        typer.echo(table.line())
 
 
 def print_receipt(receipt: Receipt, *, as_json: bool, job: str) -> None:

@@ -28,6 +28,7 @@ Policy = Literal["skip", "queue", "replace", "share"]
 Check = Callable[[], None]
 Label = Callable[[Job, Check], Receipt]  # labels a job, and calls the check now and then, which may raise
 Say = Callable[[str], None]
+Table = Published | NightlabelError | None  # what became of it; None: the job wants none, or not everything is labelled
 
 #: From the mildest to the gravest: what mends itself before what somebody must mend.
 GRAVITY = (0, 4, 5, 75, 3, 6, 77, 2, EXIT_BUG)
@@ -48,15 +49,15 @@ class Night:
     job: str
     date: str | None
     outcome: Receipt | NightlabelError
-    table: Published | NightlabelError | None = None
+    table: Table = None
 
     @property
     def exit_code(self) -> int:
-        return _gravest([self.outcome.exit_code, self.table.exit_code if isinstance(self.table, NightlabelError) else 0])
+        code: int = with_table(self.outcome.exit_code, self.table)["exit_code"]
+        return code
 
     def as_dict(self) -> dict[str, Any]:
-        table = {"error": str(self.table)} if isinstance(self.table, NightlabelError) else self.table and self.table.as_dict()
-        return account(self.job, self.date, self.outcome) | {"exit_code": self.exit_code, "table": table}
+        return account(self.job, self.date, self.outcome) | with_table(self.outcome.exit_code, self.table)
 
     def line(self) -> str:
         """Its line in the table of days."""
@@ -78,6 +79,13 @@ def asked(template: Job, date: str | None, *, name: str) -> tuple[Day, ...]:
 def gravest(nights: list[Night]) -> int:
     """The exit code of several days."""
     return _gravest([night.exit_code for night in nights])
+
+
+def with_table(exit_code: int, table: Table) -> dict[str, Any]:
+    """What `--json` adds to an account of labels: the table, and the exit code of both."""
+    if isinstance(table, NightlabelError):
+        return {"exit_code": _gravest([exit_code, table.exit_code]), "table": {"error": str(table)}}
+    return {"exit_code": exit_code, "table": table and table.as_dict()}
 
 
 def _gravest(codes: list[int]) -> int:
@@ -126,7 +134,7 @@ def _each(template: Job, days: tuple[Day, ...], label: Label, check: Check, say:
         if len(days) > 1:
             say(f"day     {day.date}")
         outcome = _outcome(job, label, check, day, say)
-        night = Night(job.name, day.date, outcome, _publish(job, outcome))
+        night = Night(job.name, day.date, outcome, _table(job, outcome))
         if not (day.behind and isinstance(night.outcome, Receipt) and night.outcome.run is None):
             tell(job.notify, night.as_dict(), say=say)
         yield night
@@ -143,12 +151,19 @@ def _outcome(job: Job, label: Label, check: Check, day: Day, say: Say) -> Receip
         raise
 
 
-def _publish(job: Job, outcome: Receipt | NightlabelError) -> Published | NightlabelError | None:
-    """The labels are there and verified whatever becomes of the table; the next run makes up for it."""
-    if not isinstance(outcome, Receipt) or outcome.exit_code not in (0, 4):
+def _table(job: Job, outcome: Receipt | NightlabelError) -> Table:
+    if not isinstance(outcome, Receipt):
+        return None
+    return publish_labels(job, Log(open_store(outcome.where, job.output.s3), outcome.where), outcome.exit_code)
+
+
+def publish_labels(job: Job, log: Log, exit_code: int) -> Table:
+    """Brings the job's table up to date when everything is labelled. The labels are there and verified whatever becomes of the
+    table, so what went wrong is returned; the next run makes up for it."""
+    if exit_code not in (0, 4):
         return None
     try:
-        return publish(job, Log(open_store(outcome.where, job.output.s3), outcome.where))
+        return publish(job, log)
     except NightlabelError as error:
         return error
 

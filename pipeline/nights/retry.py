@@ -2,7 +2,8 @@
 
 The driver of a run does it, with two differences: a unit's buffer begins with the rows that stay, and of its inputs only the
 images in question are read (of loose images), or decoded (of shards). An image whose input is gone or was replaced since is not
-retried: replaced, it is a new input that the next run labels. A retry that was killed is gone on with by the same command.
+retried: replaced, it is a new input that the next run labels. Of a unit of several shards none is then, since its images are
+numbered through all of them. A retry that was killed is gone on with by the same command.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ class _Keyed(UnitBuffer):
         self._keys = dict(zip(*(rows.column(name).to_pylist() for name in ("index", "key")), strict=True))
 
     def add(self, table: pa.Table) -> None:
-        keys = pa.array(map(self._keys.get, table.column("index").to_pylist()), pa.string())  # the end row has none
+        known = pa.array(map(self._keys.get, table.column("index").to_pylist()), pa.string())
+        is_image = pc.is_valid(table.column("key"))  # the end row of a unit that broke off has the index of an image
+        keys = pc.if_else(is_image, known, pa.scalar(None, pa.string()))
         super().add(table.set_column(table.schema.get_field_index("key"), "key", keys))
 
 
@@ -72,14 +75,14 @@ class Retry(Driver):
     def __init__(self, job: Job, classes: tuple[str, ...], *, observe: Observer, started: float) -> None:
         super().__init__(job, observe=observe, started=started)
         self.classes = classes
+        self.log: Log  # of the output, once the retry has begun
         self._tasks: dict[str, _Task] = {}
-        self._log: Log
 
     def retry(self) -> Retried:
         """Raises JobError when another retry is unfinished, and what `Driver.label` raises."""
         set_ray_environment()
         self.artifact = load_model(self.job, weights=True)
-        self._log = log = open_log(self.job, self.artifact)
+        self.log = log = open_log(self.job, self.artifact)
         generation = self._plan()
         units = tuple(task.unit for task in self._tasks.values())
         if not units:
@@ -105,7 +108,7 @@ class Retry(Driver):
     def buffer(self, unit_id: str) -> UnitBuffer:
         """A buffer that has the rows that stay."""
         task = self._tasks[unit_id]
-        buffer = _Keyed(rows := _read(self._log.store, task.uri))
+        buffer = _Keyed(rows := _read(self.log.store, task.uri))
         rows = rows.filter(pc.invert(pc.is_in(rows.column("index"), value_set=pa.array(sorted(task.only), pa.int64()))))
         for name in TIMINGS.values():
             rows = rows.append_column(name, pa.nulls(rows.num_rows, pa.float32()))
@@ -117,7 +120,7 @@ class Retry(Driver):
 
     def _plan(self) -> Generation:
         """Fills the tasks: the units of the generation, planned now or before. Raises JobError when another one is unfinished."""
-        log, job = self._log, self.job
+        log, job = self.log, self.job
         store = open_store(job.input.uris[0], job.input.s3)
         listed = list_inputs(store, job.input).inputs
         pins = {(item.uri, item.etag, item.size) for item in listed}
@@ -141,19 +144,21 @@ class Retry(Driver):
     def _candidates(self, listed: list[Object]) -> list[Unit]:
         """Units of these inputs whose newest version has failures of the classes."""
         uris = pa.array([item.uri for item in listed], pa.string())
-        known = {unit.id: unit for run in self._log.runs(uris) for unit in run.units}
-        versions = [item for unit_id, item in newest(self._log).items() if unit_id in known]
+        known = {unit.id: unit for run in self.log.runs(uris) for unit in run.units}
+        versions = [item for unit_id, item in newest(self.log).items() if unit_id in known]
         return [
             known[footer.unit]
-            for footer in read_footers(self._log.store, versions)
+            for footer in read_footers(self.log.store, versions)
             if any(footer.failures.get(name) for name in self.classes)
         ]
 
     def _task(self, unit: Unit, uri: str, is_there: Callable[[Part], bool]) -> _Task:
-        rows = _read(self._log.store, uri, columns=["index", "source", "status", "error_class"])
+        rows = _read(self.log.store, uri, columns=["index", "source", "status", "error_class"])
         failed = rows.filter(pc.is_in(rows.column("error_class"), value_set=pa.array(self.classes)))
         sources = set(failed.column("source").to_pylist())
-        gone = {part.uri for part in unit.parts if part.uri in sources and not is_there(part)}
+        whole = self.job.input.format != "images"
+        gone = {part.uri for part in unit.parts if (whole or part.uri in sources) and not is_there(part)}
+        gone = sources if whole and gone else gone
         numbers = zip(failed.column("index").to_pylist(), failed.column("source").to_pylist(), strict=True)
         ok = pc.sum(pc.equal(rows.column("status"), "ok")).as_py() or 0
         return _Task(unit, uri, ok, frozenset(index for index, source in numbers if source not in gone))
