@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from http.client import HTTPException
 from typing import Any
 
 from pipeline.errors import NightlabelError
@@ -64,7 +66,10 @@ class _Strict(urllib.request.HTTPRedirectHandler):
 
 
 def _post(url: str, body: bytes, say: Callable[[str], None], pause: float) -> None:
-    token = os.environ.get(TOKEN, "")
+    token = os.environ.get(TOKEN, "").strip()
+    if not re.fullmatch("[!-~]*", token):  # the errors of http.client would quote it
+        say(f"notify.webhook {url}: {TOKEN} holds characters that HTTP does not carry")
+        return
     headers = {"Content-Type": "application/json", "User-Agent": "nightlabel"}
     if token and "{token}" not in url:
         headers["Authorization"] = f"Bearer {token}"
@@ -81,6 +86,6 @@ def _post(url: str, body: bytes, say: Callable[[str], None], pause: float) -> No
             trouble = f"HTTP {error.code}"
             if error.code < 500 and error.code not in (408, 429):
                 break
-        except (OSError, ValueError) as error:
+        except (OSError, HTTPException, ValueError) as error:
             trouble = str(getattr(error, "reason", error)).replace(token or "\0", "***")
     say(f"notify.webhook {url}: {trouble}")
