@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import Conflict, InputMissing, StoreError
 from pipeline.footer import TOMBSTONE_BYTES, Footer, read_footer
-from pipeline.spec import absolute
+from pipeline.job.uris import absolute
 from pipeline.storage import Object, Store, join
 from pipeline.unit import Input, Part, Unit
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from pipeline.errors import JobError
 from pipeline.job.jobfile import asked_days, at_day, dump_job
-from pipeline.spec import Job, absolute
+from pipeline.job.uris import absolute
+from pipeline.spec import Job
 
 MAX_BYTES = 100 * 2**20  # what Ray's dashboard accepts as the body of a request
 

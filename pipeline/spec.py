@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Annotated, Literal
 
@@ -17,7 +16,7 @@ from pipeline.job.fields import Digest, Endpoint, Name, Uri, Webhook, Word
 from pipeline.job.quantity import Bytes, Count, Fraction, Model, Pixels, Seconds, between, in_bytes, in_pixels, in_seconds
 from pipeline.job.resources import Cluster, Resources
 from pipeline.job.schedule import Schedule
-from pipeline.names import glob_matcher, glob_prefix
+from pipeline.job.uris import above_days, absolute, holds
 from pipeline.rows import RESERVED
 
 
@@ -162,22 +161,6 @@ class Notify(Model):
         return self
 
 
-def absolute(uri: str) -> str:
-    """A local path from the root, since a worker's working folder is not the driver's; a URI of S3 as it is. A `/` at the end
-    stays, it means a folder."""
-    if uri.startswith("s3://"):
-        return uri
-    path = uri.removeprefix("file://")
-    return os.path.abspath(path) + "/" * (path.endswith("/") and os.path.abspath(path) != "/")
-
-
-def _holds(source: str, folder: str) -> bool:
-    """Would a listing of `source`, a folder or a glob, find Parquet files of ours under `folder`?"""
-    label, source = f"{absolute(folder).rstrip('/')}/0123456789ab/data/{'0' * 32}.parquet", absolute(source)
-    base = glob_prefix(source)
-    return label.startswith(base.rstrip("/") + "/") if base == source else glob_matcher(source)(label)
-
-
 class Job(Model):
     """One labelling job."""
 
@@ -231,13 +214,15 @@ class Job(Model):
             raise ValueError(f"input.keep names {', '.join(sorted(taken))}, which the output has already. Rename or drop it")
         if re.search(r"[*?\[]", self.output.uri):
             raise ValueError(f"output.uri is {self.output.uri}; required: a folder, no pattern of *, ? or [. Take another name")
-        if self.input.format == "parquet" and any(_holds(uri, self.output.uri) for uri in self.input.uris):
+        if self.input.format == "parquet" and any(holds(uri, self.output.uri) for uri in self.input.uris):
             raise ValueError(
                 f"output.uri is {self.output.uri}, inside of the input: the next run would read these labels as images; "
                 "required: a place beside it. Take another output.uri"
             )
         if self.publish is not None and self.output.probabilities:
             raise ValueError("publish: Delta and Iceberg have no float16, as output.probabilities are. Drop one of the two")
+        if self.schedule is not None:
+            above_days(self.output.uri)
         check_device(self.model.engine, self.model.precision, gpus=self.resources.predict.gpus_per_actor)
         check_lane(self.decode_lane, gpus=self.resources.predict.gpus_per_actor, actors=self.resources.preprocess.actors)
         if self.cluster is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -199,10 +200,33 @@ def test_catch_up_labels_missed_days_and_passes_over_days_without_input(tmp_path
     assert asked(wanted, "2026-11-01", name="j") == (Day("2026-11-01"),), "a day by its name is that day alone"
 
 
-def test_the_lease_lies_above_the_days_so_that_one_night_sees_another():
-    assert lease_folder(job("in", "m", "s3://labels/products/")) == "s3://labels/products/leases/test"
-    assert lease_folder(job("in", "m", "s3://labels/date={date}/x")) == "s3://labels/leases/test"
-    assert lease_folder(job("in", "m", "{date}/labels")) == "./leases/test"
+@pytest.mark.parametrize(
+    ("out", "folder"),
+    [
+        ("s3://labels/products/", "s3://labels/products/leases/test"),
+        ("s3://labels/date={date}/x", "s3://labels/leases/test"),
+        ("{date}/labels", "{here}/leases/test"),
+        ("labels-{date}/x", "{here}/leases/test"),
+        ("file://labels-{date}/x", "{here}/leases/test"),
+        ("file:///labels-{date}/x", "/leases/test"),
+        ("/labels-{date}", "/leases/test"),
+        ("/labels/{date}", "/labels/leases/test"),
+    ],
+)
+def test_the_lease_lies_above_the_days_so_that_one_night_sees_another(out, folder):
+    assert lease_folder(job("in", "m", out)) == folder.replace("{here}", str(Path().absolute()))
+
+
+def test_days_in_buckets_of_their_own_have_no_place_for_a_lease(tmp_path):
+    text = b"name: x\ninput: {uri: 'a/{date}/'}\nmodel: {uri: m}\noutput: {uri: 's3://labels-{date}/x/'}\n"
+    words = r"s3://labels-\{date\}/x/; required: one bucket for all days"
+    with pytest.raises(JobError, match=words):
+        parse_job(text + b"schedule: {cron: '0 2 * * *'}", date="today")
+    loaded = parse_job(text, date="today")
+    assert isinstance(loaded, Job), "each day by itself, without a lease"
+    wanted = template(tmp_path, output={"uri": "s3://labels-{date}/x/"})
+    with pytest.raises(JobError, match=words), nightly.leased(wanted, say=print, if_running="queue"):
+        pass
 
 
 def test_what_another_run_at_it_does(tmp_path):
@@ -380,6 +404,39 @@ def test_a_webhook_is_tried_again_and_keeps_its_secret(monkeypatch):
         assert tell(Notify(webhook=url), night) == [f"notify.webhook {url}: HTTP 307"]
         assert len(came) == 1, "the secret is not taken elsewhere"
     assert "hush" not in tell(Notify(webhook=url + "/{token}"), night)[0], "nobody listens there any more"
+
+
+@pytest.mark.parametrize("place", ["/in", "/{token}/x"])
+def test_a_secret_that_http_cannot_carry_is_not_printed(place, monkeypatch):
+    night = Night("x", None, receipt(exit_code=4))
+    with webhook() as (url, came):
+        monkeypatch.setenv(notify.TOKEN, "  hush\r\n")
+        assert tell(Notify(webhook=url + place), night) == []
+        assert came[0][:2] == (("/in", "Bearer hush") if place == "/in" else ("/hush/x", None)), "the end of a line"
+        for secret in ("hush\nhush", "hush hush\x7f", "hush…"):
+            monkeypatch.setenv(notify.TOKEN, secret)
+            (line,) = tell(Notify(webhook=url + place), night)
+            assert line == f"notify.webhook {url}{place}: {notify.TOKEN} holds characters that HTTP does not carry"
+        assert len(came) == 1
+
+
+def test_a_server_that_speaks_no_http_is_a_line_and_no_more(monkeypatch):
+    monkeypatch.setenv(notify.TOKEN, "hush")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            for _ in range(notify.ATTEMPTS):
+                with server.accept()[0] as connection:
+                    connection.recv(65536)
+                    connection.sendall(b"220 hush mail.example ESMTP\r\n")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/in"
+        (line,) = tell(Notify(webhook=url), Night("x", None, receipt(exit_code=4)))
+        thread.join()
+    assert line.startswith(f"notify.webhook {url}: ")
+    assert "hush" not in line
 
 
 def test_an_interrupted_night_tells_nobody_and_a_bug_is_told(tmp_path):

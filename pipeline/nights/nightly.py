@@ -16,6 +16,7 @@ from pipeline.cut import list_inputs
 from pipeline.errors import EXIT_BUG, InputMissing, JobError, NightlabelError
 from pipeline.job.jobfile import asked_days, at_day
 from pipeline.job.schedule import WAIT_S, looked_back
+from pipeline.job.uris import above_days
 from pipeline.log import Log
 from pipeline.nights.lease import Office
 from pipeline.nights.notify import account, tell
@@ -118,11 +119,12 @@ def leased(template: Job, *, say: Say, if_running: Policy | None = None) -> Iter
 
 
 def lease_folder(template: Job) -> str:
-    """Beside the folders of fingerprints; above that of the day, so that one night sees another."""
-    uri = template.output.uri
-    if "{date}" in uri:
-        uri = uri.partition("{date}")[0].rpartition("/")[0] or "."
-    return join(uri, "leases", template.name)
+    """Beside the folders of fingerprints; above that of the day, so that one night sees another. Raises JobError when the days
+    share no bucket."""
+    try:
+        return join(above_days(template.output.uri), "leases", template.name)
+    except ValueError as error:
+        raise JobError(str(error)) from None
 
 
 def _each(template: Job, days: tuple[Day, ...], label: Label, check: Check, say: Say) -> Iterator[Night]:

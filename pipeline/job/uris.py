@@ -1,0 +1,38 @@
+"""Where the URIs of a job lead: on this machine, above its days, into one another."""
+
+from __future__ import annotations
+
+import os
+
+from pipeline.names import glob_matcher, glob_prefix
+
+
+def absolute(uri: str) -> str:
+    """A local path from the root, since a worker's working folder is not the driver's; a URI of S3 as it is. A `/` at the end
+    stays, it means a folder."""
+    if uri.startswith("s3://"):
+        return uri
+    path = uri.removeprefix("file://")
+    return os.path.abspath(path) + "/" * (path.endswith("/") and os.path.abspath(path) != "/")
+
+
+def above_days(folder: str) -> str:
+    """The innermost folder that all days share, of one with `{date}` in its URI; else that one. Raises ValueError when they share
+    no bucket."""
+    above, date, _ = absolute(folder).partition("{date}")
+    if not date:
+        return above
+    above = above.rpartition("/")[0]
+    if above == "s3:/":
+        raise ValueError(
+            f"output.uri is {folder}; required: one bucket for all days, for the lease that their runs look at. "
+            "Put {date} behind the bucket"
+        )
+    return above or "/"
+
+
+def holds(source: str, folder: str) -> bool:
+    """Would a listing of `source`, a folder or a glob, find Parquet files of ours under `folder`?"""
+    label, source = f"{absolute(folder).rstrip('/')}/0123456789ab/data/{'0' * 32}.parquet", absolute(source)
+    base = glob_prefix(source)
+    return label.startswith(base.rstrip("/") + "/") if base == source else glob_matcher(source)(label)
