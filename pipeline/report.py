@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipeline.errors import InputError
+from pipeline.job.quantity import exceeds
 from pipeline.rows import UnitError
 from pipeline.spec import Job
 
@@ -151,4 +152,4 @@ def exit_code(trouble: tuple[UnitTrouble, ...], *, left: int, done: int, rows: i
         return next((code for names, code in by_class if classes & names), 5)
     if done and not rows:
         return 3
-    return 4 if failed > limit * rows else 0
+    return 4 if exceeds(failed, limit, of=rows) else 0

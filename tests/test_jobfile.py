@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from pipeline.errors import JobError
 from pipeline.job.demand import Node, check_demand
 from pipeline.job.jobfile import dump_job, load_job, parse_job
-from pipeline.job.quantity import _BYTES, quantity, text
+from pipeline.job.quantity import _BYTES, _percent, in_percent, quantity, text
 from pipeline.job.reference import _FILES, json_schema, reference
 from pipeline.job.resources import Resources
 from pipeline.job.training import FinetuneJob
+from pipeline.report import exit_code
 
 SIX_LINES = b"""
 kind: label
@@ -346,3 +347,17 @@ def test_unreadable_file(tmp_path):
 @given(st.integers(min_value=1, max_value=2**50))
 def test_quantities_round_trip(number: int):
     assert quantity(_BYTES, "8GiB")(text(_BYTES)(number)) == number
+
+
+@given(st.floats(min_value=0, max_value=1))
+def test_percentages_round_trip(share: float):
+    assert in_percent(_percent(share)) == share
+
+
+@pytest.mark.parametrize("thousandths", range(1001))
+def test_a_percentage_is_the_number_that_it_says_and_exactly_the_limit_is_not_over_it(thousandths: int):
+    share = in_percent(f"{thousandths // 10}.{thousandths % 10}%")
+    assert share == float(f"{thousandths / 1000:.3f}")
+    ends = [(1000, thousandths), (1000, thousandths + 1), (7000, 7 * thousandths), (7000, 7 * thousandths + 1)]
+    codes = [exit_code((), left=0, done=1, rows=rows, failed=failed, limit=share) for rows, failed in ends]
+    assert codes == [0, 4, 0, 4]

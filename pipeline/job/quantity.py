@@ -20,7 +20,7 @@ _MOST = 2**53
 _NUMBER = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*", re.ASCII)
 
 
-def quantity(units: Mapping[str, float], example: str, *, whole: bool = False) -> Callable[[object], object]:
+def quantity(units: Mapping[str, int | Decimal], example: str, *, whole: bool = False) -> Callable[[object], object]:
     """A parser of `<number><unit>` text into a number in the base unit, rounded when only a `whole` one makes sense, as of bytes.
     Raises ValueError naming the units and an example."""
 
@@ -28,20 +28,20 @@ def quantity(units: Mapping[str, float], example: str, *, whole: bool = False) -
         match = _NUMBER.fullmatch(value) if isinstance(value, str) else None
         if match is None or match[2] not in units:
             raise ValueError(f"a number with a unit of {', '.join(units)}, such as {example}")
-        number = float(match[1]) * units[match[2]]
+        number = Decimal(match[1]) * units[match[2]]  # in binary 0.7 % would not be 0.007
         if number > _MOST:
             raise ValueError(f"a number that means something, such as {example}")
-        return round(number) if whole else number
+        return round(number) if whole else float(number)
 
     return parse
 
 
-def text(units: Mapping[str, float]) -> Callable[[float], str]:
+def text(units: Mapping[str, int]) -> Callable[[float], str]:
     """The inverse of `quantity`: the largest unit that divides the number."""
 
     def render(value: float) -> str:
         for unit, factor in sorted(units.items(), key=lambda item: -item[1]):
-            if value >= factor and (value / factor) % 1 == 0:
+            if value >= factor and value % factor == 0:
                 return f"{round(value / factor)}{unit}"
         return f"{Decimal(repr(value)):f}{min(units, key=lambda unit: units[unit])}"  # never 1e-07, which is no number here
 
@@ -60,24 +60,26 @@ def between(parse: Callable[[object], object], least: str, most: str) -> AfterVa
     return AfterValidator(check)
 
 
+def exceeds(count: int, share: float, *, of: int) -> bool:
+    """Is `count` more than this share of a whole? Reckoned in the job's decimals: in binary, 29 of 100 is more than 29 %."""
+    return count > Decimal(repr(share)) * of
+
+
 def _typed(
-    units: Mapping[str, float], parse: Callable[[object], object], example: str
+    units: Mapping[str, int], parse: Callable[[object], object], example: str
 ) -> tuple[BeforeValidator, PlainSerializer, WithJsonSchema]:
     schema = WithJsonSchema({"type": "string", "pattern": r"^\d+(\.\d+)? ?(" + "|".join(units) + ")$", "examples": [example]})
     return BeforeValidator(parse), PlainSerializer(text(units)), schema
 
 
 def _percent(value: float) -> str:
-    """As few digits as give the same number when they are read again."""
-    digits = (f"{value * 100:.{count}g}" for count in range(1, 18))
-    shortest = next((text for text in digits if float(text) * 0.01 == value), repr(value * 100))
-    return f"{Decimal(shortest):f}%"
+    return f"{(Decimal(repr(value)) * 100).normalize():f}%"
 
 
 in_bytes = quantity(_BYTES, "8GiB", whole=True)
 in_seconds = quantity(_SECONDS, "6h")
 in_pixels = quantity(_PIXELS, "100MP", whole=True)
-in_percent = quantity({"%": 0.01}, "0.1%")
+in_percent = quantity({"%": Decimal("0.01")}, "0.1%")
 
 Bytes = Annotated[int, *_typed(_BYTES, in_bytes, "8GiB")]
 Seconds = Annotated[float, *_typed(_SECONDS, in_seconds, "6h")]

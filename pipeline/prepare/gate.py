@@ -19,6 +19,7 @@ import numpy as np
 from pipeline.engines.onnx_engine import OnnxEngine
 from pipeline.engines.scores import Scores, Wanted
 from pipeline.errors import ModelError
+from pipeline.job.quantity import exceeds
 from pipeline.job.recipe import Gate
 
 BATCH = 16  # images; from 8 to 32 no model changes by more than 5 %
@@ -95,9 +96,8 @@ def best_of(measured: Sequence[Measurement], gate: Gate) -> Measurement | None:
 
 
 def passes(candidate: Measurement, original: Measurement, gate: Gate) -> bool:
-    # In images, not in shares: 1 - 199/200 is over 0.005 in binary.
-    lost = original.right - candidate.right
-    return lost <= gate.max_accuracy_loss * original.images + 1e-9 and candidate.speedup >= gate.min_speedup
+    lost = original.right - candidate.right  # in images, not in shares: 1 - 199/200 is over 0.005 in binary
+    return not exceeds(lost, gate.max_accuracy_loss, of=original.images) and candidate.speedup >= gate.min_speedup
 
 
 def _check_power(right: int, truth: Counter[int]) -> None:
