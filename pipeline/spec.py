@@ -179,7 +179,8 @@ class Job(Model):
     half, a quarter or an eighth; one of 64 is labelled both ways, and the manifest says how many labels stayed the same."""
     decode_lane: Lane = "cpu"
     """What decodes: the actors of preprocess; or the GPU too, plain JPEGs on its JPEG engine, which A100 and H100 have. gpu: all
-    of them. both: as many as keep both sides busy. Needs `nightlabel[gpu-decode]`; one of 64 is labelled both ways."""
+    of them. both: as many as keep both sides busy. Needs `nightlabel[gpu-decode]`; one of 64 is labelled both ways. Pixels may be
+    a level off, so each lane has a fingerprint of its own."""
     resources: Resources = Resources()
     """What the job takes."""
     cluster: Cluster | None = None

@@ -28,12 +28,15 @@ CODE_VERSION = importlib.metadata.version("nightlabel")
 
 
 def fingerprint(artifact: Artifact, job: Job) -> str:
-    """12 hex digits that name a way of labelling: another model, precision, preprocessing, schema or top-k, another output."""
+    """12 hex digits that name a way of labelling: another model, arithmetic, decoding, top-k or column, another output. Whatever
+    changes here labels every archive again; tests/test_fingerprint.py holds it to what it is."""
     parts: list[object] = [artifact.digest, job.model.precision, PREPROCESSING_VERSION, OUTPUT_SCHEMA_VERSION, job.output.top_k]
     # What more the output schema has, and which column of a Parquet file is labelled: told only where it is not the default.
     parts += [name for name in ("embeddings", "probabilities") if getattr(job.output, name)]
     parts += [job.model.engine] if job.model.engine != "auto" else []  # engines differ in the last bits
     parts += [["decode", job.decode]] if job.decode != "exact" else []
+    # The GPU's pixels are a level off at 4:2:0, and a manifest names one lane for all of its units.
+    parts += [["decode_lane", job.decode_lane]] if job.decode_lane != "cpu" else []
     parts += [["keep", *job.input.keep]] if job.input.keep else []
     if job.input.format == "parquet" and (job.input.image_column, job.input.key_column) != ("image", "key"):
         parts.append(["columns", job.input.image_column, job.input.key_column])
