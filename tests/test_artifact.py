@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -300,6 +301,12 @@ def broken(folder: Path, name: str, **fields: object) -> None:
         ("config.json", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("config.json", {"layer_type": "wide"}, "layer_type is 'wide'"),
         ("config.json", {"depths": [2]}, "do not describe a network"),
+        ("config.json", {"depths": 5}, "depths 5, hidden_sizes .* do not describe a network"),
+        ("config.json", {"hidden_sizes": None}, "hidden_sizes None, embedding_size 8 do not describe a network"),
+        ("config.json", {"embedding_size": None}, "embedding_size None do not describe a network"),
+        ("config.json", {"id2label": None, "num_labels": "x"}, "num_labels is 'x'; required: a whole number over 0"),
+        ("config.json", {"id2label": None, "num_labels": None}, "num_labels is None; required: a whole number over 0"),
+        ("config.json", {"id2label": None, "num_labels": 0}, "num_labels is 0; required"),
         ("config.json", {"id2label": {"0": "a", "2": "b"}}, "id2label has 2 entries"),
         ("config.json", {"id2label": {"0": "a", "1": "b"}}, "the weights have 3 classes, config.json names 2 labels"),
         (
@@ -309,6 +316,8 @@ def broken(folder: Path, name: str, **fields: object) -> None:
         ),
         ("preprocessor_config.json", {"size": {"shortest_edge": 384}}, "warps instead of cropping; required: below 384"),
         ("preprocessor_config.json", {"size": {"height": 224}}, "size is 0"),
+        ("preprocessor_config.json", {"size": math.inf}, "cannot convert float infinity"),
+        ("preprocessor_config.json", {"crop_pct": 1e-320}, "images are resized to inf pixels, required: at most"),
         ("preprocessor_config.json", {"resample": 0}, "resample is 0"),
         ("preprocessor_config.json", {"do_rescale": False}, "do_rescale is False"),
         ("preprocessor_config.json", {"image_std": [1, 1]}, "unpack"),

@@ -278,7 +278,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, start: str):
         (
             job(two, tmp_path / "out", preprocessing={"size": 4096, "crop_pct": 1e-9}),
             JobError,
-            "preprocessing: crop_pct is 1e-09, so images are resized to 4,095,999,999,999 pixels, required: at most 8,192",
+            "preprocessing: crop_pct is 1e-09, so images are resized to 4,096,000,000,000 pixels, required: at most 8,192",
         ),
     ]
     for wanted, error, words in cases:

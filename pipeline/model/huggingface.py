@@ -19,6 +19,7 @@ from pipeline.model.preprocessing import Preprocessing, Resample
 
 Stem = Literal["standard", "small"]
 _MODEL_TYPES: dict[str, Stem] = {"resnet": "standard", "resnet-small-stem": "small"}
+_SHAPE: dict[str, Any] = {"depths": [3, 4, 6, 3], "hidden_sizes": [256, 512, 1024, 2048], "embedding_size": 64}
 #: The module that teaches transformers the small stem; it stands in the folder of such a model, under this name.
 MODELING = "modeling_small_stem.py"
 _RESAMPLE: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -61,18 +62,18 @@ def read_config(data: bytes, where: str) -> tuple[Architecture, tuple[str, ...]]
     for field, allowed in {"hidden_act": ("relu",), "num_channels": (3,)}.items():
         _field(config, where, field, allowed)
     labels = _labels(config, where)
-    depths = tuple(config.get("depths", (3, 4, 6, 3)))
-    hidden_sizes = tuple(config.get("hidden_sizes", (256, 512, 1024, 2048)))
-    sizes = [*depths, *hidden_sizes, config.get("embedding_size", 64)]
-    if len(depths) != len(hidden_sizes) or not depths or not all(type(size) is int and size > 0 for size in sizes):
-        got = f"{where}: depths {list(depths)} and hidden_sizes {list(hidden_sizes)} do not describe a network"
-        raise ModelError(got, need="as many of the one as of the other, whole and over 0", do="Restore the file")
+    given = {**_SHAPE, **config}
+    depths, hidden_sizes = (_sizes(given[name]) for name in ("depths", "hidden_sizes"))
+    if len(depths) != len(hidden_sizes) or not depths or not _is_size(given["embedding_size"]):
+        got = f"{where}: {', '.join(f'{name} {given[name]}' for name in _SHAPE)} do not describe a network"
+        need = "a list of depths, one of as many hidden_sizes, and a size, whole numbers over 0"
+        raise ModelError(got, need=need, do="Restore the file")
     architecture = Architecture(
         layer_type=_field(config, where, "layer_type", ("bottleneck", "basic")),
         depths=depths,
         hidden_sizes=hidden_sizes,
         classes=len(labels),
-        embedding_size=config.get("embedding_size", 64),
+        embedding_size=given["embedding_size"],
         downsample_in_first_stage=bool(config.get("downsample_in_first_stage", False)),
         downsample_in_bottleneck=bool(config.get("downsample_in_bottleneck", False)),
         stem=_MODEL_TYPES[model_type],
@@ -127,7 +128,7 @@ def read_preprocessor(data: bytes, where: str) -> Preprocessing:
             mean=_triple(config.get("image_mean", (0.5, 0.5, 0.5))),
             std=_triple(config.get("image_std", (0.5, 0.5, 0.5))),
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ModelError(f"{where}: {error}", do=_IMPORT) from None
     _refuse_warp(preprocessing, where)
     return preprocessing
@@ -155,13 +156,25 @@ def write_preprocessor(preprocessing: Preprocessing, where: str) -> bytes:
 def _labels(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
     given = config.get("id2label")
     if given is None:  # transformers leaves out what it would make up
-        return tuple(f"LABEL_{i}" for i in range(int(config.get("num_labels", 2))))
+        count = config.get("num_labels", 2)
+        if not _is_size(count):
+            raise ModelError(f"{where}: num_labels is {count!r}", need="a whole number over 0", do="Restore the file")
+        return tuple(f"LABEL_{i}" for i in range(count))
     labels = {str(i): label for i, label in given.items()} if isinstance(given, dict) else {}
     ids = [str(i) for i in range(len(labels))]
     if not labels or set(labels) != set(ids) or not all(isinstance(label, str) for label in labels.values()):
         got = f"{where}: id2label has {len(labels)} entries that are not 0 to {len(labels) - 1} with a name each"
         raise ModelError(got, need="every class id once, from 0 on", do="Complete id2label")
     return tuple(labels[i] for i in ids)
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    """A list of sizes, or none where it is no such list."""
+    return tuple(values) if isinstance(values, list) and all(map(_is_size, values)) else ()
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _field(config: Mapping[str, Any], where: str, field: str, allowed: tuple[Any, ...]) -> Any:
@@ -186,7 +199,7 @@ def _triple(values: Any) -> tuple[float, float, float]:
 def _json_object(data: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ModelError(f"{where}: is not a JSON object", do="Restore the file from where the model came")

@@ -42,8 +42,8 @@ class Preprocessing:
             raise ValueError(f"size is {self.size}, required: 1 to 4096 pixels")
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct is {self.crop_pct}, required: over 0, up to 1")
-        if self.resize_edge > MAX_EDGE:
-            resized = f"crop_pct is {self.crop_pct}, so images are resized to {self.resize_edge:,} pixels"
+        if self.size / self.crop_pct >= MAX_EDGE + 1:  # which may be infinite, and resize_edge cannot
+            resized = f"crop_pct is {self.crop_pct}, so images are resized to {self.size / self.crop_pct:,.0f} pixels"
             raise ValueError(f"{resized}, required: at most {MAX_EDGE:,}, the size over crop_pct")
         if self.resample not in get_args(Resample):
             raise ValueError(f"resample is {self.resample!r}, required: one of {', '.join(get_args(Resample))}")
