@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from pipeline.job.arithmetic import EngineName, Lane, Precision, check_device, check_engine, check_lane
 from pipeline.job.demand import check_cluster
-from pipeline.job.fields import Digest, Endpoint, Name, Uri, Webhook, Word
+from pipeline.job.fields import Digest, Endpoint, Name, Region, Uri, Uris, Webhook, Word
 from pipeline.job.quantity import Bytes, Count, Fraction, Model, Pixels, Seconds, between, in_bytes, in_pixels, in_seconds
 from pipeline.job.resources import Cluster, Resources
 from pipeline.job.schedule import Schedule
@@ -25,7 +25,7 @@ class S3(Model):
 
     endpoint: Endpoint | None = None
     """URL of an S3-compatible server; AWS, or `AWS_ENDPOINT_URL`, when absent."""
-    region: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")] | None = None
+    region: Region | None = None
     """Region of the bucket; `AWS_REGION` when absent."""
     anonymous: bool = False
     """Read without credentials (public buckets)."""
@@ -36,7 +36,7 @@ class S3(Model):
 class Input(Model):
     """Where the images are."""
 
-    uri: Uri | Annotated[tuple[Uri, ...], Field(min_length=1)]
+    uri: Uri | Uris
     """A prefix, a glob or a list of them, all on S3 or all on disk; `{date}` is filled from `--date`."""
     format: Literal["webdataset", "parquet", "images"] = "webdataset"
     """WebDataset tars, Parquet files with encoded images, or loose image files."""
@@ -138,8 +138,12 @@ class Publish(Model):
 
     @model_validator(mode="after")
     def _named(self) -> Publish:
-        if (self.format == "iceberg") != bool(self.table):
-            raise ValueError("publish.table goes with format: iceberg, and iceberg with a table. Give both or neither")
+        if self.format == "iceberg" and not self.table:
+            raise ValueError("format is iceberg and table is missing; required: namespace.table. Add it")
+        if self.format == "delta" and self.table:
+            raise ValueError(
+                f"table is {self.table} and format is delta; required: iceberg for a table by name. Drop one of them"
+            )
         return self
 
 
@@ -157,7 +161,7 @@ class Notify(Model):
     @model_validator(mode="after")
     def _somebody(self) -> Notify:
         if not self.command and self.webhook is None:
-            raise ValueError("notify names nobody. Give command or webhook")
+            raise ValueError("it names nobody; required: command or webhook. Give one")
         return self
 
 

@@ -68,7 +68,7 @@ def test_reference_is_generated():
         (b"resources: {predict: {colour: 3}}", ["Known here: actors, cpus_per_actor"]),
         (b"limits: {max_failed: 5}", ["limits.max_failed is 5; required: a number with a unit of %"]),
         (b"limits: {deadline: 6 parsecs}", ["limits.deadline is '6 parsecs'", "6h"]),
-        (b"resources: {read: {tasks: 0}}", ["resources.read.tasks is 0; required: greater than or equal to 1"]),
+        (b"resources: {read: {tasks: 0}}", ["resources.read.tasks is 0; required: 1 or more"]),
         (b"input: {uri: again}", ["x.yaml:7: the key input stands twice"]),
         (b"limits: &a {}\nschedule: *a", ["x.yaml:8: an alias"]),
         (b"name: [", ["x.yaml"]),
@@ -77,7 +77,7 @@ def test_reference_is_generated():
         (b"limits: {decode_timeout: 0s}", ["limits.decode_timeout is '0s'; required: 0.1s to 1d"]),
         (b"limits: {max_failed: 101%}", ["required: 0% to 100%"]),
         (b"resources: {object_store: 74MiB}", ["resources.object_store is '74MiB'; required: 75MiB to"]),
-        (b"resources: {read: {tasks: true}}", ["resources.read.tasks is True; required: a valid integer"]),
+        (b"resources: {read: {tasks: true}}", ["resources.read.tasks is True; required: a whole number"]),
         (b"resources: {predict: {cpus_per_actor: .inf}}", ["cpus_per_actor is inf; required: a finite number"]),
     ],
 )
@@ -126,9 +126,9 @@ def test_a_secret_with_a_slash_is_refused_too(uri: str):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("{uri: []}", "input.uri is []; required: at least 1 item"),
+        ("{uri: []}", "input.uri is []; required: a URI"),
         ("{uri: [s3://bucket/a, /b]}", "input: uri names S3 and the disk; required: one of them"),
-        ("{uri: [a, '']}", "input.uri.1 is ''; required: at least 1 character"),
+        ("{uri: [a, '']}", "input.uri.1 is ''; required: one character or more"),
         ("{uri: s3:/bucket}", "required: two slashes after s3:"),
         ("{uri: s3://b\u00fc/}", "required: s3:// and the name of a bucket"),
         ('{uri: "a\\0b"}', "holds NUL"),

@@ -280,8 +280,8 @@ def test_what_cannot_be_published_is_refused_before_the_first_image():
     base = b"name: x\ninput: {uri: a}\nmodel: {uri: m}\n"
     for more, words in (
         (b"output: {uri: o, probabilities: true}\npublish: {format: delta}", "float16"),
-        (b"output: {uri: o}\npublish: {format: iceberg}", "publish.table"),
-        (b"output: {uri: o}\npublish: {format: delta, table: a.b}", "publish.table"),
+        (b"output: {uri: o}\npublish: {format: iceberg}", "table is missing"),
+        (b"output: {uri: o}\npublish: {format: delta, table: a.b}", "table is a.b"),
     ):
         with pytest.raises(JobError, match=words):
             parse_job(base + more)

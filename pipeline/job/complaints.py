@@ -8,32 +8,56 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 #: What pydantic puts into a place for the form of a union, `function-before[…]`: no key of the file.
 _FORM = re.compile(r"[\[(]|^function-|^constrained-|^tuple$|^str$")
-_PYDANTIC = re.compile(r"^(Value error, |Input should be |(String|Tuple) should (have )?)| or instance of \w+$")
+#: Its kinds of error, in words that go behind "required: ".
+_NEEDS = {
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "dict_type": "a mapping",
+    "finite_number": "a finite number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "greater_than": "more than {gt:.10g}",
+    "greater_than_equal": "{ge:.10g} or more",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "less_than": "less than {lt:.10g}",
+    "less_than_equal": "{le:.10g} or less",
+    "model_type": "a mapping",
+    "string_too_short": "one character or more",
+    "string_type": "text",
+    "too_long": "a list of at most {max_length}",
+    "tuple_type": "a list",
+}
 
 
-def sentences(error: ValidationError, name: str, root: yaml.Node, model: type[BaseModel]) -> list[str]:
-    """A sentence for each field that is wrong, `name` and line before it; `root` is the parsed file."""
+def sentences(error: ValidationError, name: str, root: yaml.Node | None, model: type[BaseModel]) -> list[str]:
+    """A sentence for each field that is wrong, `name` and line before it; `root` is the parsed file, if there is one."""
     told: dict[str, str] = {}  # by field: of a union's complaints the first is the one about the form that was meant
     items = [(_place(item["loc"]), item) for item in error.errors(include_url=False)]
     for loc, item in items:
-        where, field = f"{name}{line_of(root, loc)}: ", ".".join(str(part) for part in loc)
         form = item["type"] == "string_type" and isinstance(item["input"], list)
         if form and any(other[: len(loc)] == loc and it is not item for other, it in items):
             continue  # where text or a list of it may stand, a list that is wrong was not meant as text
-        if item["type"] == "extra_forbidden":
-            sentence = _unknown(field, loc, model)
-        elif item["type"] == "missing":
-            sentence = f"{field} is missing, it is required. Add it; jobs/README.md says what it holds."
-        elif not loc or "; required: " in item["msg"]:  # a cross-check of ours, which already says it all
-            sentence = f"{field}: " * bool(loc) + str(item["msg"]).removeprefix("Value error, ")
-        else:
-            need = _PYDANTIC.sub("", item["msg"]).replace("dictionary", "mapping").replace("tuple", "list")
-            sentence = f"{field} is {shown(item['input'])}; required: {need}. Change it."
-        told.setdefault(field, where + sentence)
+        field = ".".join(str(part) for part in loc)
+        told.setdefault(field, f"{name}{line_of(root, loc)}: {_sentence(item, loc, field, model)}")
     return list(told.values())
+
+
+def _sentence(item: ErrorDetails, loc: list[int | str], field: str, model: type[BaseModel]) -> str:
+    kind, got, context = item["type"], item["input"], item.get("ctx", {})
+    if kind in ("extra_forbidden", "invalid_key"):
+        return _unknown(field, loc, model)
+    if kind == "missing":
+        return f"{field} is missing, it is required. Add it; jobs/README.md says what it holds."
+    if kind == "value_error" and isinstance(got, dict):  # a cross-check of ours, of several fields: it says it all
+        return f"{field}: {context['error']}." if field else f"{context['error']}."
+    need = context["error"] if kind == "value_error" else item["msg"].removeprefix("Input should be ")
+    return f"{field} is {shown(got)}; required: {_NEEDS[kind].format(**context) if kind in _NEEDS else need}. Change it."
 
 
 def _place(loc: tuple[int | str, ...]) -> list[int | str]:
@@ -64,7 +88,7 @@ def line_of(root: yaml.Node | None, loc: list[int | str]) -> str:
 def _unknown(field: str, loc: list[int | str], model: type[BaseModel]) -> str:
     names = list(_fields_at(loc[:-1], model))
     close = difflib.get_close_matches(str(loc[-1]), names, n=1)
-    hint = f"Did you mean {close[0]}?" if close else f"Known here: {', '.join(names)}"
+    hint = f"Did you mean {close[0]}?" if close else f"Known here: {', '.join(names)}."
     return f"unknown field {field}. {hint}"
 
 

@@ -1,5 +1,5 @@
 """Text fields of a job: what a URI, an endpoint or a schedule may hold, so that a typing error ends here, in a sentence, and not
-somewhere in a client of S3. Each raises ValueError with what is required.
+somewhere in a client of S3. Each raises ValueError with what is required, in words: a pattern is for the JSON schema.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import re
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
+from pydantic.fields import FieldInfo
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}|arn:[A-Za-z0-9:/_-]+", re.ASCII)
 _ENDPOINT = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[!-?A-~]*)?", re.ASCII)
@@ -51,10 +52,33 @@ def _webhook(value: str) -> str:
     return value
 
 
+def like(pattern: str, need: str) -> tuple[AfterValidator, FieldInfo]:
+    """Text of this pattern, which `need` puts into words."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(need)
+        return value
+
+    return AfterValidator(check), Field(json_schema_extra={"pattern": pattern})
+
+
+def _some(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value:
+        raise ValueError("a URI, or a list of one or more")
+    return value
+
+
 Cron = Annotated[str, AfterValidator(_cron)]
-Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+Digest = Annotated[str, *like(r"^sha256:[0-9a-f]{64}$", "sha256: and 64 digits of 0-9 and a-f")]
 Endpoint = Annotated[str, AfterValidator(_endpoint)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?$")]
+Name = Annotated[
+    str,
+    *like(r"^[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?$", "1 to 50 lower case letters, digits and dashes, no dash at either end"),
+]
+Region = Annotated[str, *like(r"^[a-z0-9-]+$", "a region such as eu-central-1: lower case letters, digits and dashes")]
 Uri = Annotated[str, Field(min_length=1), AfterValidator(_uri)]
+#: Not by `min_length`, which would count what is left of a list when something in it is wrong.
+Uris = Annotated[tuple[Uri, ...], AfterValidator(_some), Field(json_schema_extra={"minItems": 1})]
 Word = Annotated[str, Field(min_length=1)]
 Webhook = Annotated[str, AfterValidator(_webhook)]

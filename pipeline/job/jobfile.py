@@ -1,4 +1,5 @@
-"""YAML text → `spec.Job`. A narrow YAML: no aliases, no duplicate keys, at most 1 MB; complaints name file, line, way out."""
+"""YAML text → a job of any kind. A narrow YAML: no aliases, no tags, no key twice, at most 1 MB; complaints name file, line and
+way out."""
 
 from __future__ import annotations
 
@@ -33,12 +34,16 @@ _UNTEXT = re.compile("[\\0\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses what a job file never needs: aliases (billion laughs) and duplicate keys (the last one wins)."""
+    """SafeLoader that refuses what a job file never needs: aliases (billion laughs), tags (PyYAML raises IndexError for `!!int`)
+    and duplicate keys (the last one wins)."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.constructor.ConstructorError(None, None, "an alias (*name) is not allowed", event.start_mark)
+        if event.tag is not None:
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            raise yaml.constructor.ConstructorError(None, None, f"a tag ({tag}) is not allowed", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -122,7 +127,10 @@ def at_day(job: Filled, day: str | None, *, name: str = "job") -> Filled:
             raise JobError(f"{name}: {value} contains {{date}}, which needs a date", do=do)
         return value.replace("{date}", day)
 
-    return type(job).model_validate(fill(job.model_dump(mode="json")))
+    try:
+        return type(job).model_validate(fill(job.model_dump(mode="json")))
+    except ValidationError as error:  # what one field says of another may be wrong on some days only
+        raise JobError("\n".join(sentences(error, name, None, type(job)))) from None
 
 
 def _parse(raw: bytes, name: str) -> AnyJob:

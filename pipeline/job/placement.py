@@ -6,20 +6,37 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pipeline.job.fields import like
 from pipeline.job.quantity import Bytes, Count, Model, Seconds
 
+_ENDS = "a letter or a digit at either end"
 #: A name by RFC 1123, as namespaces, service accounts and Secrets have.
-DnsLabel = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
-LabelKey = Annotated[
-    str, Field(pattern=r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$")
+DnsLabel = Annotated[
+    str, *like(r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", f"1 to 63 lower case letters, digits and dashes, {_ENDS}")
 ]
-LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$")]
+LabelKey = Annotated[
+    str,
+    *like(
+        r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$",
+        f"a label's name such as zone or example.com/zone: at most 63 letters, digits, dots, dashes and underscores, {_ENDS}",
+    ),
+]
+LabelValue = Annotated[
+    str,
+    *like(
+        r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$",
+        f"at most 63 letters, digits, dots, dashes and underscores, {_ENDS}",
+    ),
+]
+Image = Annotated[
+    str, *like(r"^[a-z0-9][A-Za-z0-9._:/@-]*$", "an image's name such as ghcr.io/you/nightlabel, with @sha256: and its digest")
+]
 
 
 class Kubernetes(Model):
     """How the job stands on Kubernetes; read by `render` and `apply`."""
 
-    image: Annotated[str, Field(pattern=r"^[a-z0-9][A-Za-z0-9._:/@-]*$")] | None = None
+    image: Image | None = None
     """Container image with nightlabel, by digest (`name@sha256:…`); `--image` stands in for it."""
     allow_tags: bool = False
     """Take an image by tag too, which may be another one tomorrow."""

@@ -107,7 +107,7 @@ class EvaluateJob(Preparation):
 
     @model_validator(mode="after")
     def _precisions(self) -> EvaluateJob:
-        for source in (self.model, self.compare):
+        for field, source in (("model", self.model), ("compare", self.compare)):
             if source is not None and source.precision == "float16" and not self.gpus:
-                raise ValueError("model: precision is float16, which needs a GPU. Set gpus to 1, or take bfloat16")
+                raise ValueError(f"{field}: precision is float16, which needs a GPU. Set gpus to 1, or take bfloat16")
         return self

@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 from pydantic import BeforeValidator
 
 from pipeline.job.fields import Cron
-from pipeline.job.quantity import Model, Seconds
+from pipeline.job.quantity import Model, Seconds, between, in_seconds
 
 IfRunning = Literal["skip", "queue", "replace"]
 WAIT_S = 6 * 3600.0
@@ -46,7 +46,7 @@ class Schedule(Model):
     where it was."""
     wait: Seconds = WAIT_S
     """`if_running: queue`: how long to wait for the other one."""
-    catch_up: Seconds | None = None
+    catch_up: Annotated[Seconds, between(in_seconds, "0s", "366d")] | None = None
     """With `--date today` or `yesterday`: how far back to look for days that are not labelled, such as `7d`. A day without input
     is passed over, one that is labelled costs a listing."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.job.quantity import Count, Fraction, Model, Positive
+from pipeline.job.quantity import Count, Fraction, Model, Positive, between, in_percent
 from pipeline.job.recipe import Preparation, Start
 from pipeline.model.preprocessing import Preprocessing, Resample
 from pipeline.spec import Input
@@ -52,7 +52,7 @@ class Data(Model):
     """Images to train on."""
     validation: Input | None = None
     """Images that choose the best epoch; when absent, `validation_share` of `train`, never trained on."""
-    validation_share: Annotated[Fraction, Field(gt=0, lt=1)] = 0.1
+    validation_share: Annotated[Fraction, between(in_percent, "0.01%", "99.99%")] = 0.1
     """Share of every class held back when there is no `validation`."""
     label: str | None = "cls"
     """Sidecar or column with the label, a class name or its number in `classes`; null, for distill: there are none."""

@@ -1,0 +1,220 @@
+"""What a wrong job file is told: whole sentences, each with what was got, what is required, what to do."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.errors import JobError
+from pipeline.job.jobfile import parse_job
+
+LABEL = {"name": "name: n", "input": "input: {uri: in/}", "model": "model: {uri: m/}", "output": "output: {uri: out/}"}
+FINETUNE = {"kind": "kind: finetune", "name": "name: n", "data": "data: {train: {uri: in/}}", "output": "output: {uri: out/}"}
+EVALUATE = {"kind": "kind: evaluate", "name": "name: n", "model": "model: {uri: m/}", "data": "data: {input: {uri: in/}}"}
+BASES = {"label": LABEL, "finetune": FINETUNE, "evaluate": EVALUATE | {"output": "output: {uri: out/}"}}
+DNS = "1 to 63 lower case letters, digits and dashes, a letter or a digit at either end. Change it."
+VALUE = "at most 63 letters, digits, dots, dashes and underscores, a letter or a digit at either end. Change it."
+NAME = "1 to 50 lower case letters, digits and dashes, no dash at either end. Change it."
+FIELDS = "kind, name, input, model, output, decode, decode_lane, resources, cluster, limits, schedule, publish, notify"
+
+
+def complaint(kind: str, lines: str) -> str:
+    """What a sound job is told when these lines stand in the place of its own, or behind them."""
+    base = dict(BASES[kind])
+    for line in lines.splitlines():
+        base[line.partition(":")[0]] = line
+    with pytest.raises(JobError) as caught:
+        parse_job("\n".join(base.values()).encode(), name="j")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ("notify: {}", "j:5: notify: it names nobody; required: command or webhook. Give one."),
+        ("notify: 5", "j:5: notify is 5; required: a mapping. Change it."),
+        ("notify: {command: x}", "j:5: notify.command is 'x'; required: a list. Change it."),
+        ("notify: {command: [a, '']}", "j:5: notify.command.1 is ''; required: one character or more. Change it."),
+        (
+            "notify: {webhook: ftp://x}",
+            "j:5: notify.webhook is 'ftp://x'; required: an https:// URL without credentials; NIGHTLABEL_WEBHOOK_TOKEN holds "
+            "the secret. Change it.",
+        ),
+        (
+            "publish: {format: iceberg}",
+            "j:5: publish: format is iceberg and table is missing; required: namespace.table. Add it.",
+        ),
+        (
+            "publish: {format: delta, table: a.b}",
+            "j:5: publish: table is a.b and format is delta; required: iceberg for a table by name. Drop one of them.",
+        ),
+        ("publish: {format: hudi}", "j:5: publish.format is 'hudi'; required: 'delta' or 'iceberg'. Change it."),
+        ("publish: {}", "j:5: publish.format is missing, it is required. Add it; jobs/README.md says what it holds."),
+        (
+            "publish: {format: delta}\noutput: {uri: out/, probabilities: true}",
+            "j: publish: Delta and Iceberg have no float16, as output.probabilities are. Drop one of the two.",
+        ),
+        (
+            "model: {uri: m/, precision: int8, engine: torch}",
+            "j:3: model: precision is int8; required for engine torch: float32, float16, bfloat16. Take one of these, or engine "
+            "auto.",
+        ),
+        (
+            "model: {uri: m/, precision: float16}",
+            "j: model: precision is float16, which needs a GPU. Set resources.predict.gpus_per_actor, or take bfloat16.",
+        ),
+        (
+            "model: {uri: m/, precision: half}",
+            "j:3: model.precision is 'half'; required: 'float32', 'float16', 'bfloat16' or 'int8'. Change it.",
+        ),
+        (
+            "model: {uri: m/, digest: abc}",
+            "j:3: model.digest is 'abc'; required: sha256: and 64 digits of 0-9 and a-f. Change it.",
+        ),
+        ("name: A_b", f"j:1: name is 'A_b'; required: {NAME}"),
+        ("name: ''", f"j:1: name is ''; required: {NAME}"),
+        ("name: 5", "j:1: name is 5; required: text. Change it."),
+        ("name: [a]", "j:1: name is ['a']; required: text. Change it."),
+        ("input: in/", "j:2: input is 'in/'; required: a mapping. Change it."),
+        ("input: {uri: []}", "j:2: input.uri is []; required: a URI, or a list of one or more. Change it."),
+        ("input: {uri: [5]}", "j:2: input.uri.0 is 5; required: text. Change it."),
+        ("input: {uri: [a, '']}", "j:2: input.uri.1 is ''; required: one character or more. Change it."),
+        (
+            "input: {uri: in/, s3: {region: eu west}}",
+            "j:2: input.s3.region is 'eu west'; required: a region such as eu-central-1: lower case letters, digits and dashes. "
+            "Change it.",
+        ),
+        (
+            "input: {uri: in/, s3: {anonymous: maybe}}",
+            "j:2: input.s3.anonymous is 'maybe'; required: true or false. Change it.",
+        ),
+        ("input: {uri: in/, keep: [cls, cls]}", "j:2: input: keep names one twice; required: each once. Drop one."),
+        ("input: {uri: in/, keep: [label]}", "j: input.keep names label, which the output has already. Rename or drop it."),
+        ("resources: {read: {tasks: 0}}", "j:5: resources.read.tasks is 0; required: 1 or more. Change it."),
+        ("resources: {read: {tasks: 1.5}}", "j:5: resources.read.tasks is 1.5; required: a whole number. Change it."),
+        ("resources: {read: {tasks: true}}", "j:5: resources.read.tasks is True; required: a whole number. Change it."),
+        (
+            "resources: {read: {tasks: 3000000000}}",
+            "j:5: resources.read.tasks is 3000000000; required: less than 2147483648. Change it.",
+        ),
+        (
+            "resources: {read: {cpus_per_task: 0}}",
+            "j:5: resources.read.cpus_per_task is 0; required: 0.0001 or more. Change it.",
+        ),
+        (
+            "resources: {predict: {gpus_per_actor: 1.5}}",
+            "j:5: resources.predict.gpus_per_actor is 1.5; required: 0, a part of one GPU, or a whole number of them. Change it.",
+        ),
+        (
+            "resources: {predict: {cpus_per_actor: .nan}}",
+            "j:5: resources.predict.cpus_per_actor is nan; required: a finite number. Change it.",
+        ),
+        (
+            "resources: {predict: {gpu_type: L 4}}",
+            f"j:5: resources.predict.gpu_type is 'L 4'; required: {VALUE}",
+        ),
+        (
+            "cluster: {workers: {count: 20000, cpus: 1}}",
+            "j:5: cluster.workers.count is 20000; required: 10000 or less. Change it.",
+        ),
+        (
+            "cluster: {kubernetes: {image: 'A b'}}",
+            "j:5: cluster.kubernetes.image is 'A b'; required: an image's name such as ghcr.io/you/nightlabel, with @sha256: and "
+            "its digest. Change it.",
+        ),
+        ("cluster: {kubernetes: {namespace: A_b}}", f"j:5: cluster.kubernetes.namespace is 'A_b'; required: {DNS}"),
+        ("cluster: {kubernetes: {secrets: [A]}}", f"j:5: cluster.kubernetes.secrets.0 is 'A'; required: {DNS}"),
+        (
+            "cluster: {kubernetes: {labels: {a b: x}}}",
+            f"j:5: cluster.kubernetes.labels.a b is 'a b'; required: a label's name such as zone or example.com/zone: {VALUE}",
+        ),
+        ("cluster: {kubernetes: {labels: {a: x y}}}", f"j:5: cluster.kubernetes.labels.a is 'x y'; required: {VALUE}"),
+        ("limits: {max_failed: 101%}", "j:5: limits.max_failed is '101%'; required: 0% to 100%. Change it."),
+        (
+            "limits: {max_failed: 1}",
+            "j:5: limits.max_failed is 1; required: a number with a unit of %, such as 0.1%. Change it.",
+        ),
+        (
+            "schedule: {cron: daily}",
+            "j:5: schedule.cron is 'daily'; required: five cron fields, such as \"0 2 * * *\". Change it.",
+        ),
+        (
+            "schedule: {cron: 0 2 * * *, catch_up: 800000d}",
+            "j:5: schedule.catch_up is '800000d'; required: 0s to 366d. Change it.",
+        ),
+        ("decode: quick", "j:5: decode is 'quick'; required: 'exact' or 'fast'. Change it."),
+        ("5: x", f"j: unknown field 5. Known here: {FIELDS}."),
+        (
+            "colour: x\nlimts: {}\nnotify: {}",
+            "j:7: notify: it names nobody; required: command or webhook. Give one.\n"
+            "j:5: unknown field colour. Did you mean cluster?\n"
+            "j:6: unknown field limts. Did you mean limits?",
+        ),
+        (
+            "resources: {predict: {tint: 3}, read: {tasks: 0}}",
+            "j:5: resources.read.tasks is 0; required: 1 or more. Change it.\n"
+            "j:5: unknown field resources.predict.tint. Known here: actors, cpus_per_actor, gpus_per_actor, gpu_type, "
+            "memory_per_actor, labels, batch_size.",
+        ),
+    ],
+)
+def test_a_job_that_labels(lines: str, told: str):
+    assert complaint("label", lines) == told
+
+
+@pytest.mark.parametrize(
+    ("kind", "lines", "told"),
+    [
+        ("finetune", "training: {learning_rate: 0}", "j:5: training.learning_rate is 0; required: more than 0. Change it."),
+        ("finetune", "training: {label_smoothing: 1}", "j:5: training.label_smoothing is 1; required: less than 1. Change it."),
+        ("finetune", "training: {freeze: 6}", "j:5: training.freeze is 6; required: 5 or less. Change it."),
+        (
+            "finetune",
+            "training: {augment: {crop: [1, 1, 1]}}",
+            "j:5: training.augment.crop is [1, 1, 1]; required: a list of at most 2. Change it.",
+        ),
+        ("finetune", "network: {depth: 20}", "j:5: network.depth is 20; required: 18, 34, 50, 101 or 152. Change it."),
+        (
+            "finetune",
+            "data: {train: {uri: in/}, validation_share: 100%}",
+            "j:3: data.validation_share is '100%'; required: 0.01% to 99.99%. Change it.",
+        ),
+        (
+            "finetune",
+            "data: {train: {uri: in/}, label: null}",
+            "j: data.label is null, so there is nothing to learn; required: the name of the labels. Set it, or distill.",
+        ),
+        (
+            "evaluate",
+            "data: {input: {uri: in/, format: images}}",
+            "j:4: data: loose images carry no labels; required: webdataset or parquet. Pack them with their labels.",
+        ),
+        (
+            "evaluate",
+            "compare: {uri: m/, precision: float16}",
+            "j: compare: precision is float16, which needs a GPU. Set gpus to 1, or take bfloat16.",
+        ),
+        (
+            "evaluate",
+            "compare: {uri: m/, precision: bfloat16, engine: onnxruntime}",
+            "j:6: compare: precision is bfloat16; required for engine onnxruntime: float32, int8. Take one of these, or engine "
+            "auto.",
+        ),
+    ],
+)
+def test_jobs_of_other_kinds(kind: str, lines: str, told: str):
+    assert complaint(kind, lines) == told
+
+
+@pytest.mark.parametrize(
+    "tag", ['!!int ""', '!!float ""', "!!bool foo", "!!timestamp foo", "!mine x", "!!map {a: b}", "!!set {a}"]
+)
+def test_a_tag_is_refused_with_its_line(tag: str):
+    told = f"j:5: a tag ({tag.partition(' ')[0]}) is not allowed; required: plain YAML. Mend that line."
+    assert complaint("label", f"decode: {tag}") == told
+
+
+def test_what_is_wrong_on_one_day_alone_is_a_sentence_too():
+    text = b"name: n\ninput: {uri: 'in/{date}/', format: parquet}\nmodel: {uri: m/}\noutput: {uri: in/2026-11-01/out/}\n"
+    parse_job(text, date="2026-11-02")
+    with pytest.raises(JobError, match=r"^j: output\.uri is .*, inside of the input: .* Take another output\.uri\.$"):
+        parse_job(text, name="j", date="2026-11-01")
