@@ -130,7 +130,13 @@ class S3Store:
         filesystem = self._filesystem()
 
         async def run() -> T:
-            return await attempt(await filesystem.set_session())
+            try:
+                client = await filesystem.set_session()
+            except ValueError as error:  # an endpoint or region that the environment or a profile names
+                need = "a server such as https://minio.example:9000, a region such as us-east-1"
+                do = "Mend s3 in the job, AWS_ENDPOINT_URL, AWS_REGION or the profile"
+                raise StoreError(f"{uri}: {error}", need=need, do=do) from error
+            return await attempt(client)
 
         trouble = Exception()
         for number in range(ATTEMPTS):
@@ -145,7 +151,7 @@ class S3Store:
                 if not is_temporary(error):
                     raise explanation(error, uri, writing) from error
                 trouble = error
-        where = self.options.endpoint or os.environ.get("AWS_ENDPOINT_URL") or "AWS S3"
+        where = self.options.server or "AWS S3"
         raise Temporary(
             f"{uri}: {where} did not answer well in {ATTEMPTS} attempts, at last: {said(trouble)}",
             do="Check that the endpoint is reachable, then run again; what is done stays done",

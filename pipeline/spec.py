@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Literal
 
@@ -31,6 +32,11 @@ class S3(Model):
     """Read without credentials (public buckets)."""
     requester_pays: bool = False
     """Accept the transfer cost of a requester-pays bucket."""
+
+    @property
+    def server(self) -> str | None:
+        """URL of the server: the job's, or the environment's, which the SDK asks in this order. None: AWS, or a profile's."""
+        return self.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 class Input(Model):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 
@@ -93,9 +92,7 @@ def begin(log: Log, run_id: str, job: Job) -> None:
     that, and a server that does not know If-None-Match says nothing. Raises StoreError when it is not so."""
     key, content = log.run_key(run_id, "spec.yaml"), dump_job(job)
     if log.store.create(key, content) and log.store.create(key, content):
-        where = (
-            (job.output.s3.endpoint or os.environ.get("AWS_ENDPOINT_URL") or "AWS S3") if key.startswith("s3://") else "the disk"
-        )
+        where = (job.output.s3.server or "AWS S3") if key.startswith("s3://") else "the disk"
         need = "a store that creates an object only if it is absent (If-None-Match: *)"
         raise StoreError(f"{key}: {where} created it twice", need=need, do="Update the server, or write the output elsewhere")
 

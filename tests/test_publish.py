@@ -232,6 +232,17 @@ def test_columns_that_differ_are_refused_and_the_table_stays(make, kind):
     assert counts(labels) == [("cat", 1, 1)]
 
 
+@pytest.mark.parametrize("kind", ["delta", "iceberg"])
+def test_a_table_lies_where_the_environment_says_that_s3_is(s3, kind, iceberg, monkeypatch):
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.endpoint)
+    out = f"s3://{s3.bucket()}/labels"
+    wanted = {"format": kind} | ({"catalog": "night", "table": iceberg} if kind == "iceberg" else {})
+    labels = Labels(job("in", "model", out, publish=wanted), join(out, FINGERPRINT))
+    labels.put("a", parquet(["1", "2"]))
+    assert (labels.publish().added, counts(labels)) == (1, [("cat", 2, 2)])
+
+
 def test_a_table_that_somebody_compacted_is_refused(tmp_path):
     from deltalake import DeltaTable
 

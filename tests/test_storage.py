@@ -354,6 +354,16 @@ def test_an_unreachable_endpoint_is_temporary(s3: Seaweed) -> None:
                 act()
 
 
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+@pytest.mark.parametrize("endpoint", ["localhost:9000", "http://[::1", "http://a..b:80"])
+def test_an_endpoint_of_the_environment_that_is_none_is_a_sentence(
+    name: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, endpoint)
+    with pytest.raises(StoreError, match=r"required: a server such as https://.*AWS_ENDPOINT_URL"):
+        S3Store(S3()).head("s3://somewhere/x")
+
+
 def test_wrong_missing_and_anonymous_credentials(s3: Seaweed, blob: Object, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PermissionDenied, match="AccessDenied") as caught:
         S3Store(S3(endpoint=s3.endpoint, anonymous=True)).read(blob.uri)

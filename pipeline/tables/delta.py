@@ -90,7 +90,7 @@ def _converted(file: File) -> Schema:
 
 def _options(s3: S3) -> dict[str, str]:
     """Credentials it finds by itself, as s3fs does: environment, profile, role."""
-    endpoint = s3.endpoint or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = s3.server
     options = {"AWS_REGION": s3.region or os.environ.get("AWS_REGION") or "us-east-1"}
     options |= {"AWS_ENDPOINT_URL": endpoint} if endpoint else {}
     options |= {"AWS_ALLOW_HTTP": "true"} if endpoint and endpoint.startswith("http://") else {}

@@ -86,5 +86,5 @@ class Iceberg:
 
 
 def _options(s3: S3) -> dict[str, str]:
-    endpoint, region = s3.endpoint or os.environ.get("AWS_ENDPOINT_URL"), s3.region or os.environ.get("AWS_REGION")
+    endpoint, region = s3.server, s3.region or os.environ.get("AWS_REGION")
     return {name: value for name, value in {"s3.endpoint": endpoint, "s3.region": region}.items() if value}
