@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import AuthenticationError
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from pipeline.errors import JobError, NightlabelError, PermissionDenied, Temporary, UnfitError
+from pipeline.errors import JobError, NightlabelError, PermissionDenied, Temporary, UnfitError, first_line
 from pipeline.job.demand import Node, check_demand
 from pipeline.spec import Job
 
@@ -120,12 +120,15 @@ def _knock(address: str) -> None:
     """Is anything there? Ray itself asks a dead address for many minutes."""
     scheme, _, rest = address.rpartition("://")
     host, _, port = rest.rpartition(":")
+    do = "Set it to that, or give a dashboard to nightlabel submit"
+    unfit = UnfitError(f"RAY_ADDRESS is {address}", need="host:port of a running Ray's head, such as head:6379", do=do)
     if scheme not in ("", "ray") or (rest != "auto" and not (host and port.isdecimal())):
-        do = "Set it to that, or give a dashboard to nightlabel submit"
-        raise UnfitError(f"RAY_ADDRESS is {address}", need="host:port of a running Ray's head, such as head:6379", do=do)
+        raise unfit
     try:
         if rest != "auto":
             socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+    except UnicodeError:  # a part of the host's name is empty, or has more than 63 letters
+        raise unfit from None
     except OSError as error:
         do = "Bring the cluster up, or unset RAY_ADDRESS for a Ray on this machine"
         raise Temporary(f"RAY_ADDRESS is {address}, where nothing answers ({error.strerror or error})", do=do) from error
@@ -143,8 +146,7 @@ def _failure(error: Exception, address: str | None) -> NightlabelError:
     if address and isinstance(error, ConnectionError):  # all that Ray says, of another token too
         do = "Check that it is the head of a Ray, and that RAY_AUTH_TOKEN is its token; then run again"
         return Temporary(f"something answers at {address} and does not let us in", do=do)
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    got = f"{theirs} did not come up ({reason.rstrip('.')})"
+    got = f"{theirs} did not come up ({first_line(error).rstrip('.')})"
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES):
         return UnfitError(got, need="a folder for temporary files", do="Make /tmp one that can be written")
     return Temporary(got, do="Run again; what is committed stays")

@@ -54,10 +54,15 @@ def cluster_address(text: str, *, insecure: bool = False) -> Address:
 
     Raises JobError when it is no such address, UnfitError without a token.
     """
-    parts = urlsplit(text if "://" in text else f"http://{text}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        host = parts.hostname or ""
+        fits = parts.scheme in ("http", "https") and host.encode("idna")
+    except ValueError:  # a bracket that does not close; a part of the name that is empty, or has more than 63 letters
+        fits = False
+    if not fits:
         raise JobError(f"the address {text}", need="that of a dashboard, such as http://head:8265", do="Change --address")
-    address = Address(f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/"), _is_loopback(parts.hostname))
+    address = Address(f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/"), _is_loopback(host))
     mode, do = os.environ.get("RAY_AUTH_MODE", "token" if has_token() else "disabled").lower(), "Set RAY_AUTH_TOKEN"
     if mode == "token" and not has_token():
         raise UnfitError("RAY_AUTH_MODE is token and there is none", need="the cluster's token", do=do)

@@ -46,6 +46,11 @@ class NightlabelError(Exception):
         return _rebuild, (type(self), self.__dict__)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else says, in one line; its kind when it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _rebuild(cls: type[NightlabelError], state: dict[str, object]) -> NightlabelError:
     error = cls.__new__(cls)
     Exception.__init__(error, state["got"], state["need"], state["do"])

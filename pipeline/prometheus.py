@@ -178,13 +178,18 @@ class Metrics:
 
 
 def _check(to: str) -> None:
-    url = urlsplit(to)
-    if "://" in to and (url.scheme not in ("http", "https") or not url.hostname):
-        raise JobError(
-            f"--metrics is {to}", need="a Pushgateway's http:// or https:// URL, or a folder", do="Mend it or leave it out"
-        )
-    if "@" in url.netloc:
+    if "://" not in to:
+        return
+    if "@" in to.split("/")[2]:
         raise JobError("--metrics holds a user name", need="a URL without credentials", do="Let the network say who may post")
+    try:
+        url = urlsplit(to)
+        fits = url.scheme in ("http", "https") and url.hostname
+    except ValueError:  # a bracket that does not close
+        fits = None
+    if not fits:
+        need = "a Pushgateway's http:// or https:// URL, or a folder"
+        raise JobError(f"--metrics is {to}", need=need, do="Mend it or leave it out")
 
 
 def _code(error: BaseException) -> int:

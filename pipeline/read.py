@@ -16,7 +16,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cut import IMAGE_SUFFIXES, UNREADABLE, check_columns, plain_type, root_of
-from pipeline.errors import InputError, JobError, NightlabelError, PermissionDenied, ShardError, Temporary, Unidentified
+from pipeline.errors import (
+    InputError,
+    JobError,
+    NightlabelError,
+    PermissionDenied,
+    ShardError,
+    Temporary,
+    Unidentified,
+    first_line,
+)
 from pipeline.names import spelt
 from pipeline.rows import IMAGE, Failure, UnitError
 from pipeline.spec import Input
@@ -158,7 +167,7 @@ def _read_parquet(store: Store, part: Part, wanted: Input) -> Iterator[pa.Table]
     except UNREADABLE as error:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:  # of the machine, not of the file
             raise Temporary(f"{part.uri}: {error}", do="Run again, with fewer read.tasks or on larger nodes") from error
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ShardError(
             UnitError.PARQUET_CORRUPT, f"{part.uri}: {reason}", need="an intact Parquet file", do="Write the file again"
         ) from error

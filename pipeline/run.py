@@ -24,7 +24,7 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from pipeline.artifact import Artifact
 from pipeline.cluster import connect
-from pipeline.errors import NightlabelError, Stalled, Temporary
+from pipeline.errors import NightlabelError, Stalled, Temporary, first_line
 from pipeline.job.resources import Pool
 from pipeline.lanes import START, Share, Split, Stage, Told, everything
 from pipeline.rows import TIMINGS
@@ -216,4 +216,4 @@ def _reason(error: BaseException) -> BaseException:
         cause = getattr(cause, "cause", None) or cause.__cause__
     if not isinstance(error, (ray.exceptions.RayError, RuntimeError)):
         return error
-    return Temporary(f"the pass ended early ({str(error).splitlines()[0]})", do="Run again; what is committed stays")
+    return Temporary(f"the pass ended early ({first_line(error)})", do="Run again; what is committed stays")

@@ -201,7 +201,9 @@ def test_the_last_word_is_tried_again(gateway, monkeypatch):
     assert values(gateway.posts[-1][1])["exit_code"] == 0
 
 
-@pytest.mark.parametrize("to", ["ftp://gateway", "http://", "https://me:secret@gateway:9091"])
+@pytest.mark.parametrize(
+    "to", ["ftp://gateway", "http://", "https://me:secret@gateway:9091", "http://[::1", "http://me:secret@[::1"]
+)
 def test_a_destination_that_cannot_be_one_is_refused(to):
     with pytest.raises(JobError) as caught:
         Metrics(to, JOB, say=silence)

@@ -21,8 +21,8 @@ import ray
 from shards import picture, tar_bytes, write_parquet, write_tars
 
 from pipeline import run
-from pipeline.cluster import missing_from_cluster
-from pipeline.errors import Conflict, InputMissing, Interrupted, JobError, ModelError, UnitsLeft
+from pipeline.cluster import missing_from_cluster, start_ray
+from pipeline.errors import Conflict, InputMissing, Interrupted, JobError, ModelError, UnfitError, UnitsLeft
 from pipeline.label import Driver
 from pipeline.report import Receipt
 from pipeline.rows import PREDICTION, TIMINGS
@@ -248,6 +248,18 @@ def test_a_flipped_byte_in_parquet_is_that_file_alone(tmp_path, model, on_ray):
     receipt = label(job(tmp_path / "in", model, tmp_path / "out", input={"format": "parquet"}))
     assert (receipt.exit_code, receipt.rows_in) == (3, 6)
     assert [item.error_class for item in receipt.trouble] == ["PARQUET_CORRUPT"]
+
+
+@pytest.mark.parametrize("address", ["http://head:8265", "head", "head..example:6379", f"{'a' * 64}.example:6379"])
+def test_what_is_no_address_of_a_ray(address, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UnfitError, match="required: host:port of a running Ray's head"):
+        start_ray(object_store=2**27)
+
+
+def test_a_pass_that_dies_without_a_word_is_told_by_its_kind():
+    told = {"": "RuntimeError", "\nno room\nhere": "no room"}
+    assert all(f"the pass ended early ({words})" in str(run._reason(RuntimeError(text))) for text, words in told.items())
 
 
 def test_too_many_failures_are_committed_all_the_same(tmp_path, model, on_ray):

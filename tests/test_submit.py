@@ -124,7 +124,9 @@ def test_addresses(text, url, loopback, monkeypatch):
     assert cluster_address(text, insecure=True) == Address(url, loopback)
 
 
-@pytest.mark.parametrize("text", ["ray://head:10001", "http://", "file:///tmp"])
+@pytest.mark.parametrize(
+    "text", ["ray://head:10001", "http://", "file:///tmp", "http://[::1", "head..example:8265", f"{'a' * 64}:8265"]
+)
 def test_what_is_no_address(text):
     with pytest.raises(JobError, match="required: that of a dashboard, such as http://head:8265"):
         cluster_address(text)

@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, first_line
 from pipeline.model.preprocessing import Preprocessing
 
 _PIXELS: Final = 2**28  # decoded at a time, 800 MB
@@ -45,14 +45,14 @@ class GpuDecoder:
             hardware = [nvimgcodec.Backend(nvimgcodec.BackendKind.HW_GPU_ONLY)]
             self._decoder = nvimgcodec.Decoder(backends=hardware, max_num_cpu_threads=_CPU_THREADS)
         except RuntimeError as error:
-            got = f"decode_lane: this GPU decodes no JPEG ({str(error).splitlines()[0]})"
+            got = f"decode_lane: this GPU decodes no JPEG ({first_line(error)})"
             raise ModelError(got, need="one with a JPEG engine, A100, H100 or newer", do="Set decode_lane to cpu") from error
         self._wanted = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
         kernels = cupy.RawModule(code=(Path(__file__).with_name("jpeg.cu")).read_text())
         try:
             self._judge, self._rows, self._columns = map(kernels.get_function, ("judge_all", "resize_rows", "resize_columns"))
         except RuntimeError as error:
-            got = f"decode_lane: jpeg.cu cannot be compiled ({str(error).splitlines()[0]})"
+            got = f"decode_lane: jpeg.cu cannot be compiled ({first_line(error)})"
             raise ModelError(
                 got, need="NVRTC of CUDA 13", do="Install nightlabel[gpu-decode], or set decode_lane to cpu"
             ) from error

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.artifact import INT8, Artifact
 from pipeline.engines.scores import Scores, Wanted, ranked
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, first_line
 
 INPUT, OUTPUTS = "pixels", ("logits", "features")
 _QUANTIZE = "Make it with a quantize job, such as jobs/quantize-photos.yaml"
@@ -60,7 +60,7 @@ def _open(model: bytes, threads: int, where: str) -> Any:
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except (state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented) as error:
-        raise ModelError(f"{where}: onnxruntime does not open it ({str(error).splitlines()[0]})", do=_QUANTIZE) from None
+        raise ModelError(f"{where}: onnxruntime does not open it ({first_line(error)})", do=_QUANTIZE) from None
     given = {item.name: item.type for item in session.get_inputs()}, [item.name for item in session.get_outputs()]
     if given != ({INPUT: "tensor(uint8)"}, list(OUTPUTS)):
         got = f"{where}: takes {', '.join(given[0])} and gives {', '.join(given[1])}"

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.errors import JobError
+from pipeline.errors import JobError, first_line
 from pipeline.job.complaints import line_of, sentences, shown
 from pipeline.job.recipe import EvaluateJob, QuantizeJob
 from pipeline.job.schedule import days_of
@@ -168,7 +168,7 @@ def _yaml(raw: bytes, name: str) -> tuple[yaml.Node, dict[str, Any]]:
             f"{name}{line}: {getattr(error, 'problem', None) or error}", need="plain YAML", do="Mend that line"
         ) from error
     except (ValueError, TypeError, RecursionError) as error:  # a date of the 30th of February, a list as a key, 1,000 brackets
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise JobError(f"{name}: cannot be read ({reason})", need="plain YAML", do="Put text in quotation marks") from error
     if not isinstance(data, dict):
         raise JobError(

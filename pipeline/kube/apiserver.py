@@ -17,7 +17,7 @@ from kubernetes import client, config, watch
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
-from pipeline.errors import Conflict, JobError, NightlabelError, PermissionDenied, Temporary, UnfitError, UnitsLeft
+from pipeline.errors import Conflict, JobError, NightlabelError, PermissionDenied, Temporary, UnfitError, UnitsLeft, first_line
 from pipeline.kube.follow import Progress, progress_of
 from pipeline.kube.kuberay import RayJob
 from pipeline.kube.render import Thing
@@ -40,9 +40,7 @@ class Api:
         except (config.ConfigException, yaml.YAMLError, TypeError, AttributeError, KeyError, ValueError, OSError) as error:
             # The client checks little of a file before it reads in it.
             need = "a kubeconfig, or a pod with a service account"
-            raise UnfitError(
-                f"no way to a Kubernetes cluster ({str(error).splitlines()[0]})", need=need, do="Set KUBECONFIG"
-            ) from None
+            raise UnfitError(f"no way to a Kubernetes cluster ({first_line(error)})", need=need, do="Set KUBECONFIG") from None
         self._core, self._custom = client.CoreV1Api(), client.CustomObjectsApi()
 
     def find(self, thing: Thing) -> dict[str, Any] | None:

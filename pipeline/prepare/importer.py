@@ -22,7 +22,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from pipeline.artifact import CONFIG, PREPROCESSOR, WEIGHTS, Artifact, Origin, make_artifact, save_artifact
-from pipeline.errors import InputMissing, ModelError, Temporary
+from pipeline.errors import InputMissing, ModelError, Temporary, first_line
 from pipeline.model.huggingface import Architecture, read_config, read_preprocessor
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.card import folder_name, model_card
@@ -205,4 +205,4 @@ def _parameters(data: bytes, where: str) -> dict[str, Tensor]:
 
 
 def _first(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__).split(". ")[0].rstrip(".")
+    return first_line(error).split(". ")[0].rstrip(".")

@@ -17,7 +17,7 @@ from deltalake import DeltaTable, Schema
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
-from pipeline.errors import StoreError, Temporary
+from pipeline.errors import StoreError, Temporary, first_line
 from pipeline.spec import S3
 from pipeline.storage import join
 from pipeline.tables.published import Changed, File
@@ -82,7 +82,7 @@ def _converted(file: File) -> Schema:
     try:
         return Schema.from_arrow(file.schema)
     except Exception as error:  # deltalake raises a bare Exception for a type that Delta does not have
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise StoreError(
             f"{file.uri}: {reason}", need="columns that Delta has a type for", do="Leave it out of input.keep"
         ) from error
@@ -98,6 +98,4 @@ def _options(s3: S3) -> dict[str, str]:
 
 
 def _explained(where: str, error: Exception) -> Temporary:
-    return Temporary(
-        f"the Delta table {where}: {str(error).splitlines()[0]}", do="The labels are complete; run again to publish them"
-    )
+    return Temporary(f"the Delta table {where}: {first_line(error)}", do="The labels are complete; run again to publish them")

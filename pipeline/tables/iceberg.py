@@ -17,7 +17,7 @@ from pyiceberg.exceptions import CommitFailedException, NamespaceAlreadyExistsEr
 from pyiceberg.io.pyarrow import UnsupportedPyArrowTypeException, parquet_files_to_data_files
 from pyiceberg.table import TableProperties
 
-from pipeline.errors import NightlabelError, StoreError, Temporary
+from pipeline.errors import NightlabelError, StoreError, Temporary, first_line
 from pipeline.spec import S3, Publish
 from pipeline.storage import join
 from pipeline.tables.published import Changed, File
@@ -78,7 +78,7 @@ class Iceberg:
         """pyiceberg raises what its catalogs, its file systems and pydantic raise."""
         if isinstance(error, NightlabelError):
             return error
-        got = f"the Iceberg table {self.where}: {(str(error) or type(error).__name__).splitlines()[0]}"
+        got = f"the Iceberg table {self.where}: {first_line(error)}"
         if isinstance(error, (UnsupportedPyArrowTypeException, ValueError, TypeError)):
             need = f"a catalog {self._catalog_name} that pyiceberg can open, and columns that the table has"
             return StoreError(got, need=need, do="The labels are complete; mend it and run again to publish them")
