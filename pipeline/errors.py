@@ -9,7 +9,6 @@
     │   ├── InputMissing
     │   ├── InputChanged
     │   └── ShardError        a whole shard cannot be read; `error_class` says why
-    ├── TooManyFailed     4   more failed rows than limits.max_failed (everything is committed all the same)
     ├── UnitsLeft         5   units are left that no pass could finish
     ├── Conflict          6   another run's object stands where ours belongs
     ├── Temporary        75   try again
@@ -89,15 +88,11 @@ class InputChanged(InputError):
 
 
 class ShardError(InputError):
-    """A shard that cannot be read as a whole; `error_class` is one of rows.UNIT_ERRORS."""
+    """A shard that cannot be read as a whole; `error_class` is one of rows.UnitError."""
 
     def __init__(self, error_class: str, got: str, *, need: str = "", do: str = "") -> None:
         super().__init__(got, need=need, do=do)
         self.error_class = error_class
-
-
-class TooManyFailed(NightlabelError):
-    exit_code = 4
 
 
 class UnitsLeft(NightlabelError):

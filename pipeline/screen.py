@@ -15,20 +15,16 @@ _SAID = {"ignored": "ignored: {text}, not of the input's format", "waiting": "wa
 
 
 class Screen:
-    """Observes a driver (`Driver(observe=screen.observe)`). Use as a context manager; `quiet` shows nothing but trouble."""
+    """Observes a driver (`Driver(observe=screen.observe)`). Use as a context manager."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._quiet = quiet
-        self._live = Live("", console=self._console, refresh_per_second=4, transient=True) if self._fancy else None
+        fancy = self._console.is_terminal
+        self._live = Live("", console=self._console, refresh_per_second=4, transient=True) if fancy else None
         self._stop = threading.Event()
-        self._images = self._failed = self._units = self._done = self._total_bytes = 0
+        self._images = self._failed = self._units = self._done = 0
         self._first = self._since = time.monotonic()
         self._unit_images = 0
-
-    @property
-    def _fancy(self) -> bool:
-        return self._console.is_terminal and not self._quiet
 
     def __enter__(self) -> Screen:
         return self
@@ -43,12 +39,11 @@ class Screen:
             self._say(self._line())
 
     def _say(self, text: str) -> None:
-        if not self._quiet:
-            self._console.print(Text(text))
+        self._console.print(Text(text))
 
     def observe(self, event: str, fields: dict[str, Any]) -> None:
-        """Takes the driver's events: ignored, planned, waiting, pass, first, rows, commit, trouble, split, replanned,
-        verified."""
+        """Takes the driver's events: ignored, planned, waiting, pass, first, rows, commit, trouble, split, replanned, verified,
+        logs."""
         if event == "planned":
             self._planned(fields)
         elif event in _SAID:
@@ -82,7 +77,7 @@ class Screen:
         self._since = time.monotonic()
         if self._live is not None:
             self._live.start()
-        elif not self._quiet:
+        else:
             threading.Thread(target=self._tick, daemon=True).start()
         if fields["done"]:
             self._say(f"resuming: {fields['done']} of {fields['units']} units done")

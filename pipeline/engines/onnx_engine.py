@@ -31,7 +31,6 @@ class OnnxEngine:
     ) -> None:
         self.wanted, self.batch_size = wanted, batch_size
         self.session = _open(model, threads or 0, where)
-        self.classes = int(self.session.get_outputs()[0].shape[1])
 
     def __call__(self, pixels: np.ndarray) -> Scores:
         """Scores of the images uint8 [N, 3, S, S], N > 0."""

@@ -17,7 +17,7 @@ from pipeline.model.describe import giga, millions, numbers, plain, preprocessin
 
 #: A model's name on a hub (`microsoft/resnet-18`) or in a library; digests and paths are not.
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_FILE_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _ACCURACIES = ("accuracy", "top1")
 _WIDEST = 300  # characters of one fact: settings of a training are 400 and would take a quarter of the page
 
@@ -47,7 +47,7 @@ def _front_matter(artifact: Artifact) -> dict[str, Any]:
     }
     if any(name in artifact.origin.metrics for name in _ACCURACIES):
         front["metrics"] = ["accuracy"]
-    names = [parent for parent in artifact.origin.parents if _NAME.fullmatch(parent) and not parent.endswith(_FILE_ENDINGS)]
+    names = [parent for parent in artifact.origin.parents if _NAME.fullmatch(parent) and not parent.endswith(WEIGHT_FILES)]
     if names:
         front["base_model"] = names[0] if len(names) == 1 else names
     return front

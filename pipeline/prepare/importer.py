@@ -25,12 +25,10 @@ from pipeline.artifact import CONFIG, PREPROCESSOR, WEIGHTS, Artifact, Origin, m
 from pipeline.errors import InputMissing, ModelError, Temporary, first_line
 from pipeline.model.huggingface import Architecture, read_config, read_preprocessor
 from pipeline.model.preprocessing import Preprocessing
-from pipeline.prepare.card import folder_name, model_card
-from pipeline.spec import S3
+from pipeline.prepare.card import WEIGHT_FILES, folder_name, model_card
 from pipeline.storage import join, open_store
 
 _NAME = re.compile(r"ResNet\d+_Weights\.\w+")
-_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _NESTS = ("state_dict", "model_state_dict", "model")  # Lightning, many training scripts, torchvision's references
 #: A parameter that every ResNet has, by torchvision's name and Hugging Face's. What stands before it is a wrapper's prefix:
 #: `module.`, `model.`, `_orig_mod.` and the like.
@@ -58,7 +56,6 @@ def import_model(
     *,
     labels: tuple[str, ...] | None = None,
     preprocessing: Preprocessing | None = None,
-    s3: S3 | None = None,
     command: str = "",
 ) -> Artifact:
     """Write `source` as an artifact to `out_uri`: torchvision's name of weights (`ResNet18_Weights.IMAGENET1K_V1`), a file with a
@@ -70,10 +67,10 @@ def import_model(
     """
     if _NAME.fullmatch(source):
         found = _torchvision(source)
-    elif source.endswith(_ENDINGS):
-        found = Source(_parameters(_fetch(source, s3), source))
+    elif source.endswith(WEIGHT_FILES):
+        found = Source(_parameters(_fetch(source), source))
     else:
-        found = _folder(source, s3, preprocessing)
+        found = _folder(source, preprocessing)
     state = to_huggingface(found.state, source)
     seen = infer_architecture(state, source)
     artifact = make_artifact(
@@ -83,7 +80,7 @@ def import_model(
         preprocessing=preprocessing or found.preprocessing or Preprocessing(),
         origin=Origin(parents=(source,), command=command),
     )
-    return save_artifact(artifact, out_uri, s3, card=model_card(artifact, name=folder_name(out_uri)))
+    return save_artifact(artifact, out_uri, card=model_card(artifact, name=folder_name(out_uri)))
 
 
 def to_huggingface(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -166,24 +163,24 @@ def _torchvision(name: str) -> Source:
     return Source(state, labels=tuple(weights.meta["categories"]), preprocessing=wanted)
 
 
-def _folder(uri: str, s3: S3 | None, preprocessing: Preprocessing | None) -> Source:
-    architecture, labels = read_config(_fetch(join(uri, CONFIG), s3), join(uri, CONFIG))
+def _folder(uri: str, preprocessing: Preprocessing | None) -> Source:
+    architecture, labels = read_config(_fetch(join(uri, CONFIG)), join(uri, CONFIG))
     if preprocessing is None:
-        preprocessing = read_preprocessor(_fetch(join(uri, PREPROCESSOR), s3), join(uri, PREPROCESSOR))
+        preprocessing = read_preprocessor(_fetch(join(uri, PREPROCESSOR)), join(uri, PREPROCESSOR))
     try:
         place = join(uri, WEIGHTS)
-        data = open_store(uri, s3).read(place)
+        data = open_store(uri).read(place)
     except InputMissing:
         place = join(uri, "pytorch_model.bin")
-        data = _fetch(place, s3)
+        data = _fetch(place)
     return Source(_parameters(data, place), architecture, labels, preprocessing)
 
 
-def _fetch(uri: str, s3: S3 | None) -> bytes:
+def _fetch(uri: str) -> bytes:
     try:
-        return open_store(uri, s3).read(uri)
+        return open_store(uri).read(uri)
     except InputMissing as error:
-        do = f"Give a file ({', '.join(_ENDINGS)}), a Hugging Face folder, or a name such as ResNet18_Weights.IMAGENET1K_V1"
+        do = f"Give a file ({', '.join(WEIGHT_FILES)}), a Hugging Face folder, or a name such as ResNet18_Weights.IMAGENET1K_V1"
         raise ModelError(f"{uri}: not found", do=do) from error
 
 
