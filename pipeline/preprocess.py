@@ -8,7 +8,6 @@ would double that price, and all it adds here is ten lines of geometry.
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,19 +18,19 @@ import torch
 from PIL import Image
 
 from pipeline.careful import CarefulDecoder, CarefulLimits
-from pipeline.decode import BadImage, decode_small
+from pipeline.decode import BadImage, decode, decode_small
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.rows import COMPARED_EVERY, Failure, pixels_array
 
 Prepared = tuple[np.ndarray, int, int]
-DECODER = "pipeline.decode:decode"
+Decode = Callable[..., np.ndarray]
 
 
 class Preprocess:
     """Decode, resize and crop a batch.
 
     `max_pixels` limits an image before it is decoded; `threads` are torch's in this process; with `careful` every image is
-    prepared in a killable child process; `decoder` is the dotted name of a function with the signature of `decode.decode`.
+    prepared in a killable child process; `decode` stands in for `decode.decode`, and is pickled by its name for that child.
     `fast` decodes large JPEGs at a half, a quarter or an eighth, and some of them exactly too, for `Predict` to compare.
     """
 
@@ -42,20 +41,21 @@ class Preprocess:
         max_pixels: int,
         threads: int = 1,
         careful: CarefulLimits | None = None,
-        decoder: str = DECODER,
+        decode: Decode = decode,
         fast: bool = False,
     ) -> None:
         torch.set_num_threads(threads)
         self._size = preprocessing.size
-        prepare = Prepare(preprocessing, max_pixels, decoder, fast)
+        prepare = Prepare(preprocessing, max_pixels, decode, fast)
         self._exact = replace(prepare, fast=False) if fast and careful is None else None
         self._prepare = prepare if careful is None else CarefulDecoder(prepare, careful)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """rows.IMAGE and kept columns in; out the same without `bytes`, and with `pixels` (rows.pixels_array), `width`,
         `height` int32 of the upright image. All three are null where a row failed, failed before, or ends a unit (key null).
-        When fast, also `exact` large_binary: every 64th image as exact decoding has it, where that is not the same. When careful,
-        `room`, as many zeros where there are no pixels: a block is full by its bytes, and images that hang must fill one too.
+        When fast, also `exact` large_binary: every 64th image as exact decoding has it, where that is not the same. In careful
+        mode a column `room` pads each row without pixels to the size of one with pixels: Ray closes blocks by their bytes, so a
+        run of hanging images would otherwise never fill one.
         """
         pixels, done = np.empty((batch.num_rows, 3, self._size, self._size), dtype=np.uint8), 0
         sizes: list[tuple[int | None, int | None]] = [(None, None)] * batch.num_rows
@@ -105,7 +105,7 @@ class Prepare:
 
     preprocessing: Preprocessing
     max_pixels: int
-    decoder: str = DECODER
+    decode: Decode = decode
     fast: bool = False
 
     def __call__(self, data: bytes | memoryview) -> Prepared:
@@ -114,8 +114,7 @@ class Prepare:
             if small is not None:
                 image, width, height = small
                 return resize_and_crop(image, self.preprocessing, (height, width)), width, height
-        decode: Callable[..., np.ndarray] = pkgutil.resolve_name(self.decoder)
-        image = decode(data, max_pixels=self.max_pixels)
+        image = self.decode(data, max_pixels=self.max_pixels)
         height, width, _ = image.shape
         return resize_and_crop(image, self.preprocessing), width, height
 

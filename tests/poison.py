@@ -1,4 +1,4 @@
-"""A decoder that does on command what a poison image does to a real one; give it to `Preprocess` as decoder="poison:decode".
+"""A decoder that does on command what a poison image does to a real one; give it to `Preprocess` as `decode`.
 
 No file of the corpora kills Pillow 13 or libjpeg-turbo 3, so the tests bring their own poison. The first line of the data is the
 command (abort, hang, hog, exit, pid); a second line, when there is one, is a file to create first: it tells a test that it began.
@@ -39,7 +39,7 @@ def make_preprocess(job, preprocessing, careful, share):
     from pipeline.preprocess import Preprocess  # not above: it would bring torch, seconds, into each child of test_careful
 
     limits = CarefulLimits(job.limits.decode_timeout, job.limits.decode_memory) if careful else None
-    return Preprocess(preprocessing, max_pixels=job.limits.max_pixels, careful=limits, decoder="poison:decode")
+    return Preprocess(preprocessing, max_pixels=job.limits.max_pixels, careful=limits, decode=decode)
 
 
 def make_predict(job, digest, share):

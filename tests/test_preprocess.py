@@ -7,6 +7,7 @@ import tarfile
 import warnings
 
 import numpy as np
+import poison
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -219,7 +220,7 @@ def _size_in_pillow(data: bytes) -> tuple[int, int] | None:
 def test_careful_mode_costs_one_row_a_poison():
     good = encode(Image.new("RGB", (30, 20), (1, 2, 3)))
     limits = CarefulLimits(timeout_s=60, memory_bytes=2**29)  # each new child imports torch: hangs are test_careful's
-    stage = Preprocess(Preprocessing(size=16), max_pixels=MAX_PIXELS, careful=limits, decoder="poison:decode")
+    stage = Preprocess(Preprocessing(size=16), max_pixels=MAX_PIXELS, careful=limits, decode=poison.decode)
     out = stage(table([good, b"hog", good, b"<svg>", b"abort", good]))
     wanted = [None, "DECODER_CRASH", None, "UNSUPPORTED_FORMAT", "DECODER_CRASH", None]
     assert out["error_class"].to_pylist() == wanted
