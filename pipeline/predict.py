@@ -2,7 +2,7 @@
 
 The model runs over a whole block at a time, in batches of its own, and the columns are put together once, in Arrow, so a row
 costs the host a few microseconds. Rows without pixels (failed before) and rows without a key (the end of a unit) pass through.
-The arithmetic is in `engine` (torch), `onnx_engine` and `openvino_engine`; only the one that runs is imported.
+The arithmetic is in `torch_engine`, `onnx_engine` and `openvino_engine`; only the one that runs is imported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pipeline.errors import ModelError
 from pipeline.job.arithmetic import engine_for
 from pipeline.spec import ModelSource, Output
 
-_TAKEN = frozenset({*rows.IMAGE.names, *rows.PREDICTION.names, "pixels", "exact", "room"})
 _NONFINITE = "the model's scores of this image are not finite numbers"
 
 
@@ -51,7 +50,7 @@ class Predict:
         columns |= {"error_class": error_class, "error": error, "status": _status(batch.column("key"), error_class)}
         columns |= self._labelled(scores, scored)
         names = ["unit", *rows.PREDICTION.names, *self._optional(columns, scores, at, scored)]
-        kept = [name for name in batch.column_names if name not in _TAKEN]
+        kept = [name for name in batch.column_names if name not in rows.USED_UP]
         types = {field.name: field.type for field in rows.PREDICTION}
         if "exact" in batch.column_names:
             columns[rows.SAME_LABEL] = self._same_label(batch.column("exact"), scores, at)

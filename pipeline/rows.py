@@ -92,10 +92,10 @@ TIMINGS = {seam: f"_{seam}_s" for seam in ("read", "preprocess", "predict")}
 #: looked at.
 SAME_LABEL = "_same_label"
 COMPARED_EVERY = 64  # where decoding may differ, one image of so many is decoded both ways: 1.5 % of the work
-#: Columns of the way that a kept column cannot be named after.
-RESERVED = frozenset(
-    {*IMAGE.names, *PREDICTION.names, *TIMINGS.values(), SAME_LABEL, "pixels", "exact", "room", "embedding", "probabilities"}
-)
+#: Columns between the stages that `predict` uses up; it hands on all others, kept columns and seconds.
+USED_UP = frozenset({*IMAGE.names, *PREDICTION.names, "pixels", "exact", "room"})
+#: What a kept column cannot be named.
+RESERVED = USED_UP | {*TIMINGS.values(), SAME_LABEL, "embedding", "probabilities"}
 
 
 def pixels_array(pixels: np.ndarray, valid: Sequence[bool] | np.ndarray) -> pa.Array:

@@ -13,20 +13,12 @@ from typing import Any
 
 from pipeline.artifact import FILES, INT8, Artifact
 from pipeline.errors import InputMissing
-from pipeline.model.huggingface import Architecture
+from pipeline.model.huggingface import RESNET_SIZES, RESNETS, Architecture
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.spec import S3
 from pipeline.storage import join, open_store
 
 _BOTTLENECK = 4  # how many times narrower a bottleneck is than its output
-_WIDTHS = {"basic": (64, 128, 256, 512), "bottleneck": (256, 512, 1024, 2048)}
-_DEPTHS: dict[tuple[str, tuple[int, ...]], int] = {
-    ("basic", (2, 2, 2, 2)): 18,
-    ("basic", (3, 4, 6, 3)): 34,
-    ("bottleneck", (3, 4, 6, 3)): 50,
-    ("bottleneck", (3, 4, 23, 3)): 101,
-    ("bottleneck", (3, 8, 36, 3)): 152,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +46,9 @@ def layers(architecture: Architecture, size: int) -> tuple[Layer, ...]:
 
 def architecture_name(architecture: Architecture) -> str:
     """`ResNet-18`, with what sets it apart; `ResNet of 8 layers` when it is none of the known."""
-    known = _DEPTHS.get((architecture.layer_type, architecture.depths))
-    usual = architecture.embedding_size == 64 and architecture.hidden_sizes == _WIDTHS[architecture.layer_type]
+    shape = architecture.layer_type, architecture.depths
+    known = next((layers for layers, known_shape in RESNETS.items() if known_shape == shape), None)
+    usual = architecture.embedding_size == 64 and architecture.hidden_sizes == RESNET_SIZES[architecture.layer_type]
     kernels = 2 if architecture.layer_type == "basic" else 3
     name = f"ResNet-{known}" if known and usual else f"ResNet of {kernels * sum(architecture.depths) + 2} layers"
     small = ", small-image stem" if architecture.stem == "small" else ""
@@ -111,7 +104,7 @@ def lines(artifact: Artifact, uri: str, sizes: dict[str, int]) -> Iterator[str]:
     known, origin = numbers(artifact), artifact.origin
     yield f"{uri}: {known['architecture']}, {known['classes']:,} classes"
     yield f"digest  {artifact.digest}"
-    yield f"labels  {', '.join(artifact.labels[:8])}{', …' * (len(artifact.labels) > 8)}"
+    yield f"labels  {', '.join(artifact.labels[:8])}{', …' if len(artifact.labels) > 8 else ''}"
     counts = f"{millions(known['parameters'])} parameters, {giga(known['macs'])} an image"
     yield f"size    {counts}, {sum(sizes.values()) / 1e6:,.1f} MB"
     yield "files   " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in sizes.items() if size >= 1e5)

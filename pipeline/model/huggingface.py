@@ -55,6 +55,23 @@ class Architecture:
         return self.hidden_sizes[-1]
 
 
+#: The family of arXiv 1512.03385: by the number of layers the kind of block and the depths; by the kind the hidden sizes.
+RESNETS: dict[int, tuple[str, tuple[int, ...]]] = {
+    18: ("basic", (2, 2, 2, 2)),
+    34: ("basic", (3, 4, 6, 3)),
+    50: ("bottleneck", (3, 4, 6, 3)),
+    101: ("bottleneck", (3, 4, 23, 3)),
+    152: ("bottleneck", (3, 8, 36, 3)),
+}
+RESNET_SIZES = {"basic": (64, 128, 256, 512), "bottleneck": (256, 512, 1024, 2048)}
+
+
+def resnet(layers: int, classes: int, *, stem: Stem = "standard") -> Architecture:
+    """The member of the family with so many layers."""
+    kind, depths = RESNETS[layers]
+    return Architecture(kind, depths, RESNET_SIZES[kind], classes, stem=stem)
+
+
 def read_config(data: bytes, where: str) -> tuple[Architecture, tuple[str, ...]]:
     """`config.json` as (architecture, labels in the order of their ids). Raises ModelError."""
     config = _json_object(data, where)

@@ -88,7 +88,7 @@ def lines(record: Record, where: str) -> Iterator[str]:
     yield f"top-5   {record['top5']:.2%}" + (f", for there are only {len(classes)} classes" if len(classes) <= 5 else "")
     yield f"ECE     {record['ece']:.2%}, how far the scores are from the share that is right"
     yield f"images  {images['measured']:,} measured of {images['read']:,}{_left_out(record)}"
-    yield f"img/s   {_rate(speed['decode'])} decode, {_rate(speed['predict'])} predict; {speed['how']}"
+    yield f"img/s   {rate(speed['decode'])} decode, {rate(speed['predict'])} predict; {speed['how']}"
     if other is not None:
         yield f"agrees  {other['agreement']:.2%} with {other['digest'][:19]}…, {other['precision']}"
         alone = f"right alone on {other['only_it_right']:,} images, this model on {other['only_model_right']:,}"
@@ -121,7 +121,8 @@ def _left_out(record: Record) -> str:
     return f"; left out: {told}" if told else ", none left out"
 
 
-def _rate(value: float) -> str:
+def rate(value: float) -> str:
+    """Images a second, with a digit after the point below 100."""
     return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 
-from pipeline.prepare.evaluation import Record, percent
+from pipeline.prepare.evaluation import Record, percent, rate
 from pipeline.prepare.metrics import most_confused, worst_confusions
 
 SHOWN = 24  # mistakes
@@ -69,7 +69,7 @@ class Bar:
 def render(record: Record) -> bytes:
     """The page."""
     environment = Environment(autoescape=True, trim_blocks=True, loader=PackageLoader("pipeline.prepare", "."))
-    environment.filters |= {"percent": percent, "thousands": "{:,}".format, "rate": _rate}
+    environment.filters |= {"percent": percent, "thousands": "{:,}".format, "rate": rate}
     labels = [one["label"] for one in record["classes"]]
     confusion = np.array(record["confusion"], dtype=np.int64)
     classes = sorted((one for one in record["classes"] if one["images"]), key=lambda one: one["recall"])
@@ -133,7 +133,3 @@ def thumbnail(pixels: np.ndarray) -> str:
 
 def _short(name: str) -> str:
     return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
-
-
-def _rate(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pipeline.artifact import Artifact, Origin, build, make_artifact
 from pipeline.errors import JobError
 from pipeline.job.training import DistillJob, FinetuneJob, Random
-from pipeline.model.huggingface import Architecture, write_preprocessor
+from pipeline.model.huggingface import Architecture, resnet, write_preprocessor
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.model.resnet import ResNet
 from pipeline.prepare.data import NO_LABEL
@@ -21,9 +21,6 @@ from pipeline.prepare.outcome import Outcome, Say
 from pipeline.prepare.resume import checkpoint_line, checkpoints, close, finished, job_key
 from pipeline.prepare.train import Place, Result, fit
 from pipeline.start import load_source
-
-_BASIC, _BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
-_DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}  # arXiv 1512.03385
 
 
 def run_job(job: FinetuneJob, *, say: Say, command: str) -> Outcome:
@@ -83,9 +80,7 @@ def architecture_of(start: Artifact | None, wanted: Random, classes: int) -> Arc
     """Of the network to train."""
     if start is not None:
         return replace(start.architecture, classes=classes)
-    basic = wanted.depth < 50
-    sizes, kind = (_BASIC, "basic") if basic else (_BOTTLENECK, "bottleneck")
-    return Architecture(kind, _DEPTHS[wanted.depth], sizes, classes, stem=wanted.stem)
+    return resnet(wanted.depth, classes, stem=wanted.stem)
 
 
 def starting_network(start: Artifact | None, wanted: Random, classes: tuple[str, ...], *, seed: int) -> ResNet:
@@ -113,7 +108,7 @@ def classifier_line(start: Artifact | None, classes: tuple[str, ...]) -> str:
 
 
 def _some(labels: tuple[str, ...]) -> str:
-    return ", ".join(labels[:3]) + ", …" * (len(labels) > 3)
+    return ", ".join(labels[:3]) + (", …" if len(labels) > 3 else "")
 
 
 def _initialised(model: ResNet) -> ResNet:

@@ -24,9 +24,9 @@ from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Change
 from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, has_labels, image_rows, label_texts
 from pipeline.preprocess import Preprocess
-from pipeline.spec import Input
+from pipeline.spec import Input, Limits
 
-MAX_PIXELS = 100 * 10**6
+MAX_PIXELS = Limits().max_pixels  # as in labelling
 _PRIME = 1_000_003
 
 
@@ -79,7 +79,7 @@ def read_images(wanted: Input, *, label: str | None, unlabelled: bool = False) -
         texts += [named[number] for number in np.flatnonzero(keep).tolist()]
     if not texts:
         what = "sound image" if unlabelled else "sound image with a label"
-        got = f"{', '.join(wanted.uris)}: no {what}" + f"; left out: {left_out}" * bool(left_out.counts)
+        got = f"{', '.join(wanted.uris)}: no {what}" + (f"; left out: {left_out}" if left_out.counts else "")
         need = f"images to train on, their labels in {label}" if label else "images to train on"
         raise JobError(got, need=need, do="Check the URI and the label's name")
     whole = pa.chunked_array([chunk for array in encoded for chunk in array.chunks], pa.large_binary()).combine_chunks()

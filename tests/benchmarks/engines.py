@@ -25,14 +25,14 @@ from result import write_result  # noqa: E402
 
 from pipeline.artifact import INT8, Artifact, make_artifact, with_files  # noqa: E402
 from pipeline.engines.onnx_graph import to_onnx  # noqa: E402
-from pipeline.model.huggingface import Architecture  # noqa: E402
+from pipeline.model.huggingface import resnet  # noqa: E402
 from pipeline.model.preprocessing import Preprocessing  # noqa: E402
 from pipeline.model.resnet import ResNet  # noqa: E402
 from pipeline.predict import Predict  # noqa: E402
 from pipeline.prepare.calibrate import Scheme, calibrate, quantize  # noqa: E402
 from pipeline.spec import ModelSource, Output  # noqa: E402
 
-RESNET18 = Architecture("basic", (2, 2, 2, 2), (64, 128, 256, 512), classes=1000)
+RESNET18 = resnet(18, classes=1000)
 WAYS = [
     ("torch", "float32"),
     ("onnxruntime", "float32"),
