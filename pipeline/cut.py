@@ -69,7 +69,7 @@ def list_inputs(store: Store, wanted: Input) -> Listing:
             need = (
                 f"names that end in .{' or .'.join(sorted(suffixes))}" if len(suffixes) < 5 else "names of images, such as .jpg"
             )
-            do = "Check input.uri and input.format" + "; a bracket in a name is written [[]" * ("[" in uri)
+            do = "Check input.uri and input.format" + ("; a bracket in a name is written [[]" if "[" in uri else "")
             raise InputMissing(f"{uri}: {there}", need=need, do=do)
         found |= fitting
         others |= other
@@ -82,7 +82,7 @@ def count_suffixes(counts: Mapping[str, int]) -> str:
     rest = sum(list(counts.values())[5:])
     total = sum(counts.values())
     more = [f"{rest:,} others"] if rest else []
-    return f"{total:,} object{'s' * (total > 1)} ({', '.join(named + more)})"
+    return f"{total:,} {'object' if total == 1 else 'objects'} ({', '.join(named + more)})"
 
 
 def _by_suffix(objects: Iterable[str]) -> dict[str, int]:

@@ -166,9 +166,8 @@ class Driver:
         except Temporary as error:
             error_class, reason = error.error_class, str(error).rstrip(".")
             if isinstance(error, Stalled):  # what hangs would hang again: careful mode is next
-                self.tries.update(
-                    {unit_id: TRIES - 1 - self.tries[unit_id] for unit_id in waiting if self.tries[unit_id] < TRIES}
-                )
+                for unit_id in waiting:
+                    self.tries[unit_id] = max(self.tries[unit_id], TRIES - 1)
         committer.settle()
         reason = reason or "; ".join(["its rows did not all arrive", *dict.fromkeys(lost)][:4])
         for unit in waiting.values():

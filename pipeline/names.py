@@ -37,6 +37,11 @@ def glob_matcher(name: str) -> Callable[[str], bool]:
     return lambda text: compiled.fullmatch(text) is not None
 
 
+def anything(_: str) -> bool:
+    """Matches every name, as a folder does of what is in it."""
+    return True
+
+
 def spelt(name: str) -> str:
     """A name of the operating system as text, bytes that are not UTF-8 spelt out."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -126,7 +126,7 @@ def _samples(stream: Stream, keep: tuple[str, ...]) -> Iterator[Row]:
         folder, _, base = name.rpartition("/")
         if base.startswith("._"):  # what macOS adds
             continue
-        stem = f"{folder}/" * bool(folder) + base.partition(".")[0]
+        stem = (f"{folder}/" if folder else "") + base.partition(".")[0]
         if stem != sample:
             yield from _with_sidecars(images, sidecars, sample, keep)
             sample, images, sidecars = stem, [], {}

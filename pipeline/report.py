@@ -120,7 +120,8 @@ class Receipt:
     @property
     def agreement(self) -> str:
         """What fast decoding and the GPU's lane have done to the labels, over all units of the run."""
-        how = " and ".join(["fast"] * (self.decode == "fast") + ["by the GPU"] * (self.lane != "cpu"))
+        ways = {"fast": self.decode == "fast", "by the GPU": self.lane != "cpu"}
+        how = " and ".join(way for way, taken in ways.items() if taken)
         if not self.compared:
             why = "was large enough to come out otherwise" if self.lane == "cpu" else "was labelled both ways"
             return f"{how}: of the images looked at, one in 64, none {why}"

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from botocore import exceptions as sdk
 
 from pipeline.errors import InputMissing, StoreError, Temporary
-from pipeline.names import glob_matcher, glob_prefix
+from pipeline.names import anything, glob_matcher, glob_prefix
 from pipeline.s3_errors import INTERRUPTED, explanation, is_temporary, said, status
 from pipeline.spec import S3
 from pipeline.storage import Object, changed
@@ -53,7 +53,7 @@ class S3Store:
                     return
                 except InputMissing:
                     prefix = f"{name}/"
-            matches = bool  # any key
+            matches = anything
         yield from sorted(self._pages(bucket, prefix, matches), key=lambda found: found.uri)
 
     def head(self, uri: str) -> Object:

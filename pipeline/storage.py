@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import Protocol
 
 from pipeline.errors import InputChanged, InputMissing, NightlabelError, PermissionDenied, StoreError, Temporary
-from pipeline.names import WILDCARD, glob_matcher, glob_prefix, on_disk, spelt
+from pipeline.names import WILDCARD, anything, glob_matcher, glob_prefix, on_disk, spelt
 from pipeline.spec import S3
 
 
@@ -79,7 +79,7 @@ class Disk:
         if base == path and os.path.isfile(path) and not uri.endswith("/"):
             yield self.head(uri)
             return
-        matches, folder = (bool, path) if base == path else (glob_matcher(path), os.path.dirname(base))
+        matches, folder = (anything, path) if base == path else (glob_matcher(path), os.path.dirname(base))
         with _explained(folder):
             found = sorted((item for item in _walk(folder, ()) if matches(item.uri)), key=lambda item: item.uri)
         for one, other in pairwise(found):

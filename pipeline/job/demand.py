@@ -46,7 +46,7 @@ def check_cluster(resources: Resources, cluster: Cluster) -> None:
         head = Node(cluster.head.cpus, memory=cluster.head.memory)
         check_demand(resources, [head], where="the head, there are no workers")
     else:
-        where = f"{workers.count} worker{'s' * (workers.count > 1)}"
+        where = f"{workers.count} {'worker' if workers.count == 1 else 'workers'}"
         check_demand(resources, [Node(workers.cpus, workers.gpus, workers.memory)] * workers.count, where=where)
 
 
@@ -65,10 +65,8 @@ def check_demand(resources: Resources, nodes: Sequence[Node], *, where: str) -> 
             free[at] = node._replace(cpus=node.cpus - placed * pool.cpus, memory=node.memory - placed * pool.memory)
             left -= placed
         if left:
-            takes = f"{pool.cpus:g} CPUs" + f" and {pool.gpus:g} GPUs" * bool(pool.gpus)
-            takes += f" and {_gib(pool.memory)}" * bool(pool.memory) + f" and {_pairs(pool.labels)}" * bool(pool.labels)
             raise ValueError(
-                f"resources: {left} of {pool.size} {pool.name} {pool.kind}s find no node with {takes} left, the cluster "
+                f"resources: {left} of {pool.size} {pool.name} {pool.kind}s find no node with {_takes(pool)} left, the cluster "
                 f"has {_sum(nodes, _cpus, where)} CPUs. Lower {pool.name}.{pool.kind}s, or bring more or larger nodes"
             )
 
@@ -116,6 +114,14 @@ def _refuse_shares(pool: Pool, nodes: Sequence[Node], where: str) -> None:
         f"resources: a {pool.name} {pool.kind} asks for {takes} of one node, the largest has {has}. Lower {shares}, or "
         "bring larger nodes"
     )
+
+
+def _takes(pool: Pool) -> str:
+    takes = [f"{pool.cpus:g} CPUs"]
+    takes += [f"{pool.gpus:g} GPUs"] if pool.gpus else []
+    takes += [_gib(pool.memory)] if pool.memory else []
+    takes += [_pairs(pool.labels)] if pool.labels else []
+    return " and ".join(takes)
 
 
 def _pairs(labels: Mapping[str, str]) -> str:

@@ -12,8 +12,8 @@ def absolute(uri: str) -> str:
     stays, it means a folder."""
     if uri.startswith("s3://"):
         return uri
-    path = uri.removeprefix("file://")
-    return os.path.abspath(path) + "/" * (path.endswith("/") and os.path.abspath(path) != "/")
+    path = os.path.abspath(uri.removeprefix("file://"))
+    return f"{path}/" if uri.endswith("/") and path != "/" else path
 
 
 def above_days(folder: str) -> str:

@@ -46,7 +46,7 @@ class LeftOut:
     def __str__(self) -> str:
         """`2 TRUNCATED (a, b), 57 NO_LABEL (c, d, e, …)`; empty for none."""
         return ", ".join(
-            f"{count:,} {reason} ({', '.join(self.keys[reason][:_SHOWN])}{', …' * (count > _SHOWN)})"
+            f"{count:,} {reason} ({', '.join(self.keys[reason][:_SHOWN])}{', …' if count > _SHOWN else ''})"
             for reason, count in self.counts.items()
         )
 
@@ -98,7 +98,7 @@ def class_index(texts: Sequence[str | None], classes: Sequence[str], *, where: s
     known = numbers | names
     unknown = sorted({text for text in texts if text is not None and text not in known})
     if unknown:
-        need = f"one of {len(classes)} classes, {', '.join(classes[:5])}" + ", …" * (len(classes) > 5)
+        need = f"one of {len(classes)} classes, {', '.join(classes[:5])}" + (", …" if len(classes) > 5 else "")
         do = "Correct the labels or name the class"
-        raise JobError(f"{where}: {', '.join(unknown[:5])}", need=need + ", or its number" * bool(numbers), do=do)
+        raise JobError(f"{where}: {', '.join(unknown[:5])}", need=need + (", or its number" if numbers else ""), do=do)
     return np.array([NO_LABEL if text is None else known[text] for text in texts], dtype=np.int64)

@@ -90,7 +90,7 @@ def _check_fits(workers: Workers, cpus: int, nodes: list[dict[str, float]]) -> N
     needs = {"CPU": cpus, **({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})}
     room = sum(min(int(node.get(what, 0) // each) for what, each in needs.items()) for node in nodes)
     if room < workers.count:
-        each = " and ".join(f"{number} {what}{'s' * (number > 1)}" for what, number in needs.items())
+        each = " and ".join(f"{number} {what if number == 1 else f'{what}s'}" for what, number in needs.items())
         got = f"workers: {workers.count} workers of {each} each, the cluster has room for {room} on {len(nodes)} nodes"
         raise JobError(got, do="Lower workers.count or what a worker takes, or bring more machines")
 
