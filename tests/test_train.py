@@ -16,7 +16,7 @@ from trainings import SMALL, accuracy, picture, tiny_network
 from pipeline.errors import JobError, ModelError, StoreError, Temporary, UnfitError
 from pipeline.job.training import Augment, Training, Workers
 from pipeline.model.resnet import ResNet
-from pipeline.prepare.checkpoint import replace
+from pipeline.prepare.checkpoint import read, replace
 from pipeline.prepare.images import Images
 from pipeline.prepare.learner import CrossEntropy, Learner, balanced_weights, decay_groups, warmup_cosine
 from pipeline.prepare.train import Place, Result, fit
@@ -38,6 +38,12 @@ def pictures(count: int, *, classes: int = 2, first: int = 0) -> Images:
     return Images(encoded, np.arange(first, first + count) % classes)
 
 
+def mislabelled(count: int) -> Images:
+    """To validate with: the better a model learns, the worse it does on these."""
+    wrong = pictures(count, first=64)
+    return Images(wrong.encoded, 1 - wrong.labels)
+
+
 def trained(folder: Path, training: Training = QUICK, *, network: ResNet | None = None, **more) -> tuple[Result, list[str]]:
     data = more.pop("data", (pictures(64), pictures(16, first=64)))
     network = network or tiny_network()
@@ -47,6 +53,15 @@ def trained(folder: Path, training: Training = QUICK, *, network: ResNet | None 
         learner, data, preprocessing=SMALL, place=more.pop("place", Place()), folder=folder, say=more.pop("say", said.append)
     )
     return result, said
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_in_epoch_3(line: str) -> None:
+    if line.startswith("epoch 3"):
+        raise Killed
 
 
 def same(first: Result, second: Result) -> bool:
@@ -85,15 +100,8 @@ def test_a_kill_costs_an_epoch_and_changes_nothing(tmp_path: Path):
     longer = QUICK.model_copy(update={"epochs": 5, "augment": Augment(crop=(0.5, 1)), "mixup": 0.2})
     undisturbed, _ = trained(tmp_path / "a", longer)
 
-    class Killed(BaseException):
-        pass
-
-    def kill(line: str) -> None:
-        if line.startswith("epoch 3"):
-            raise Killed
-
     with pytest.raises(Killed):
-        trained(tmp_path / "b", longer, say=kill)
+        trained(tmp_path / "b", longer, say=kill_in_epoch_3)
     resumed, said = trained(tmp_path / "b", longer)
     assert said[0] == "resuming: 2 of at most 5 epochs done"
     assert (resumed.resumed, len(resumed.epochs)) == (2, 5)
@@ -105,12 +113,36 @@ def test_a_kill_costs_an_epoch_and_changes_nothing(tmp_path: Path):
     assert same(again, undisturbed)
 
 
+def test_a_folder_that_has_moved_keeps_its_best_epoch(tmp_path: Path):
+    training, data = QUICK.model_copy(update={"epochs": 6, "patience": 4}), (pictures(64), mislabelled(16))
+    undisturbed, _ = trained(tmp_path / "a", training, data=data)
+    assert undisturbed.best.number <= 2
+
+    with pytest.raises(Killed):
+        trained(tmp_path / "b", training, data=data, say=kill_in_epoch_3)
+    (tmp_path / "b").rename(tmp_path / "c")
+    resumed, _ = trained(tmp_path / "c", training, data=data)
+    assert (resumed.resumed, resumed.best.number) == (2, undisturbed.best.number)
+    assert same(resumed, undisturbed)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_last_epoch_without_the_best_one_starts_anew(tmp_path: Path, world: int):
+    place = Place(world=world)
+    first, _ = trained(tmp_path, place=place)
+    (tmp_path / "best.ckpt").unlink()
+    again, said = trained(tmp_path, place=place)
+    assert again.resumed == 0
+    assert said[0] == f"starting anew: {tmp_path} holds last.ckpt without best.ckpt"
+    assert same(first, again)
+
+
 def test_checkpoints_that_are_damaged_gone_or_cannot_be_written_are_one_sentence(tmp_path: Path):
     settings = QUICK.model_copy(update={"epochs": 1})
-    trained(tmp_path, settings)
-    (tmp_path / "best.ckpt").unlink()
     with pytest.raises(Temporary, match=r"best\.ckpt: somebody has removed it\. Run again: either another run"):
-        trained(tmp_path, settings)
+        read(tmp_path / "best.ckpt")
+    trained(tmp_path, settings)
     (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:5000])
     with pytest.raises(StoreError, match=r"last\.ckpt: cannot be read \(.*\); required: a checkpoint as .* Remove /.* and begin"):
         trained(tmp_path, settings)
@@ -119,8 +151,7 @@ def test_checkpoints_that_are_damaged_gone_or_cannot_be_written_are_one_sentence
 
 
 def test_a_loaded_network_trains_its_norms_and_a_stopped_training_stays_stopped(tmp_path: Path):
-    wrong = pictures(16, first=64)
-    wrong = Images(wrong.encoded, 1 - wrong.labels)
+    wrong = mislabelled(16)
     training = QUICK.model_copy(update={"epochs": 12, "patience": 2})
     network = tiny_network().eval()  # as an artifact's is
     before = network.state_dict()["resnet.embedder.embedder.normalization.running_mean"].clone()

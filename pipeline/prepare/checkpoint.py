@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from pipeline.errors import StoreError, Temporary
@@ -25,6 +26,22 @@ class OneStep(TorchCheckpointIO):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         replace(Path(path), buffer.getbuffer())  # getvalue would copy it
+
+
+class Keep(ModelCheckpoint):
+    """Goes on where its files are now: Lightning forgets the best score when the folder has moved, and the next epoch, however
+    bad, would be the best one."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        folder = Path(self.dirpath or "")
+
+        def here(path: str) -> str:
+            return str(folder / Path(path).name) if path else ""
+
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        moved = {"dirpath": self.dirpath, **{name: here(state_dict[name]) for name in paths}}
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict | moved | {"best_k_models": best})
 
 
 def make_folder(folder: Path) -> None:

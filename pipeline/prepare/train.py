@@ -20,7 +20,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -28,7 +28,7 @@ from pipeline.errors import JobError, ModelError, UnfitError
 from pipeline.job.training import Training, Workers
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Change
-from pipeline.prepare.checkpoint import BEST, LAST, OneStep, make_folder, read, replace
+from pipeline.prepare.checkpoint import BEST, LAST, Keep, OneStep, make_folder, read, replace
 from pipeline.prepare.images import MAX_PIXELS, Images, Order, Visits
 from pipeline.prepare.learner import Learner, precision_of
 from pipeline.prepare.outcome import Say
@@ -131,7 +131,7 @@ def fit(
         raise JobError(got, need=f"a batch of {wanted} and one", do="Give more images or lower training.batch_size")
     make_folder(folder)
     diary, patience = _Diary(say, training.epochs), _Patience(training)
-    state = _standing(folder, place)
+    state = _standing(folder, place, say)
     if state is not None:
         diary.load_state_dict(state["callbacks"][diary.state_key])
         patience.load_state_dict(state["callbacks"][patience.state_key])
@@ -149,16 +149,20 @@ def fit(
     return Result(tuple(diary.epochs), best, weights, len(diary.epochs) < training.epochs, resumed)
 
 
-def _standing(folder: Path, place: Place) -> dict[str, Any] | None:
-    """The state that an earlier start has left: the first worker's, on all of them."""
-    last = folder / LAST
+def _standing(folder: Path, place: Place, say: Say) -> dict[str, Any] | None:
+    """The state that an earlier start has left: the first worker's, on all of them. It is of use with the best epoch only, which
+    that worker alone has."""
+    last, stands = folder / LAST, False
+    if place.rank == 0 and last.exists():
+        stands = (folder / BEST).exists()
+        if not stands:
+            say(f"starting anew: {folder} holds {LAST} without {BEST}")
     if place.world > 1:
-        content = place.broadcast(last.read_bytes() if place.rank == 0 and last.exists() else None)
-        if content is None:
-            return None
-        if not last.exists() or last.read_bytes() != content:
+        content = place.broadcast(last.read_bytes() if stands else None)
+        stands = content is not None
+        if stands and not (last.exists() and last.read_bytes() == content):
             replace(last, content)
-    return read(last) if last.exists() else None
+    return read(last) if stands else None
 
 
 def _loaders(
@@ -186,7 +190,7 @@ def _loaders(
 
 
 def _trainer(training: Training, place: Place, folder: Path, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
-    best = ModelCheckpoint(
+    best = Keep(
         folder,
         Path(BEST).stem,
         monitor="accuracy",
@@ -194,7 +198,7 @@ def _trainer(training: Training, place: Place, folder: Path, callbacks: Sequence
         save_weights_only=True,  # what the optimiser knows is in the other; nobody goes on from this one
         enable_version_counter=False,
     )
-    last = ModelCheckpoint(folder, Path(LAST).stem, enable_version_counter=False)  # after the other: it holds the other's state
+    last = Keep(folder, Path(LAST).stem, enable_version_counter=False)  # after the other: it holds the other's state
     device = "cuda" if place.accelerator == "gpu" else "cpu"
     with _quiet():
         return pl.Trainer(
