@@ -177,3 +177,25 @@ def test_the_loss_is_that_of_the_paper_and_the_teacher_sees_its_own_normalisatio
     soft = (F.softmax(answers / 3, 1) * (F.log_softmax(answers / 3, 1) - F.log_softmax(ours / 3, 1))).sum(1).mean()
     hard = F.cross_entropy(ours[:3], targets[:3], label_smoothing=0.1) / 2  # half of the images have a label
     assert loss.item() == pytest.approx((0.7 * 9 * soft + 0.3 * hard).item(), rel=1e-4)
+
+
+def test_the_map_of_the_features_is_the_same_whatever_was_drawn_before(tmp_path: Path):
+    """Else a kill while the student without the teacher is trained would change the one with it."""
+    wanted, teacher = distill_job("x", tmp_path, "t", distillation={"features": 0.5}), tiny_artifact(SIDES, wide=24)
+    first = Distil(wanted, teacher, SMALL, 16)
+    torch.rand(1)
+    again = Distil(wanted, teacher, SMALL, 16)
+    other = Distil(wanted.model_copy(update={"training": wanted.training.model_copy(update={"seed": 1})}), teacher, SMALL, 16)
+    assert torch.equal(first.project.weight, again.project.weight)
+    assert not torch.equal(first.project.weight, other.project.weight)
+
+
+def test_both_answers_are_float32_in_half_precision(tmp_path: Path):
+    """What the loss compares would tie in bfloat16's 8 bits."""
+    objective, network = Distil(distill_job("x", tmp_path, "t"), tiny_artifact(), SMALL, 16), tiny_network(seed=1)
+    seen: list[torch.dtype] = []
+    for model in (network, objective.teacher[0]):
+        model.classifier.register_forward_hook(lambda _, given, logits: seen.extend([given[0].dtype, logits.dtype]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        objective(network, torch.rand(4, 3, 16, 16), torch.zeros(4, 2))
+    assert seen == [torch.float32] * 4

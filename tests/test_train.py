@@ -171,9 +171,34 @@ def test_a_rare_class_is_not_the_best_answer_to_common_images():
     assert objective.of(logits, torch.zeros(1, 2)).item() == 0, "an image without a label"
 
 
+def test_a_mixed_image_without_a_label_counts_for_the_share_of_the_other():
+    logits, weights = torch.tensor([[2.0, 0.0]]), torch.tensor([1.0, 3.0])
+    target, half = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 0.5]])  # of mixup at 0.5, the other image unlabelled
+    for objective in (CrossEntropy(0.0), CrossEntropy(0.1), CrossEntropy(0.1, weights)):
+        assert objective.of(logits, half).item() == pytest.approx(objective.of(logits, target).item() / 2)
+
+
+def test_logits_are_float32_in_half_precision(tmp_path: Path):
+    """In bfloat16's 8 bits classes tie, and the validation would not judge what is labelled with."""
+    logits: list[torch.Tensor] = []
+
+    class Seen(CrossEntropy):
+        def of(self, given: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            logits.append(given.detach())
+            return super().of(given, targets)
+
+    def judged(module: torch.nn.Module, _: object, given: torch.Tensor) -> None:
+        logits.append(given.detach())
+
+    network = tiny_network()
+    network.register_forward_hook(judged)  # training and validation
+    trained(tmp_path, QUICK.model_copy(update={"epochs": 1, "precision": "bfloat16"}), network=network, objective=Seen(0.1))
+    assert {given.dtype for given in logits} == {torch.float32}
+    assert not any(torch.equal(given, given.bfloat16().float()) for given in logits)
+
+
 def test_stops_early_and_keeps_the_best_epoch(tmp_path: Path):
-    wrong = pictures(16, first=64)
-    wrong = Images(wrong.encoded, 1 - wrong.labels)  # the better the model learns, the worse it does
+    wrong = mislabelled(16)
     result, _ = trained(tmp_path, QUICK.model_copy(update={"epochs": 12, "patience": 2}), data=(pictures(64), wrong))
     assert result.stopped_early
     assert result.best.number == len(result.epochs) - 2

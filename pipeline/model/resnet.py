@@ -82,9 +82,14 @@ class ResNet(nn.Module):
         pooled: Tensor = self.resnet(x).mean(dim=(2, 3), dtype=torch.float32)
         return pooled
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.features(x))
+    def classify(self, features: Tensor) -> Tensor:
+        """Pooled features to logits [N, classes], float32 under autocast too: with bfloat16's 8 bits classes would tie."""
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = self.classifier(features)
         return logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classify(self.features(x))
 
 
 def load_state(a: Architecture, state: Mapping[str, Tensor], where: str) -> ResNet:

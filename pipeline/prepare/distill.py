@@ -32,7 +32,7 @@ from pipeline.prepare.finetune import (
     seen,
     starting_network,
 )
-from pipeline.prepare.images import MAX_PIXELS, Images
+from pipeline.prepare.images import MAX_PIXELS, Images, seeded
 from pipeline.prepare.learner import CrossEntropy, Learner, Normalise, Objective
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.prepare.resume import checkpoint_line, checkpoints, close, finished, job_key
@@ -144,18 +144,19 @@ class Distil(nn.Module):
         theirs = teacher.architecture.features
         self.project: nn.Module = nn.Identity()
         if self.wanted.features and features != theirs:  # only then: several workers cannot have a parameter that nothing uses
-            self.project = nn.Linear(features, theirs, bias=False)
+            with seeded(job.training.seed):  # what was drawn before depends on whether a kill came in between
+                self.project = nn.Linear(features, theirs, bias=False)
         ours, other = (Normalise(p) for p in (preprocessing, teacher.preprocessing))
         self.register_buffer("scale", ours.std / other.std, persistent=False)
         self.register_buffer("shift", (ours.mean - other.mean) / other.std, persistent=False)
 
     def forward(self, network: ResNet, images: Tensor, targets: Tensor) -> Tensor:
         features = network.features(images)
-        logits = network.classifier(features).float()
+        logits = network.classify(features)
         with torch.no_grad():
             teacher = self.teacher[0].to(images.device)
             their_features = teacher.features(images * self.scale + self.shift)
-            answers = teacher.classifier(their_features).float()
+            answers = teacher.classify(their_features)
         heat = self.wanted.temperature
         soft = F.kl_div(
             F.log_softmax(logits / heat, dim=1), F.log_softmax(answers / heat, dim=1), reduction="batchmean", log_target=True

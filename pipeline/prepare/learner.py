@@ -41,12 +41,14 @@ class CrossEntropy(nn.Module):
         self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, network: ResNet, images: Tensor, targets: Tensor) -> Tensor:
-        return self.of(network(images).float(), targets)
+        return self.of(network(images), targets)
 
     def of(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean over the images, those without a label counting nothing."""
-        each = F.cross_entropy(logits, targets, label_smoothing=self.smoothing, reduction="none")
-        weights = targets.sum(dim=1) if self.weights is None else targets @ cast(Tensor, self.weights)
+        """Mean over the images, those without a label counting nothing, and one mixed with such a one its share."""
+        share = targets.sum(dim=1)
+        whole = targets / torch.where(share > 0, share, 1.0).unsqueeze(1)  # or the share would count twice
+        each = F.cross_entropy(logits, whole, label_smoothing=self.smoothing, reduction="none")
+        weights = share if self.weights is None else targets @ cast(Tensor, self.weights)
         return (each * weights).mean()
 
 
@@ -106,7 +108,7 @@ class Learner(pl.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         pixels, labels = batch
-        logits = self.network(self.normalise(pixels)).float()
+        logits = self.network(self.normalise(pixels))
         self.accuracy.update(logits, labels)
         self.validation_loss.update(F.cross_entropy(logits, labels), len(labels))
 
