@@ -6,28 +6,26 @@ import time
 
 STARTED = time.perf_counter()  # before the imports below: "first prediction after" counts from the command
 
-import shlex  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-import traceback  # noqa: E402
-from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
-from types import FrameType  # noqa: E402
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn  # noqa: E402
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import typer  # noqa: E402
+import typer
 
-from pipeline.commands import cluster as cli_cluster  # noqa: E402
-from pipeline.commands import kube as cli_kube  # noqa: E402
-from pipeline.commands import model as cli_model  # noqa: E402
-from pipeline.commands import nightly as cli_nightly  # noqa: E402
-from pipeline.commands.model import AsJson, print_json  # noqa: E402
-from pipeline.commands.nightly import Date, IfRunning, JobPath  # noqa: E402
-from pipeline.errors import EXIT_BUG, Interrupted, NightlabelError  # noqa: E402
+from pipeline.commands import cluster as cli_cluster
+from pipeline.commands import kube as cli_kube
+from pipeline.commands import model as cli_model
+from pipeline.commands import nightly as cli_nightly
+from pipeline.commands.options import AsJson, Date, Dates, IfRunning, JobPath, print_json, say
+from pipeline.errors import EXIT_BUG, Interrupted, NightlabelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from pipeline.job.recipe import EvaluateJob, QuantizeJob
     from pipeline.job.training import DistillJob, FinetuneJob
     from pipeline.plan import Plan
@@ -36,16 +34,7 @@ if TYPE_CHECKING:
     Preparation = FinetuneJob | DistillJob | QuantizeJob | EvaluateJob
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.add_typer(cli_model.prepare, name="prepare")
-app.add_typer(cli_model.model, name="model")
-app.command()(cli_kube.render)
-app.command()(cli_kube.apply)
-app.command()(cli_nightly.retry_failed)
-app.add_typer(cli_cluster.cluster)
 
-Dates = Annotated[
-    str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today, yesterday, or A..B: every day from A to B.")
-]
 MetricsTo = Annotated[
     str | None,
     typer.Option(
@@ -61,7 +50,6 @@ def nightlabel() -> None:
     """Bulk image labelling: every input ends as a row, labelled or failed with a reason, exactly once."""
 
 
-@app.command()
 def run(
     job: JobPath, *, date: Dates = None, if_running: IfRunning = None, as_json: AsJson = False, metrics: MetricsTo = None
 ) -> None:
@@ -71,7 +59,7 @@ def run(
     from pipeline.spec import Job
 
     template = load_template(job)
-    telling = Metrics(metrics, template, say=_say)
+    telling = Metrics(metrics, template, say=say)
     if not isinstance(template, Job):
         day = asked_day(template, date, name=str(job))
         command = shlex.join(["nightlabel", "run", str(job), *(["--date", day] if day else [])])
@@ -84,17 +72,13 @@ def run(
     sys.exit(cli_nightly.print_nights(nights, as_json=as_json, path=job))
 
 
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
-
-
 def _run_preparation(job: Preparation, *, as_json: bool, command: str) -> NoReturn:
     from importlib import import_module
 
     from pipeline.prepare.extras import check_installed
 
     check_installed(job.kind)
-    outcome: Outcome = import_module(f"pipeline.prepare.{job.kind}").run_job(job, say=_say, command=command)
+    outcome: Outcome = import_module(f"pipeline.prepare.{job.kind}").run_job(job, say=say, command=command)
     if as_json:
         print_json(dict(outcome.facts))
     for line in () if as_json else outcome.lines:
@@ -102,7 +86,6 @@ def _run_preparation(job: Preparation, *, as_json: bool, command: str) -> NoRetu
     sys.exit(outcome.exit_code)
 
 
-@app.command()
 def plan(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     """Show what a run would do. Starts nothing and writes nothing."""
     from pipeline.job.jobfile import load_label_job
@@ -149,7 +132,6 @@ def _plan_lines(planned: Plan, facts: dict[str, Any]) -> Iterator[str]:
         yield f"todo    and {len(planned.todo) - 10:,} more units; --json lists them all"
 
 
-@app.command()
 def validate(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     """Does the job's output hold together: every footer, every count, every manifest, no input labelled twice."""
     from pipeline.job.jobfile import load_label_job
@@ -175,7 +157,6 @@ def validate(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     sys.exit(6 if problems else 0)
 
 
-@app.command()
 def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="The field reference, as in jobs/README.md.")] = False,
 ) -> None:
@@ -185,7 +166,6 @@ def schema(
     typer.echo(reference() if markdown else json_schema(), nl=False)
 
 
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the demo's data, model and labels; must not hold another one's.")] = Path(
         "demo-out"
@@ -199,15 +179,28 @@ def demo(
     from pipeline.demo import run_demo
     from pipeline.screen import Screen
 
-    def say(text: str) -> None:
+    def tell(text: str) -> None:
         typer.echo(text, err=as_json)
 
     with Screen() as screen:
-        outcome = run_demo(out, say=say, observe=screen.observe)
+        outcome = run_demo(out, say=tell, observe=screen.observe)
     cli_nightly.print_receipt(outcome.receipt, as_json=as_json, job=str(out / "job.yaml"))
     for line in outcome.lines():
-        say(line)
+        tell(line)
     sys.exit(outcome.exit_code)
+
+
+#: As --help lists them: what a user needs first comes first.
+COMMANDS: tuple[Callable[..., None], ...] = (
+    *(run, plan, validate, cli_nightly.retry_failed),
+    *(cli_cluster.submit, cli_cluster.status, cli_cluster.logs, cli_cluster.wait, cli_cluster.stop, cli_cluster.list_),
+    *(cli_kube.apply, cli_kube.render),
+    *(demo, schema),
+)
+for command in COMMANDS:
+    app.command(command.__name__.rstrip("_").replace("_", "-"))(command)
+app.add_typer(cli_model.prepare, name="prepare")
+app.add_typer(cli_model.model, name="model")
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:

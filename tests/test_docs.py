@@ -86,6 +86,13 @@ def test_command_lines_in_documents_are_commands(document, line):
     command.make_context(command.name, words)
 
 
+def test_help_lists_first_what_a_user_needs_first():
+    done = subprocess.run([sys.executable, "-m", "pipeline", "--help"], capture_output=True, text=True, check=True)
+    names = re.findall(r"^. ([a-z-]+)  +[A-Z]", done.stdout, re.MULTILINE)
+    assert names[:5] == ["run", "plan", "validate", "retry-failed", "submit"]
+    assert {"list", "prepare", "model", "schema"} <= set(names)
+
+
 def test_the_demo_runs_the_job_files_in_jobs():
     """Regenerate: write `pipeline.demo.job_text(Path("demo-out"))` to jobs/demo.yaml, `model_text` to jobs/demo-model.yaml."""
     assert (ROOT / "jobs/demo.yaml").read_text() == job_text(Path("demo-out"))

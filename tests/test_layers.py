@@ -31,7 +31,7 @@ prepare.importer prepare.augment prepare.images prepare.learner prepare.checkpoi
 prepare.workers prepare.dataset prepare.resume prepare.finetune prepare.distill prepare.digits
 prepare.onnx_export prepare.calibrate prepare.gate prepare.quantize
 kube.types kube.pods kube.kuberay kube.cronjob kube.render kube.follow kube.apiserver kube.apply
-demo screen prometheus commands.model commands.nightly commands.cluster commands.kube cli __main__
+demo screen prometheus commands.options commands.model commands.nightly commands.cluster commands.kube cli __main__
 """
 LADDER = ROWS.split()
 
@@ -43,7 +43,7 @@ KEEPERS = {
     "lightning": {"prepare.checkpoint", "prepare.learner", "prepare.train"},
     "fsspec": {"storage", "s3"},
     "s3fs": {"storage", "s3"},
-    "typer": {"cli", "commands.cluster", "commands.kube", "commands.model", "commands.nightly"},
+    "typer": {"cli", "commands.cluster", "commands.kube", "commands.model", "commands.nightly", "commands.options"},
     "deltalake": {"tables.delta"},
     "pyiceberg": {"tables.iceberg"},
     "rich": {"screen", "cli"},

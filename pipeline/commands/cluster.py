@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from pipeline.commands.model import AsJson, print_json
-from pipeline.commands.nightly import JobPath
+from pipeline.commands.options import AsJson, Dates, JobPath, print_json
 from pipeline.environment import DEFAULT_ADDRESS, cluster_address, set_ray_environment
 from pipeline.errors import Interrupted, JobError, NightlabelError, Temporary
 
@@ -20,18 +19,14 @@ if TYPE_CHECKING:
     from pipeline.spec import Job
     from pipeline.submit import Connection, Submission
 
-cluster = typer.Typer()
-
 JobOrId = Annotated[str, typer.Argument(metavar="JOB", help="Job file, whose newest attempt is meant, or submission id.")]
-Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs, as for run: a day, today, yesterday, or A..B.")]
 Address = Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Speak to another machine without a token.")]
 
 
-@cluster.command()
 def submit(
     job: JobPath,
-    date: Date = None,
+    date: Dates = None,
     address: Address = DEFAULT_ADDRESS,
     insecure: Insecure = False,
     *,
@@ -54,18 +49,16 @@ def submit(
     _follow(connection, attempt.id, loaded)
 
 
-@cluster.command()
-def wait(job: JobOrId, date: Date = None, address: Address = DEFAULT_ADDRESS, insecure: Insecure = False) -> None:
+def wait(job: JobOrId, date: Dates = None, address: Address = DEFAULT_ADDRESS, insecure: Insecure = False) -> None:
     """Follow a submitted job to its end, with its log and its exit code."""
     connection = _connect(address, insecure)
     attempt, loaded = _find(connection, job, date)
     _follow(connection, attempt.id, loaded)
 
 
-@cluster.command()
 def logs(
     job: JobOrId,
-    date: Date = None,
+    date: Dates = None,
     address: Address = DEFAULT_ADDRESS,
     insecure: Insecure = False,
     *,
@@ -78,9 +71,8 @@ def logs(
         typer.echo(text, nl=False)
 
 
-@cluster.command()
 def status(
-    job: JobOrId, date: Date = None, address: Address = DEFAULT_ADDRESS, insecure: Insecure = False, as_json: AsJson = False
+    job: JobOrId, date: Dates = None, address: Address = DEFAULT_ADDRESS, insecure: Insecure = False, as_json: AsJson = False
 ) -> None:
     """Print how a submitted job stands: what Ray says, and, of a job file, what its manifest says, which decides."""
     connection = _connect(address, insecure)
@@ -94,8 +86,7 @@ def status(
         typer.echo(f"output  {truth}")
 
 
-@cluster.command()
-def stop(job: JobOrId, date: Date = None, address: Address = DEFAULT_ADDRESS, insecure: Insecure = False) -> None:
+def stop(job: JobOrId, date: Dates = None, address: Address = DEFAULT_ADDRESS, insecure: Insecure = False) -> None:
     """Stop a submitted job. What it has committed stays, and submitting it again goes on from there."""
     connection = _connect(address, insecure)
     attempt, _ = _find(connection, job, date)
@@ -105,7 +96,6 @@ def stop(job: JobOrId, date: Date = None, address: Address = DEFAULT_ADDRESS, in
         raise Temporary(f"{attempt.id} has not ended yet", do="Look again with nightlabel status")
 
 
-@cluster.command("list")
 def list_(address: Address = DEFAULT_ADDRESS, insecure: Insecure = False, as_json: AsJson = False) -> None:
     """List what nightlabel has submitted to a cluster."""
     attempts = _connect(address, insecure).attempts()
@@ -126,13 +116,10 @@ def _connect(address: str, insecure: bool) -> Connection:
 
 def _parcel(path: Path, date: str | None, *, loopback: bool, code: bool) -> tuple[tuple[Job, ...], Parcel]:
     """(the job for every day that is asked for, what is shipped)."""
-    from pipeline.job.jobfile import asked_days, at_day, load_template
+    from pipeline.job.jobfile import asked_days, at_day, load_label_template
     from pipeline.ship import pack
-    from pipeline.spec import Job
 
-    template = load_template(path)
-    if not isinstance(template, Job):
-        raise JobError(f"{path}: kind is {template.kind}", need="label", do="Make models with nightlabel run")
+    template = load_label_template(path)
     parcel = pack(template, file=str(path), date=date, loopback=loopback, code=code)
     return tuple(at_day(template, day) for day in asked_days(template, date)), parcel
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.errors import Interrupted, JobError, NightlabelError
+from pipeline.commands.options import Dates, JobPath, say
+from pipeline.errors import Interrupted, NightlabelError
 from pipeline.kube.pods import Target
 
 if TYPE_CHECKING:
@@ -19,20 +20,18 @@ if TYPE_CHECKING:
     from pipeline.kube.render import Thing, Wish
     from pipeline.spec import Job
 
-JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML; jobs/README.md lists its fields.")]
 AsTarget = Annotated[
     Target,
     typer.Option(
         help="rayjob: one run (KubeRay 1.6). raycronjob: by schedule (KubeRay 1.7). cronjob: by schedule, where that is not."
     ),
 ]
-Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today, yesterday, or A..B.")]
 Image = Annotated[str | None, typer.Option(help="Container image by digest, in place of cluster.kubernetes.image.")]
 
 _LOOK_S = 2.0
 
 
-def render(job: JobPath, *, target: AsTarget = "rayjob", date: Date = None, image: Image = None) -> None:
+def render(job: JobPath, *, target: AsTarget = "rayjob", date: Dates = None, image: Image = None) -> None:
     """Print the job as Kubernetes objects in YAML, for `kubectl apply` or a repository. Starts nothing."""
     from pipeline.kube.render import Wish, to_yaml
 
@@ -43,7 +42,7 @@ def apply(
     job: JobPath,
     *,
     target: AsTarget = "rayjob",
-    date: Date = None,
+    date: Dates = None,
     image: Image = None,
     detach: Annotated[bool, typer.Option("--detach", help="Do not follow the run to its end.")] = False,
     scheduled: Annotated[
@@ -63,7 +62,7 @@ def apply(
     things = [thing for thing in things if not scheduled or thing["kind"] == "RayJob"]
     api = Api()
     policy = loaded.schedule.if_running if scheduled and loaded.schedule else "refuse"
-    run = make(api, things, if_running=policy, say=_say)
+    run = make(api, things, if_running=policy, say=say)
     if run is not None and not detach:
         sys.exit(_follow(api, run))
 
@@ -74,7 +73,7 @@ def _follow(api: Api, run: RayJob) -> int:
     reader = threading.Thread(target=_print_log, args=(api, run, over), daemon=True)
     try:
         for progress in api.follow(run):
-            _say(f"{where}: {progress.line()}")
+            say(f"{where}: {progress.line()}")
             if progress.state == "Running" and not reader.ident:
                 reader.start()
     except Interrupted as error:
@@ -102,16 +101,13 @@ def _print_log(api: Api, run: RayJob, over: threading.Event) -> None:
             trouble = str(error)
         over.wait(_LOOK_S)
     if trouble and not printed:
-        _say(f"log     {trouble}")
+        say(f"log     {trouble}")
 
 
 def _load(path: Path, date: str | None) -> Job:
-    from pipeline.job.jobfile import asked_days, at_day, load_template
-    from pipeline.spec import Job
+    from pipeline.job.jobfile import asked_days, at_day, load_label_template
 
-    job = load_template(path)
-    if not isinstance(job, Job):
-        raise JobError(f"{path}: kind is {job.kind}", need="label", do="Give a labelling job")
+    job = load_label_template(path)
     for day in asked_days(job, date, name=str(path))[:1]:
         at_day(job, day, name=str(path))  # a job that needs a date has one
     return job
@@ -121,7 +117,3 @@ def _things(job: Job, path: Path, wish: Wish) -> list[Thing]:
     from pipeline.kube.render import render as objects
 
     return objects(job, path.read_text(encoding="utf-8"), wish)
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)

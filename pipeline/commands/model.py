@@ -6,10 +6,11 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from pipeline.commands.options import AsJson, print_json
 from pipeline.errors import JobError
 from pipeline.model.preprocessing import PRESETS, Preprocessing, Preset
 
@@ -17,7 +18,6 @@ prepare = typer.Typer(no_args_is_help=True, help="Make and import models.")
 model = typer.Typer(no_args_is_help=True, help="Look at models.")
 
 _CHOICE = f"{', '.join(list(PRESETS)[:-1])} or {list(PRESETS)[-1]}"
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 @model.command()
@@ -105,7 +105,3 @@ def _labels(path: Path) -> list[str]:
             f"{path}: holds something else than labels", need="a label a line, or a JSON list of labels", do="Check the file"
         )
     return values
-
-
-def print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))

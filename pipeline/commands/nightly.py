@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.commands.model import AsJson, print_json
+from pipeline.commands.options import AsJson, Date, IfRunning, JobPath, print_json, say
 from pipeline.errors import NightlabelError
 
 if TYPE_CHECKING:
@@ -20,16 +20,6 @@ if TYPE_CHECKING:
     from pipeline.prometheus import Metrics
     from pipeline.report import Receipt
     from pipeline.spec import Job
-
-
-JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML; jobs/README.md lists its fields.")]
-Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today or yesterday.")]
-IfRunning = Annotated[
-    Literal["skip", "queue", "replace", "share"] | None,
-    typer.Option(
-        help="When another run of the job is at it: overrules schedule.if_running; share takes no lease and works beside it."
-    ),
-]
 
 
 def retry_failed(
@@ -50,7 +40,7 @@ def retry_failed(
     template, wanted = load_label_template(job), parse_classes(classes)
     loaded = one_day(template, date, name=str(job))
     check_publisher(loaded)
-    with leased(template, say=_say, if_running=if_running) as check:
+    with leased(template, say=say, if_running=if_running) as check:
         if check is None:
             _print_skipped(as_json)
             return
@@ -89,7 +79,7 @@ def label_nights(
             telling.receipt(receipt)
             return receipt
 
-        nights = run_nights(template, days, label=label, say=_say, if_running=if_running)
+        nights = run_nights(template, days, label=label, say=say, if_running=if_running)
         telling.account.exit_code = gravest(nights)
     return nights
 
@@ -118,10 +108,6 @@ def print_nights(nights: list[Night], *, as_json: bool, path: Path) -> int:
         for night in nights:
             typer.echo(night.line())
     return gravest(nights)
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
 
 
 def _print_skipped(as_json: bool) -> None:
