@@ -20,9 +20,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.cluster import Tell
 from pipeline.storage import Store, join
-
-Tell = Callable[..., None]
 
 _FILE = 2**20  # of each file its end
 _NODE = 32 * 2**20  # of a node, before it is packed: the 8 GB of a full disk help nobody

@@ -24,13 +24,12 @@ from pipeline.errors import EXIT_BUG, Interrupted, JobError, NightlabelError
 from pipeline.spec import Job
 
 if TYPE_CHECKING:
+    from pipeline.attempt import Observer
     from pipeline.job.recipe import EvaluateJob, QuantizeJob
     from pipeline.job.training import DistillJob, FinetuneJob
     from pipeline.report import Receipt
 
     Preparation = FinetuneJob | DistillJob | QuantizeJob | EvaluateJob
-
-Observer = Callable[[str, dict[str, Any]], None]
 
 EVERY_S = 30.0
 _PATIENCE_S = 5.0

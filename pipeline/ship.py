@@ -13,11 +13,10 @@ import zipfile
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import JobError
 from pipeline.job.jobfile import asked_days, at_day, dump_job
-from pipeline.job.uris import absolute
+from pipeline.job.uris import absolute, with_uris
 from pipeline.spec import Job
 
 MAX_BYTES = 100 * 2**20  # what Ray's dashboard accepts as the body of a request
@@ -61,19 +60,13 @@ def number(submission_id: str, name: str) -> int | None:
 def _anchored(job: Job, *, file: str, loopback: bool) -> Job:
     """The job with URIs that mean the same wherever they are read."""
 
-    def settle(value: Any, *, uri: bool = False) -> Any:
-        if isinstance(value, dict):
-            return {key: settle(inner, uri=key == "uri") for key, inner in value.items()}
-        if isinstance(value, list):
-            return [settle(inner, uri=uri) for inner in value]
-        if not uri or not isinstance(value, str):
-            return value
-        if not loopback and "://" not in value and not value.startswith("/"):
+    def settle(uri: str) -> str:
+        if not loopback and "://" not in uri and not uri.startswith("/"):
             need = "s3://, or an absolute path that every node of the cluster mounts"
-            raise JobError(f"{file}: {value} is a path in this folder, which the cluster does not see", need=need, do="Change it")
-        return absolute(value)
+            raise JobError(f"{file}: {uri} is a path in this folder, which the cluster does not see", need=need, do="Change it")
+        return absolute(uri)
 
-    return Job.model_validate(settle(job.model_dump(mode="json")))
+    return with_uris(job, settle)
 
 
 def _package() -> dict[str, bytes]:

@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,9 +17,9 @@ from pipeline.job.complaints import line_of, sentences, shown
 from pipeline.job.recipe import EvaluateJob, QuantizeJob
 from pipeline.job.schedule import days_of
 from pipeline.job.training import DistillJob, FinetuneJob
+from pipeline.job.uris import Filled, with_uris
 from pipeline.spec import Job
 
-Filled = TypeVar("Filled", bound=BaseModel)
 AnyJob = Job | FinetuneJob | DistillJob | QuantizeJob | EvaluateJob
 KINDS: dict[str, type[AnyJob]] = {
     "label": Job,
@@ -115,20 +115,14 @@ def asked_days(job: BaseModel, date: str | None, *, name: str = "job") -> tuple[
 def at_day(job: Filled, day: str | None, *, name: str = "job") -> Filled:
     """`{date}` replaced in every `uri`, of whatever kind of job. Raises JobError when it needs a day and `day` is None."""
 
-    def fill(value: Any, *, uri: bool = False) -> Any:
-        if isinstance(value, dict):
-            return {key: fill(inner, uri=key == "uri") for key, inner in value.items()}
-        if isinstance(value, list):
-            return [fill(inner, uri=uri) for inner in value]
-        if not uri or not isinstance(value, str) or "{date}" not in value:
-            return value
-        if day is None:
+    def fill(uri: str) -> str:
+        if day is None and "{date}" in uri:
             do = "Give --date YYYY-MM-DD, today or yesterday"
-            raise JobError(f"{name}: {value} contains {{date}}, which needs a date", do=do)
-        return value.replace("{date}", day)
+            raise JobError(f"{name}: {uri} contains {{date}}, which needs a date", do=do)
+        return uri.replace("{date}", day or "")
 
     try:
-        return type(job).model_validate(fill(job.model_dump(mode="json")))
+        return with_uris(job, fill)
     except ValidationError as error:  # what one field says of another may be wrong on some days only
         raise JobError("\n".join(sentences(error, name, None, type(job)))) from None
 

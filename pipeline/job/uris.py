@@ -1,10 +1,29 @@
-"""Where the URIs of a job lead: on this machine, above its days, into one another."""
+"""The URIs of a job: all of them changed at once; where they lead on this machine, above its days, into one another."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from pipeline.names import glob_matcher, glob_prefix
+
+Filled = TypeVar("Filled", bound=BaseModel)
+
+
+def with_uris(job: Filled, change: Callable[[str], str]) -> Filled:
+    """The job, of whatever kind, with every `uri` in it changed. It is checked again. Raises what `change` raises."""
+
+    def walk(value: Any, *, uri: bool = False) -> Any:
+        if isinstance(value, dict):
+            return {key: walk(inner, uri=key == "uri") for key, inner in value.items()}
+        if isinstance(value, list):
+            return [walk(inner, uri=uri) for inner in value]
+        return change(value) if uri and isinstance(value, str) else value
+
+    return type(job).model_validate(walk(job.model_dump(mode="json")))
 
 
 def absolute(uri: str) -> str:

@@ -18,7 +18,7 @@ from pipeline.job.jobfile import asked_days, at_day
 from pipeline.job.schedule import WAIT_S, looked_back
 from pipeline.job.uris import above_days
 from pipeline.log import Log
-from pipeline.nights.lease import Office
+from pipeline.nights.lease import Office, Say
 from pipeline.nights.notify import account, tell
 from pipeline.report import Receipt
 from pipeline.spec import Job
@@ -28,7 +28,6 @@ from pipeline.tables.publish import Published, check_publisher, publish
 Policy = Literal["skip", "queue", "replace", "share"]
 Check = Callable[[], None]
 Label = Callable[[Job, Check], Receipt]  # labels a job, and calls the check now and then, which may raise
-Say = Callable[[str], None]
 Table = Published | NightlabelError | None  # what became of it; None: the job wants none, or not everything is labelled
 
 #: From the mildest to the gravest: what mends itself before what somebody must mend.

@@ -14,11 +14,12 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from http.client import HTTPException
 from typing import Any
 
 from pipeline.errors import NightlabelError
+from pipeline.nights.lease import Say
 from pipeline.report import Receipt
 from pipeline.spec import Notify
 
@@ -36,7 +37,7 @@ def account(job: str, day: str | None, outcome: Receipt | NightlabelError) -> di
     return {**head, "error": str(outcome), "error_class": type(outcome).__name__, "receipt": None}
 
 
-def tell(wanted: Notify | None, content: Mapping[str, Any], *, say: Callable[[str], None], pause: float = 1.0) -> None:
+def tell(wanted: Notify | None, content: Mapping[str, Any], *, say: Say, pause: float = 1.0) -> None:
     """Does what `wanted` says with `content`; `say` gets a sentence for each thing that went wrong."""
     if wanted is None or (wanted.when == "failure" and content["exit_code"] == 0):
         return
@@ -47,7 +48,7 @@ def tell(wanted: Notify | None, content: Mapping[str, Any], *, say: Callable[[st
         _post(wanted.webhook, body, say, pause)
 
 
-def _run(command: tuple[str, ...], body: bytes, say: Callable[[str], None]) -> None:
+def _run(command: tuple[str, ...], body: bytes, say: Say) -> None:
     try:
         done = subprocess.run(command, input=body, timeout=COMMAND_S, capture_output=True, check=False)
     except subprocess.TimeoutExpired:
@@ -65,7 +66,7 @@ class _Strict(urllib.request.HTTPRedirectHandler):
         return None  # the 3xx is the answer, and an error
 
 
-def _post(url: str, body: bytes, say: Callable[[str], None], pause: float) -> None:
+def _post(url: str, body: bytes, say: Say, pause: float) -> None:
     token = os.environ.get(TOKEN, "").strip()
     if not re.fullmatch("[!-~]*", token):  # the errors of http.client would quote it
         say(f"notify.webhook {url}: {TOKEN} holds characters that HTTP does not carry")
