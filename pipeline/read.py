@@ -7,15 +7,16 @@ it costs this unit and nothing else, and the driver decides from the class wheth
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import count
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cut import IMAGE_SUFFIXES, UNREADABLE, check_columns, plain_type, root_of
+from pipeline.cut import UNREADABLE, check_columns, plain_type, root_of
 from pipeline.errors import (
     InputError,
     JobError,
@@ -28,31 +29,33 @@ from pipeline.errors import (
 )
 from pipeline.names import spelt
 from pipeline.rows import IMAGE, Failure, UnitError
-from pipeline.spec import Input
+from pipeline.samples import Row, image_rows, too_large
+from pipeline.spec import Input, Limits
 from pipeline.storage import Object, RangeFile, Store
-from pipeline.tar import Stream, members
+from pipeline.tar import Stream
 from pipeline.unit import Part, Unit
 
 BATCH_ROWS = 64
 BATCH_BYTES = 16 * 2**20  # 64 photographs of 110 kB are 7 MB; larger images make smaller batches
 CONNECTIONS = 16  # loose images in flight: 100-200 ms to the first byte of each, on one connection 5-10 img/s
-_LINK = "a link, whose bytes stand elsewhere; pack the tar with --dereference --hard-dereference"
-
-Row = dict[str, object]
+MAX_BYTES = Limits().max_bytes
 
 
-def read_unit(store: Store, unit: Unit, *, wanted: Input, only: list[int] | None = None) -> Iterator[pa.Table]:
+def read_unit(
+    store: Store, unit: Unit, *, wanted: Input, only: list[int] | None = None, max_bytes: int = MAX_BYTES
+) -> Iterator[pa.Table]:
     """Tables of rows.IMAGE plus the kept columns, at most BATCH_ROWS or about BATCH_BYTES each; the last holds the end row. With
-    `only`, of the rows with these numbers, ascending; of loose images no others are fetched.
+    `only`, of the rows with these numbers, ascending; of loose images no others are fetched. An image of more than `max_bytes` is
+    a TOO_LARGE row without its bytes.
 
     Raises nothing a user could act on: such an error becomes the end row's `error_class` and `error`.
     """
     rows, schema = 0, IMAGE
     error: NightlabelError | None = None
     try:
+        read = _read_tar if wanted.format == "webdataset" else _read_parquet
         for part in unit.parts if wanted.format != "images" else ():
-            source = _read_tar(store, part, wanted) if wanted.format == "webdataset" else _read_parquet(store, part, wanted)
-            for table in source:
+            for table in read(store, part, wanted, max_bytes):
                 _check_like(table.schema, schema if rows else table.schema, part.uri)
                 schema = table.schema
                 if table.num_rows:
@@ -60,7 +63,7 @@ def read_unit(store: Store, unit: Unit, *, wanted: Input, only: list[int] | None
                     rows += table.num_rows
         if wanted.format == "images":
             numbers = range(len(unit.parts)) if only is None else only
-            for table in _read_images(store, tuple(unit.parts[number] for number in numbers), wanted):
+            for table in _read_images(store, tuple(unit.parts[number] for number in numbers), wanted, max_bytes):
                 yield _numbered(table, unit.id, numbers[rows : rows + table.num_rows])
                 rows += table.num_rows
             rows = len(unit.parts)
@@ -112,46 +115,13 @@ def _batches(rows: Iterator[Row], keep: tuple[str, ...]) -> Iterator[pa.Table]:
     yield _table(batch, keep)  # when it is empty it still tells the columns
 
 
-def _read_tar(store: Store, part: Part, wanted: Input) -> Iterator[pa.Table]:
+def _read_tar(store: Store, part: Part, wanted: Input, max_bytes: int) -> Iterator[pa.Table]:
     with Stream(store, Object(part.uri, part.size, part.etag)) as stream:
-        yield from _batches(_samples(stream, wanted.keep), wanted.keep)
+        yield from _batches(image_rows(stream, wanted.keep, max_bytes), wanted.keep)
 
 
-def _samples(stream: Stream, keep: tuple[str, ...]) -> Iterator[Row]:
-    """One row per image member. Members of one sample (same path up to the first dot of the name) stand together, sidecars before
-    or after their image. `a.jpg` has key `a`; `a.left.jpg` is an image too, with key `a.left`, so no image vanishes."""
-    uri, seen = stream.item.uri, set[str]()
-    sample, images, sidecars = "", list[Row](), dict[str, str]()
-    for name, content in members(stream):
-        folder, _, base = name.rpartition("/")
-        if base.startswith("._"):  # what macOS adds
-            continue
-        stem = (f"{folder}/" if folder else "") + base.partition(".")[0]
-        if stem != sample:
-            yield from _with_sidecars(images, sidecars, sample, keep)
-            sample, images, sidecars = stem, [], {}
-        key, _, suffix = name.rpartition(".")
-        if suffix.lower() in IMAGE_SUFFIXES:
-            row: Row = {"key": key or name, "source": uri, "bytes": content}
-            if key in seen:
-                row |= {"bytes": None, "error_class": Failure.DUPLICATE_KEY, "error": f"{name}: the shard has this key already"}
-            elif content is None:
-                row |= {"error_class": Failure.NULL_IMAGE, "error": f"{name}: {_LINK}"}
-            seen.add(key)
-            images.append(row)
-        elif content is not None and (suffix in keep or name[len(stem) + 1 :] in keep):
-            sidecars[name] = bytes(content).decode("utf-8", "replace").strip("\n")
-    yield from _with_sidecars(images, sidecars, sample, keep)
-
-
-def _with_sidecars(images: list[Row], sidecars: dict[str, str], sample: str, keep: tuple[str, ...]) -> Iterator[Row]:
-    for row in images:
-        kept = {name: sidecars.get(f"{row['key']}.{name}", sidecars.get(f"{sample}.{name}")) for name in keep}
-        yield {**row, **kept}
-
-
-def _read_parquet(store: Store, part: Part, wanted: Input) -> Iterator[pa.Table]:
-    """A key that comes twice is seen within the part: to know the keys before it, each would read the file from its start."""
+def _read_parquet(store: Store, part: Part, wanted: Input, max_bytes: int) -> Iterator[pa.Table]:
+    """A key that comes twice is seen within the part: for the keys before it, each part would read the file from its start."""
     columns = [wanted.image_column, *((wanted.key_column,) if wanted.key_column else ()), *wanted.keep]
     try:
         file = pq.ParquetFile(
@@ -159,10 +129,10 @@ def _read_parquet(store: Store, part: Part, wanted: Input) -> Iterator[pa.Table]
         )
         check_columns(file.schema_arrow, wanted, part.uri)
         first, groups = _row_groups(file.metadata, part)
-        seen: set[str] = set()
-        yield _image_table(file.schema_arrow.empty_table(), part.uri, wanted, first=first, seen=seen)
+        image_table = partial(_image_table, uri=part.uri, wanted=wanted, seen=set(), max_bytes=max_bytes)
+        yield image_table(file.schema_arrow.empty_table(), first=first)
         for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(dict.fromkeys(columns))):
-            yield _image_table(pa.Table.from_batches([batch]), part.uri, wanted, first=first, seen=seen)
+            yield image_table(pa.Table.from_batches([batch]), first=first)
             first += batch.num_rows
     except UNREADABLE as error:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:  # of the machine, not of the file
@@ -184,27 +154,26 @@ def _row_groups(footer: pq.FileMetaData, part: Part) -> tuple[int, list[int]]:
     return start, groups
 
 
-def _image_table(table: pa.Table, uri: str, wanted: Input, *, first: int, seen: set[str]) -> pa.Table:
+def _image_table(table: pa.Table, *, uri: str, wanted: Input, first: int, seen: set[str], max_bytes: int) -> pa.Table:
     images = table.column(wanted.image_column).combine_chunks()
     if pa.types.is_struct(images.type):
         images = images.field("bytes") if images.null_count == 0 else images.flatten()[images.type.get_field_index("bytes")]
+    images = images.cast(pa.large_binary())
     numbers = range(first, first + table.num_rows)
     names = _texts(table.column(wanted.key_column)) if wanted.key_column else [None] * table.num_rows
     keys = [str(number) if name is None else name for number, name in zip(numbers, names, strict=True)]
-    repeated = []
-    for name in names:  # a number that stands in for a null is no key: the file may have it as one, and both are labelled
-        repeated.append(name in seen)
-        seen.update(() if name is None else (name,))
-    classes = [Failure.DUPLICATE_KEY.value if again else None for again in repeated]
-    errors = [f"{key}: the file has this key already" if again else None for key, again in zip(keys, repeated, strict=True)]
+    failed: list[Row] = []
+    for name, size in zip(names, pc.binary_length(images).to_pylist(), strict=True):
+        again: Row = {"error_class": Failure.DUPLICATE_KEY, "error": f"{name}: the file has this key already"}
+        failed.append(again if name in seen else too_large(size, max_bytes))
+        seen.update(() if name is None else (name,))  # its number is no key: the file may have it as one, and both are labelled
     fixed = [
         pa.nulls(table.num_rows, pa.string()),
         pa.nulls(table.num_rows, pa.int64()),
         pa.array(keys, pa.string()),
         pa.array([uri] * table.num_rows, pa.string()),
-        images.cast(pa.large_binary()),
-        pa.array(classes, pa.string()),
-        pa.array(errors, pa.string()),
+        pc.if_else(pa.array([bool(row) for row in failed], pa.bool_()), None, images) if any(failed) else images,
+        *(pa.array([row.get(name) for row in failed], pa.string()) for name in ("error_class", "error")),
     ]
     kept = [column.cast(plain_type(column.type)) for column in map(table.column, wanted.keep)]
     return pa.table([*fixed, *kept], names=[*IMAGE.names, *wanted.keep])
@@ -219,18 +188,19 @@ def _texts(column: pa.ChunkedArray) -> list[str | None]:
     return [None if key is None else str(key) for key in column.to_pylist()]
 
 
-def _read_images(store: Store, parts: tuple[Part, ...], wanted: Input) -> Iterator[pa.Table]:
+def _read_images(store: Store, parts: tuple[Part, ...], wanted: Input, max_bytes: int) -> Iterator[pa.Table]:
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         roots = sorted((root_of(uri) for uri in wanted.uris), key=len, reverse=True)
-        yield from _batches(_fetched(pool, store, parts, roots), ())
+        fetch = partial(_fetch, store, max_bytes=max_bytes)
+        yield from _batches(_fetched(parts, roots, lambda part: pool.submit(fetch, part)), ())
 
 
-def _fetched(pool: ThreadPoolExecutor, store: Store, parts: tuple[Part, ...], roots: list[str]) -> Iterator[Row]:
+def _fetched(parts: tuple[Part, ...], roots: list[str], submit: Callable[[Part], Future[Row]]) -> Iterator[Row]:
     flying: deque[tuple[Part, Future[Row]]] = deque()
     for number in count():
         while len(flying) < 2 * CONNECTIONS and number + len(flying) < len(parts):
             part = parts[number + len(flying)]
-            flying.append((part, pool.submit(_fetch, store, part)))
+            flying.append((part, submit(part)))
         if not flying:
             return
         part, future = flying.popleft()
@@ -238,9 +208,9 @@ def _fetched(pool: ThreadPoolExecutor, store: Store, parts: tuple[Part, ...], ro
         yield {"key": part.uri.removeprefix(root), "source": part.uri, **future.result()}
 
 
-def _fetch(store: Store, part: Part) -> Row:
+def _fetch(store: Store, part: Part, *, max_bytes: int) -> Row:
     try:
-        return {"bytes": store.read(part.uri, etag=part.etag)}
+        return too_large(part.size, max_bytes) or {"bytes": store.read(part.uri, etag=part.etag)}
     except Unidentified:  # the others would fail like it, and be failed rows for good
         raise
     # Gone or replaced since the plan, or not ours to read: this image has no bytes, and the others of its unit have theirs.

@@ -68,7 +68,11 @@ def chain(
         # Finite retries have no other way in than the keyword arguments that 2.60 deprecates (2.61 is not admitted).
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            partial(_read, wanted=job.input), **_BLOCKS, compute=TaskPoolStrategy(size=read.size), max_retries=1, **read.options
+            partial(_read, wanted=job.input, max_bytes=job.limits.max_bytes),
+            **_BLOCKS,
+            compute=TaskPoolStrategy(size=read.size),
+            max_retries=1,
+            **read.options,
         )
         if preprocess.size:
             dataset = dataset.map_batches(_Timed, fn_constructor_args=([decoding], rows), **_BLOCKS, **_actors(preprocess))
@@ -96,14 +100,14 @@ def _block_bytes(job: Job, artifact: Artifact, careful: bool) -> int:
     return max(2**22, min(2**27, job.resources.predict.batch_size * 3 * artifact.preprocessing.size**2))
 
 
-def _read(batch: pa.Table, *, wanted: Input) -> Iterator[pa.Table]:
+def _read(batch: pa.Table, *, wanted: Input, max_bytes: int) -> Iterator[pa.Table]:
     from pipeline.read import read_unit
 
     for item in batch.column("unit").to_pylist():
         parts, only = json.loads(item)
         unit = Unit(tuple(Part(*fields) for fields in parts))
         since = time.perf_counter()
-        for table in read_unit(_store(wanted.uris[0], wanted.s3), unit, wanted=wanted, only=only):
+        for table in read_unit(_store(wanted.uris[0], wanted.s3), unit, wanted=wanted, only=only, max_bytes=max_bytes):
             yield _with_seconds(table, "read", time.perf_counter() - since)
             since = time.perf_counter()
 

@@ -123,6 +123,8 @@ class Limits(Model):
     """Largest share of failed rows; above it everything is committed all the same and the exit code is 4."""
     max_pixels: Annotated[Pixels, between(in_pixels, "1px", "1000GP")] = 100 * 10**6
     """Images with more pixels, by their header, become TOO_LARGE rows and are never decoded."""
+    max_bytes: Annotated[Bytes, between(in_bytes, "1KiB", "1024TiB")] = 2**30
+    """Images with more bytes, encoded, become TOO_LARGE rows; they are not read, but from Parquet, and never decoded."""
     decode_timeout: Annotated[Seconds, between(in_seconds, "0.1s", "1d")] = 30.0
     """Careful mode: an image that takes longer becomes a DECODE_TIMEOUT row. After ten in a row an image gets a tenth of it, or
     1 s, until one is decoded."""

@@ -10,6 +10,7 @@ import tarfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 from pipeline.errors import ShardError
@@ -33,18 +34,21 @@ class Stream:
     def __init__(self, store: Store, item: Object, *, chunk: int = CHUNK, ahead: int = AHEAD) -> None:
         self._store, self.item = store, item
         self._pool = ThreadPoolExecutor(ahead)
-        self._buffer = memoryview(b"")
-        self._starts = iter(range(0, item.size, chunk))
-        self._chunk = chunk
+        self._chunk, self._ahead = chunk, ahead
         self._flying: deque[Future[bytes]] = deque()
-        for _ in range(ahead):
-            self._fetch()
+        self._begin(0)
 
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+    def _begin(self, at: int) -> None:
+        self.at, self._buffer = at, memoryview(b"")
+        self._starts = iter(range(at, self.item.size, self._chunk))
+        for _ in range(self._ahead):
+            self._fetch()
 
     def _fetch(self) -> None:
         start = next(self._starts, None)
@@ -55,7 +59,7 @@ class Stream:
 
     def take(self, count: int) -> memoryview:
         """The next `count` bytes, fewer only at the end of the object; a view where they lie in one range."""
-        pieces = []
+        pieces, self.at = [], self.at + count
         while count > len(self._buffer) and self._flying:
             pieces.append(self._buffer)
             count -= len(self._buffer)
@@ -64,45 +68,60 @@ class Stream:
         taken, self._buffer = self._buffer[:count], self._buffer[count:]
         return memoryview(b"".join([*pieces, taken])) if any(pieces) else taken
 
+    def go_on(self, at: int) -> None:
+        """To byte `at`; what lies before it and is not under way is not fetched."""
+        if at - self.at <= len(self._buffer) + len(self._flying) * self._chunk:
+            self.take(at - self.at)
+            return
+        while self._flying:
+            self._flying.pop().cancel()
+        self._begin(at)
 
-def members(stream: Stream) -> Iterator[tuple[str, memoryview | None]]:
-    """(name, content) of every file, in order; long names of GNU and PAX resolved. A link has the content None: what it points at
-    may have passed, and is not kept.
 
-    Raises ShardError: TAR_TRUNCATED, TAR_NO_EOF (cut at a border), TAR_CORRUPT (not a tar, a damaged or unsupported header).
-    """
+@dataclass(frozen=True)
+class Member:
+    """A file in a tar. `size` is None for a link: what it points at may have passed, and is not kept."""
+
+    name: str
+    size: int | None
+    stream: Stream
+
+    def read(self) -> memoryview:
+        """Its bytes; once, and before the next member is asked for."""
+        return self.stream.take(self.size or 0)
+
+
+def members(stream: Stream) -> Iterator[Member]:
+    """Every file, in order; long names of GNU and PAX resolved. Raises ShardError: TAR_TRUNCATED, TAR_NO_EOF (cut at a border),
+    TAR_CORRUPT (not a tar, a damaged or unsupported header)."""
     uri, name, count = stream.item.uri, "", 0
     override: dict[str, str] = {}
-    while True:
-        header = _header(stream, count)
-        if header is None:
-            return
+    while (header := _header(stream, count)) is not None:
         header.name = spelt(override.get("path", name or header.name))
         if header.type in _UNREAD or "GNU.sparse.major" in override:
             raise _corrupt(uri, f"{header.name} is a sparse file, or goes on in another volume")
-        has_data = header.type not in _EMPTY
-        content = _content(stream, header, override, count) if has_data else memoryview(b"")
+        size = _size(stream, header, override, count) if header.type not in _EMPTY else None
+        end = stream.at + -(-(size or 0) // _BLOCK) * _BLOCK
         if header.type == tarfile.GNUTYPE_LONGNAME:
-            name = bytes(content).rstrip(b"\0").decode("utf-8", "surrogateescape")
+            name = bytes(stream.take(size or 0)).rstrip(b"\0").decode("utf-8", "surrogateescape")
         elif header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-            override = _pax(bytes(content), uri)
+            override = _pax(bytes(stream.take(size or 0)), uri)
         elif header.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
             count += 1
-            if has_data or header.type in _LINKS:
-                yield header.name, content if has_data else None
+            if size is not None or header.type in _LINKS:
+                yield Member(header.name, size, stream)
             name, override = "", {}
+        stream.go_on(end)
 
 
-def _content(stream: Stream, header: tarfile.TarInfo, override: dict[str, str], count: int) -> memoryview:
+def _size(stream: Stream, header: tarfile.TarInfo, override: dict[str, str], count: int) -> int:
     stated = override.get("size", str(header.size))
     if not (stated.isascii() and stated.isdigit()):  # PAX says nonsense, or a base-256 field is negative
         raise _corrupt(stream.item.uri, f"{header.name} has {stated[:40]!r} bytes")
-    size = int(stated) if len(stated) < 20 else stream.item.size + 1
-    content = stream.take(-(-size // _BLOCK) * _BLOCK)[:size] if size <= stream.item.size else memoryview(b"")
-    if len(content) < size:
+    if len(stated) > 19 or int(stated) > stream.item.size - stream.at:
         got = f"{stream.item.uri}: ends inside member {count + 1} ({header.name})"
         raise ShardError(UnitError.TAR_TRUNCATED, got, need="a whole tar", do="Upload the shard again")
-    return content
+    return int(stated)
 
 
 def _header(stream: Stream, count: int) -> tarfile.TarInfo | None:

@@ -16,7 +16,8 @@ def run_pass(units, job, artifact, *, careful=False, lost=None, only=None):
     preprocess = partial(run.make_preprocess, job, artifact.preprocessing, careful, None)
     stages = run._Timed([("preprocess", preprocess), ("predict", partial(run.make_predict, job, artifact.digest, None))], None)
     for unit in units:
-        for table in run._read(pa.Table.from_pylist([run._item(unit, only)]), wanted=job.input):
+        item = pa.Table.from_pylist([run._item(unit, only)])
+        for table in run._read(item, wanted=job.input, max_bytes=job.limits.max_bytes):
             yield from stages(table)
 
 

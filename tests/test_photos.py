@@ -27,7 +27,8 @@ def photos(shared_data) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for tar in sorted((shared_data / "photos").glob("*.tar")):
         with Stream(Disk(), Disk().head(str(tar))) as stream:
-            found |= {name.removesuffix(".jpg"): bytes(content) for name, content in members(stream) if name.endswith(".jpg")}
+            images = (member for member in members(stream) if member.name.endswith(".jpg"))
+            found |= {member.name.removesuffix(".jpg"): bytes(member.read()) for member in images}
     assert len(found) == 400
     return found
 

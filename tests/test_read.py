@@ -11,13 +11,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from shards import picture, tar_bytes, write_parquet
 
 from pipeline.cut import count_suffixes, cut, kept_fields, list_inputs
 from pipeline.errors import InputMissing, JobError, PermissionDenied, ShardError, StoreError, Unidentified
-from pipeline.read import read_unit
+from pipeline.read import BATCH_BYTES, read_unit
 from pipeline.spec import Input
 from pipeline.storage import Disk, Object
 from pipeline.tar import Stream, members
@@ -46,7 +46,7 @@ def names(data: bytes, *, chunk: int = 1 << 20, tmp: Path) -> list[tuple[str, by
     path = tmp / "x.tar"
     path.write_bytes(data)
     with Stream(STORE, STORE.head(str(path)), chunk=chunk) as stream:
-        return [(name, bytes(content)) for name, content in members(stream)]
+        return [(member.name, bytes(member.read())) for member in members(stream)]
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -119,6 +119,60 @@ def test_samples_keep_their_keys_and_sidecars(tmp_path):
     ]
     assert [row["error_class"] for row in rows] == [None] * 5 + ["DUPLICATE_KEY"]
     assert [row["bytes"] for row in rows] == [b"1", b"2", b"3", b"4", b"5", None]
+
+
+class Watched(Disk):
+    """A disk that knows how far a file was read."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "far", 0)
+
+    def read(self, uri: str, *, start: int = 0, stop: int | None = None, etag: str | None = None) -> bytes:
+        object.__setattr__(self, "far", max(self.far, stop or 0))  # type: ignore[attr-defined]
+        return super().read(uri, start=start, stop=stop, etag=etag)
+
+
+@pytest.mark.parametrize("keep", [(), ("cls",)])
+def test_a_tar_whose_names_make_one_sample_of_it_is_not_held_in_memory(tmp_path, monkeypatch, keep):
+    """As of `clip.0001.jpg`, `clip.0001.cls`, `clip.0002.jpg`: 160 MiB, of zeros that the disk does not store."""
+    monkeypatch.setattr("pipeline.samples.SAMPLE_BYTES", 2 * BATCH_BYTES)
+    with open(tmp_path / "x.tar", "wb") as file:
+        for number in range(40):
+            for suffix, size in (("jpg", 4 * 2**20), ("cls", 512)):
+                info = tarfile.TarInfo(f"clip.{number:04d}.{suffix}")
+                info.size = size
+                file.write(info.tobuf(tarfile.USTAR_FORMAT) + (b"%d" % number).ljust(512, b"\n"))
+                file.seek(size - 512, os.SEEK_CUR)
+        file.write(bytes(1024))
+    wanted, store = Input(uri=str(tmp_path), keep=keep), Watched()
+    (unit,) = cut(STORE, wanted, list_inputs(STORE, wanted).inputs, tasks=1)
+    tables = read_unit(store, unit, wanted=wanted)
+    rows = next(tables).to_pylist()
+    assert store.far < 100 * 2**20
+    rows += [row for table in tables for row in table.to_pylist()]
+    assert [row["key"] for row in rows] == [*(f"clip.{number:04d}" for number in range(40)), None]
+    if keep:
+        assert [row["cls"] for row in rows] == [*map(str, range(40)), None]
+
+
+IN_SAMPLES = [f"{a}{b}.{c}" for a in "st" for b in ("", ".1", ".2", ".3") for c in ("jpg", "png", "cls", "1.cls")]
+
+
+@example(["s.1.jpg", "s.2.jpg", "s.cls"], 1)
+@given(st.lists(st.sampled_from(IN_SAMPLES), unique=True), st.integers(min_value=1, max_value=4))
+def test_images_that_do_not_wait_for_their_sidecars_have_them_or_it_is_said(tmp_path_factory, order, limit):
+    (folder := tmp_path_factory.mktemp("order")).joinpath("x.tar").write_bytes(
+        tar_bytes({name: name.encode().ljust(10) for name in order})
+    )
+    held, _ = rows_of(folder, keep=("cls",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.samples.SAMPLE_BYTES", 10 * limit)
+        rows, end = rows_of(folder, keep=("cls",))
+    if end["error_class"] is None:
+        assert rows == held
+    else:
+        assert (end["error_class"], "comes after more than" in end["error"]) == ("UNFIT", True)
+        assert len(rows) < len(held) or any(row["cls"] != other["cls"] for row, other in zip(rows, held, strict=False))
 
 
 def test_an_empty_tar_has_no_rows_and_no_error(tmp_path):
@@ -215,6 +269,64 @@ def test_loose_images_have_relative_keys_and_fail_one_by_one(tmp_path):
     ]
 
 
+TIB = 2**40  # of zeros, on a disk that does not store them
+
+
+def test_images_that_are_too_large_to_be_read_are_rows(tmp_path):
+    for name in ("a.jpg", "b.tif", "c.jpg"):
+        (tmp_path / name).write_bytes(b"1")
+    os.truncate(tmp_path / "b.tif", TIB)
+    rows, _ = rows_of(tmp_path, format="images")
+    assert [(row["key"], row["bytes"], row["error_class"]) for row in rows] == [
+        ("a.jpg", b"1", None),
+        ("b.tif", None, "TOO_LARGE"),
+        ("c.jpg", b"1", None),
+    ]
+    assert rows[1]["error"] == "1,099,511,627,776 bytes, limits.max_bytes is 1,073,741,824"
+
+
+@pytest.mark.parametrize("padding", [0, 5 * 2**20])
+def test_a_member_that_is_too_large_is_a_row_and_is_not_read(tmp_path, padding):
+    """Of 1 TiB, and one that nobody asked for, between images; the last may be beyond what is fetched in advance."""
+    with open(tmp_path / "x.tar", "wb") as file:
+        for name, size in (("a.jpg", 1), ("b.tif", TIB + 5), ("b.cls", 2), ("b.mp4", TIB), ("c.jpg", 1), ("d.jpg", padding)):
+            info = tarfile.TarInfo(name)
+            info.size = size
+            file.write(info.tobuf(tarfile.GNU_FORMAT))
+            file.write(b"7" * min(size, 2))
+            file.seek(-(-(file.tell() + size - min(size, 2)) // 512) * 512)
+        file.write(bytes(1024))
+    rows, end = rows_of(tmp_path / "x.tar", keep=("cls",))
+    assert end["error_class"] is None
+    assert [(row["key"], row["bytes"] and row["bytes"][:1], row["error_class"], row["cls"]) for row in rows] == [
+        ("a", b"7", None, None),
+        ("b", None, "TOO_LARGE", "77"),
+        ("c", b"7", None, None),
+        ("d", b"7" if padding else b"", None, None),
+    ]
+    os.truncate(tmp_path / "x.tar", TIB)
+    _, end = rows_of(tmp_path / "x.tar")
+    assert (end["error_class"], "inside member 2 (b.tif)" in end["error"]) == ("TAR_TRUNCATED", True)
+
+
+def test_the_limit_is_the_jobs_and_is_of_images_alone(tmp_path):
+    images = {"a.jpg": b"1" * 1024, "b.jpg": b"2" * 1025}
+    (tmp_path / "x.tar").write_bytes(tar_bytes(images | {"b.cls": b"3" * 2000}))
+    pq.write_table(
+        pa.table({"image": [*images.values(), None], "key": ["a", "b", "c"], "cls": ["", "", ""]}), tmp_path / "x.parquet"
+    )
+    for name, data in images.items():
+        (tmp_path / name).write_bytes(data)
+    for kind, keep in (("webdataset", ("cls",)), ("parquet", ("cls",)), ("images", ())):
+        wanted = Input(uri=str(tmp_path), format=kind, keep=keep)
+        unit = Unit(tuple(Part(item.uri, item.etag, item.size) for item in list_inputs(STORE, wanted).inputs))
+        rows = pa.concat_tables(read_unit(STORE, unit, wanted=wanted, max_bytes=1024)).to_pylist()[:-1]
+        assert [(row["bytes"], row["error_class"]) for row in rows[:2]] == [(images["a.jpg"], None), (None, "TOO_LARGE")]
+        assert rows[1]["error"] == "1,025 bytes, limits.max_bytes is 1,024"
+        assert [row["bytes"] for row in rows[2:]] == [None] * (kind == "parquet")
+        assert rows[1].get("cls", "3" * 2000) in ("", "3" * 2000)
+
+
 def test_a_shard_that_changed_or_went_since_the_plan(tmp_path):
     path = tmp_path / "x.tar"
     path.write_bytes(TAR)
@@ -259,7 +371,7 @@ def test_a_name_that_is_not_utf8_is_spelt_out(tmp_path):
         tar.addfile(info, io.BytesIO(picture(1)))
     store = Disk()
     with Stream(store, store.head(str(tmp_path / "a.tar"))) as stream:
-        assert [name for name, _ in members(stream)] == ["caf\\xe9.jpg"]
+        assert [member.name for member in members(stream)] == ["caf\\xe9.jpg"]
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

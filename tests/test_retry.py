@@ -68,10 +68,10 @@ def guard(patch: pytest.MonkeyPatch) -> None:
     """Nothing beside which a file `.denied` lies can be fetched."""
     fetch = read._fetch
 
-    def guarded(store: Any, part: Part) -> dict[str, object]:
+    def guarded(store: Any, part: Part, *, max_bytes: int) -> dict[str, object]:
         if Path(f"{part.uri}.denied").exists():
             return {"error_class": "FETCH_FAILED", "error": "denied"}
-        return fetch(store, part)
+        return fetch(store, part, max_bytes=max_bytes)
 
     patch.setattr(read, "_fetch", guarded)
 

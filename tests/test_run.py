@@ -264,9 +264,10 @@ def test_a_pass_that_dies_without_a_word_is_told_by_its_kind():
 
 def test_too_many_failures_are_committed_all_the_same(tmp_path, model, on_ray):
     (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.tar").write_bytes(tar_bytes({"a.jpg": picture(1), "b.jpg": b"", "c.jpg": picture(2)}))
-    receipt = label(job(tmp_path / "in", model, tmp_path / "out", limits={"max_failed": "10%"}))
-    assert (receipt.exit_code, receipt.rows_in, receipt.failed) == (4, 3, 1)
+    (tmp_path / "in/a.tar").write_bytes(tar_bytes({"a.jpg": picture(1), "b.jpg": b"", "c.jpg": picture(2) + bytes(20_000)}))
+    receipt = label(job(tmp_path / "in", model, tmp_path / "out", limits={"max_failed": "10%", "max_bytes": "10KiB"}))
+    assert (receipt.exit_code, receipt.rows_in, receipt.failed) == (4, 3, 2)
+    assert receipt.failures == {"NOT_AN_IMAGE": 1, "TOO_LARGE": 1}
     assert Path(receipt.where, "runs/000001/manifest.json").exists()
 
 

@@ -52,7 +52,7 @@ def read_tar(path: Path) -> list[tuple[str, bytes]]:
 
     store = Disk()
     with Stream(store, store.head(str(path))) as stream:
-        return [(name, bytes(content)) for name, content in members(stream)]
+        return [(member.name, bytes(member.read())) for member in members(stream)]
 
 
 def photographs(folder: Path, most: int | None = None) -> list[bytes]:
