@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipeline.errors import JobError
 from pipeline.job.jobfile import asked_days, at_day, dump_job
+from pipeline.job.schedule import settled
 from pipeline.job.uris import absolute, with_uris
 from pipeline.spec import Job
 
@@ -46,7 +47,7 @@ def pack(template: Job, *, file: str, date: str | None, loopback: bool, code: bo
         do = "Put nightlabel into the cluster's image and submit with --installed"
         raise JobError(f"{file}: job and package are {len(archive):,} bytes", need=f"at most {MAX_BYTES:,}", do=do)
     parts = [template.name, *dict.fromkeys(day for day in (days[0], days[-1]) if day), hashlib.sha256(text).hexdigest()[:8]]
-    words = ["python", "-m", "pipeline", "run", name, *(["--date", date] if date else [])]
+    words = ["python", "-m", "pipeline", "run", name, *(["--date", settled(date, days, template.schedule)] if date else [])]
     # exec: no shell stands between Ray and the driver, so its signals arrive and its exit code is reported.
     return Parcel("-".join(parts), template.name, archive, f"exec {shlex.join(words)}")
 
@@ -61,7 +62,7 @@ def _anchored(job: Job, *, file: str, loopback: bool) -> Job:
     """The job with URIs that mean the same wherever they are read."""
 
     def settle(uri: str) -> str:
-        if not loopback and "://" not in uri and not uri.startswith("/"):
+        if not loopback and not uri.startswith("s3://") and not uri.removeprefix("file://").startswith("/"):
             need = "s3://, or an absolute path that every node of the cluster mounts"
             raise JobError(f"{file}: {uri} is a path in this folder, which the cluster does not see", need=need, do="Change it")
         return absolute(uri)

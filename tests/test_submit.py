@@ -105,9 +105,26 @@ def test_the_id_follows_from_the_job_and_its_day():
     assert [number(name, monday.name) for name in (monday.name, "other-1", f"{monday.name}-x")] == [None] * 3
 
 
-def test_a_path_of_this_machine_is_refused_elsewhere():
-    with pytest.raises(JobError, match=r"^jobs/nightly.yaml: photos/ is a path in this folder, which the cluster does not see"):
-        packed(job(input={"uri": "photos/"}))
+@pytest.mark.parametrize("uri", ["photos/", "file://photos/", "file://./photos/"])
+def test_a_path_of_this_machine_is_refused_elsewhere(uri):
+    with pytest.raises(JobError, match=f"^jobs/nightly.yaml: {uri} is a path in this folder, which the cluster does not see"):
+        packed(job(input={"uri": uri}))
+    packed(job(input={"uri": "file:///photos/"}))
+
+
+def test_the_day_travels_and_not_the_word_but_where_the_run_looks_back():
+    """The driver may begin after midnight; what stands in the id is what is run."""
+    catching_up = job(schedule={"cron": "0 2 * * *", "catch_up": "3d"})
+    for wanted, date, travels in (
+        (job(), "yesterday", False),
+        (job(), "2026-11-01..yesterday", False),
+        (catching_up, "2026-11-01..yesterday", False),
+        (catching_up, "yesterday", True),
+    ):
+        parcel = packed(wanted, date=date)
+        shipped = parcel.entrypoint.split("--date ")[1]
+        assert ("yesterday" in shipped) is travels, (wanted.schedule, date)
+        assert travels or all(day in parcel.name for day in shipped.split(".."))
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,19 @@ def _day(word: str, text: str, timezone: str, now: datetime | None) -> date:
         raise ValueError(f"--date is {text!r}; required: {FORMS}. Give a day such as 2026-11-01") from None
 
 
+def looks_back(text: str, schedule: Schedule | None) -> bool:
+    """Whether a run with this `--date` looks for missed days, which it does for `today` and `yesterday` alone."""
+    return text in ("today", "yesterday") and schedule is not None and schedule.catch_up is not None
+
+
+def settled(text: str, days: tuple[str | None, ...], schedule: Schedule | None) -> str:
+    """`--date` for a run that begins elsewhere and later: the days themselves, so that one after midnight is for the same ones.
+    Where it looks back, the word."""
+    if looks_back(text, schedule):
+        return text
+    return "..".join(dict.fromkeys(day for day in (days[0], days[-1]) if day))
+
+
 def looked_back(day: str, schedule: Schedule | None) -> tuple[str, ...]:
     """The days before `day` that `schedule.catch_up` reaches, oldest first."""
     days = int((schedule.catch_up or 0.0) // 86_400) if schedule else 0
