@@ -256,12 +256,32 @@ def statements(name: str) -> list[dict[str, Any]]:
 
 def test_the_heads_rights_are_operations_of_ec2_and_reach_its_own_instances_only():
     operations = botocore.session.get_session().get_service_model("ec2").operation_names
-    granted = {action: rule for rule in statements("head-policy.json") for action in _list(rule["Action"])}
-    assert {action.removeprefix("ec2:") for action in granted} - set(operations) == {"iam:PassRole"}
-    assert granted["iam:PassRole"]["Resource"] == "arn:aws:iam::111122223333:role/nightlabel-worker"
-    tag = granted["ec2:TerminateInstances"]["Condition"]["StringEquals"]
-    assert tag == {"ec2:ResourceTag/ray-cluster-name": yaml.safe_load(filled("ray-cluster.yaml"))["cluster_name"]}
-    assert not [action for action, rule in granted.items() if rule["Resource"] == "*" and "Describe" not in action]
+    granted = [(action, rule) for rule in statements("head-policy.json") for action in _list(rule["Action"])]
+    assert {action.removeprefix("ec2:") for action, _ in granted} - set(operations) == {"iam:PassRole"}
+    (passing,) = [rule for action, rule in granted if action == "iam:PassRole"]
+    assert passing["Resource"] == "arn:aws:iam::111122223333:role/nightlabel-worker"
+    assert not [action for action, rule in granted if rule["Resource"] == "*" and "Describe" not in action]
+
+
+def head_may(action: str, context: dict[str, str]) -> bool:
+    """May the head do that to an instance, by its policy? `context` are the keys of conditions that EC2 fills in."""
+    rules = [rule for rule in statements("head-policy.json") if action in _list(rule["Action"])]
+    assert all(rule["Effect"] == "Allow" and set(rule.get("Condition", {})) <= {"StringEquals"} for rule in rules)
+    conditions = [rule.get("Condition", {}).get("StringEquals", {}) for rule in rules if "instance/*" in str(rule["Resource"])]
+    return any(wanted.items() <= context.items() for wanted in conditions)
+
+
+def test_the_head_makes_no_strangers_instance_its_own():
+    """Ray names instances in the request that starts them, and tags them again as they come up (its node_provider.py)."""
+    from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
+
+    key, own = f"ec2:ResourceTag/{TAG_RAY_CLUSTER_NAME}", yaml.safe_load(filled("ray-cluster.yaml"))["cluster_name"]
+    assert head_may("ec2:CreateTags", {"ec2:CreateAction": "RunInstances"})
+    assert not head_may("ec2:TerminateInstances", {"ec2:CreateAction": "RunInstances"})
+    for action in ("ec2:CreateTags", "ec2:TerminateInstances"):
+        assert head_may(action, {key: own})
+        assert not head_may(action, {key: "another"})
+        assert not head_may(action, {})
 
 
 def test_only_ec2_may_take_the_roles():
