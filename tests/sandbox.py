@@ -61,7 +61,7 @@ class Sandbox:
     @contextmanager
     def running(self, pod: Pod, command: list[str] | None = None, **more: str) -> Iterator[subprocess.Popen[str]]:
         """The container with its own command, or another one in its place; killed at the end. `more` is what an operator adds to
-        its environment."""
+        its environment, and what comes from the pod's labels."""
         (container,) = pod["containers"]
         script = "\n".join(["set -e", *self._mounts(pod, container), f'exec {shlex.join(self._enter(pod, container))} "$@"'])
         inner = ["sh", "-c", script, "sh", *(command or container["command"])]
@@ -88,7 +88,7 @@ class Sandbox:
     def _environment(self, container: Mapping[str, Any]) -> dict[str, str]:
         secrets = [self._secrets[source["secretRef"]["name"]] for source in container.get("envFrom", ())]
         return {name: value for secret in secrets for name, value in secret.items()} | {
-            item["name"]: item["value"] for item in container["env"]
+            item["name"]: item["value"] for item in container["env"] if "value" in item
         }
 
     def _mounts(self, pod: Pod, container: Mapping[str, Any]) -> Iterator[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,63 @@ def test_another_run_is_refused_skipped_queued_behind_or_replaced(cluster: ApiSe
     start(api, things(date="2026-11-03"), "replace")
     assert "2026-11-03" in cluster.objects()["rayjobs", NAME]["spec"]["entrypoint"]
     assert "status" not in cluster.objects()["rayjobs", NAME]
+
+
+CATCHING_UP = HEAD_ONLY.replace("s3://photos/", '"s3://photos/{date}/"').replace("queue}", "queue, catch_up: 3d}")
+
+
+def test_the_run_of_another_day_is_another_where_the_entrypoint_keeps_the_word(monkeypatch: pytest.MonkeyPatch):
+    """Of a job that catches up."""
+    asked = set()
+    for day in ("2026-11-01", "2026-11-02"):
+        monkeypatch.setattr("pipeline.job.schedule.datetime", clock(day))
+        (run,) = [
+            thing
+            for thing in render(job_of(CATCHING_UP), CATCHING_UP, Wish("rayjob", "yesterday", DIGEST))
+            if thing["kind"] == "RayJob"
+        ]
+        assert run["spec"]["entrypoint"].split()[4] == "yesterday"
+        asked.add(run["metadata"]["annotations"]["nightlabel/asked"])
+    assert len(asked) == 2
+
+
+def clock(day: str) -> type[datetime]:
+    """A datetime whose now is always noon of that day."""
+
+    class Noon(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime.fromisoformat(f"{day}T12:00:00").replace(tzinfo=tz)
+
+    return Noon
+
+
+def tick(number: int) -> list[Thing]:
+    """What the pod of a CronJob's tick wants to make, of a job without {date}: the same in every night."""
+    made = render(job_of(HEAD_ONLY), HEAD_ONLY, Wish("rayjob", image=DIGEST, tick=f"small-{number}"))
+    return [thing for thing in made if thing["kind"] == "RayJob"]
+
+
+def test_a_tick_joins_the_run_that_it_made_itself_and_no_other(cluster: ApiServer, api: Api):
+    """A pod that Kubernetes starts again follows its run; the next night's does what if_running says."""
+    (run,) = tick(1)
+    run["metadata"]["namespace"] = "labelling"
+    start(api, [run])
+    cluster.status("small", "Running")
+
+    def joins(number: int, policy: Any) -> bool:
+        (wanted,) = tick(number)
+        wanted["metadata"]["namespace"] = "labelling"
+        return start(api, [wanted], policy) is not None and "status" in cluster.objects()["rayjobs", "small"]
+
+    assert joins(1, "replace")
+    assert joins(1, "queue")
+    assert not joins(2, "skip")
+    assert not joins(2, "replace")
+    assert cluster.objects()["rayjobs", "small"]["metadata"]["annotations"]["nightlabel/tick"] == "small-2"
+    cluster.status("small", "Running")
+    threading.Timer(0.3, lambda: cluster.status("small", "Complete", jobStatus="SUCCEEDED")).start()
+    assert not joins(3, "queue")
 
 
 def test_a_run_that_waited_does_not_end_the_one_that_was_faster(cluster: ApiServer, api: Api):
@@ -317,6 +376,8 @@ def test_ctrl_c_leaves_the_run_and_says_how_to_go_on(cluster: ApiServer, command
 
 
 def test_the_pod_of_a_cron_job_makes_the_run_and_nothing_else(cluster: ApiServer, command: list[str]):
-    done = subprocess.run([*command, "--scheduled", "--detach"], capture_output=True, text=True, check=False, timeout=60)
+    env = os.environ | {"NIGHTLABEL_TICK": "small-29"}
+    done = subprocess.run([*command, "--scheduled", "--detach"], capture_output=True, text=True, check=False, timeout=60, env=env)
     assert done.returncode == 0, done.stderr
     assert set(cluster.objects()) == {("rayjobs", "small")}
+    assert cluster.objects()["rayjobs", "small"]["metadata"]["annotations"]["nightlabel/tick"] == "small-29"

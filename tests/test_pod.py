@@ -191,7 +191,7 @@ def test_a_pod_that_applies_does_so(tmp_path):
         server.kubeconfig(tmp_path / "kubeconfig")  # for the account's token, which is only taken over TLS
         files = {"job.yaml": text, "kubeconfig": (tmp_path / "kubeconfig").read_text()}
         box = Sandbox(tmp_path, secrets={}, files={"nightly-products": files})
-        with box.running(template["spec"], KUBECONFIG="/job/kubeconfig") as applying:
+        with box.running(template["spec"], KUBECONFIG="/job/kubeconfig", NIGHTLABEL_TICK="tick-1") as applying:
             wait_for(lambda: ("rayjobs", "nightly-products") in server.objects(), seconds=120.0)
 
             def ended() -> bool:  # told again: without resource versions, what comes between a look and a watch is not heard
@@ -200,4 +200,6 @@ def test_a_pod_that_applies_does_so(tmp_path):
 
             wait_for(ended, seconds=120.0)
             said = applying.stdout.read()
+            made = server.objects()["rayjobs", "nightly-products"]
     assert applying.returncode == 0, said
+    assert made["metadata"]["annotations"]["nightlabel/tick"] == "tick-1"

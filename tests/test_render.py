@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from kubeschema import check, check_kuberay, templates, unrestricted
 
 from pipeline.errors import JobError
-from pipeline.job.jobfile import parse_job
+from pipeline.job.jobfile import load_label_template, parse_job
 from pipeline.kube.pods import object_name
 from pipeline.kube.render import Wish, render, to_yaml
 from pipeline.spec import Job
@@ -109,6 +109,37 @@ def test_nodes_are_waited_for_as_long_as_the_job_says():
     plain, told = (with_kind(rendered(job, GOLDEN["rayjob"][1]), "RayJob")["spec"] for job in (NIGHTLY, text))
     assert (plain["preRunningDeadlineSeconds"], told["preRunningDeadlineSeconds"]) == (1800, 300)
     assert plain["activeDeadlineSeconds"] - told["activeDeadlineSeconds"] == 5 * 3600 + 1500
+
+
+DATED = HEAD_ONLY.replace("s3://photos/", '"s3://photos/{date}/"') + "limits: {deadline: 1h}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "date", "days"),
+    [
+        (DATED, "2026-11-01", 1),
+        (DATED, "2026-11-01..2026-11-30", 30),
+        (DATED, "yesterday", 1),
+        (DATED.replace("queue}", "queue, catch_up: 7d}"), "yesterday", 8),
+        (DATED.replace("queue}", "queue, catch_up: 7d}"), "2026-11-01", 1),
+        (DATED.replace("queue}", "queue, catch_up: 7d}").replace("{date}/", ""), "yesterday", 1),
+    ],
+)
+def test_the_deadline_is_of_every_day_and_every_attempt(text: str, date: str, days: int, tmp_path: Path):
+    """The driver's own begins anew for every day. KubeRay's clock does for every attempt; that of a Kubernetes Job does not."""
+    path, workers = tmp_path / "job.yaml", "memory: 8GiB}, workers: {count: 1, cpus: 4, memory: 8GiB}"
+
+    def spec(target: Any, kind: str, text: str = text) -> dict[str, Any]:
+        path.write_text(text)
+        things = render(load_label_template(path), text, Wish(target, date, DIGEST))
+        return with_kind([dict(thing) for thing in things], kind)["spec"]
+
+    last = 1800 + days * (3600 + 600)
+    assert spec("rayjob", "RayJob")["activeDeadlineSeconds"] == last
+    assert spec("raycronjob", "RayCronJob")["jobTemplate"]["activeDeadlineSeconds"] == last
+    assert spec("cronjob", "CronJob")["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 2 * last
+    applied = spec("cronjob", "CronJob", text.replace("memory: 8GiB}", workers))
+    assert applied["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 2 * last
 
 
 def test_what_the_job_says_is_in_the_ray_job():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections import Counter
@@ -55,10 +56,11 @@ def apply(
     check_installed("apply")
     from pipeline.kube.apiserver import Api
     from pipeline.kube.apply import apply as make
+    from pipeline.kube.cronjob import TICK
     from pipeline.kube.render import Wish
 
     loaded = _load(job, date)
-    things = _things(loaded, job, Wish(target, date, image))
+    things = _things(loaded, job, Wish(target, date, image, tick=os.environ.get(TICK) if scheduled else None))
     things = [thing for thing in things if not scheduled or thing["kind"] == "RayJob"]
     api = Api()
     policy = loaded.schedule.if_running if scheduled and loaded.schedule else "refuse"

@@ -25,7 +25,7 @@ def apply(api: Api, things: list[Thing], *, if_running: Policy, say: Say) -> Ray
     run = next((thing for thing in things if thing["kind"] == "RayJob"), None)
     while run is not None and (standing := api.find(run)) is not None:
         ended = progress_of(standing).ended
-        if not ended and _asked(standing) == _asked(run):
+        if not ended and _is_same(standing, run):
             say(f"{title(run)} is under way already")
             return run
         if ended or if_running == "replace":
@@ -43,8 +43,12 @@ def apply(api: Api, things: list[Thing], *, if_running: Policy, say: Say) -> Ray
     return run
 
 
-def _asked(ray_job: Mapping[str, Any]) -> object:
-    return ray_job["metadata"].get("annotations", {}).get("nightlabel/asked")
+def _is_same(standing: Mapping[str, Any], run: RayJob) -> bool:
+    """Is the run that stands there the one that is wanted? For a tick of a schedule the one that it made itself: a job without
+    {date} asks for the same in every night."""
+    wanted = run["metadata"].get("annotations", {})
+    mark = "nightlabel/tick" if "nightlabel/tick" in wanted else "nightlabel/asked"
+    return bool(standing["metadata"].get("annotations", {}).get(mark) == wanted.get(mark))
 
 
 def _may_wait(api: Api, run: RayJob, if_running: Policy, say: Say) -> bool:

@@ -10,11 +10,13 @@ from typing import Literal, NotRequired, TypedDict
 
 from pipeline.job.resources import Cluster
 from pipeline.job.schedule import Schedule
-from pipeline.kube.kuberay import CLOSING_S, nodes_seconds
+from pipeline.kube.kuberay import attempt_seconds
 from pipeline.kube.pods import Site, Size, container, pod, ray_pod
 from pipeline.kube.types import Meta, PodMeta, PodTemplate, ServiceAccount
 from pipeline.spec import Job
 
+TICK = "NIGHTLABEL_TICK"
+_JOB_NAME = "metadata.labels['job-name']"
 _APPLIER = Size(cpus=0.25, memory=512 * 2**20)
 Concurrency = Literal["Forbid", "Allow", "Replace"]
 _CONCURRENCY: dict[str, Concurrency] = {"skip": "Forbid", "queue": "Allow", "replace": "Replace"}
@@ -102,23 +104,25 @@ class RoleBinding(TypedDict):
     subjects: list[Subject]
 
 
-def local_cron_job(job: Job, cluster: Cluster, site: Site, *, command: list[str], schedule: Schedule) -> list[CronJob]:
-    """The run in one pod, by schedule."""
+def local_cron_job(job: Job, cluster: Cluster, site: Site, *, command: list[str], schedule: Schedule, days: int) -> list[CronJob]:
+    """The run in one pod, by schedule; `days` is how many it labels at most."""
     size = Size(cluster.head.cpus, cluster.head.memory, object_store=job.resources.object_store)
     template = ray_pod(site, size, command=command, job_file=True, spot=True)
     # Ray listens on the pod's address: a token, which it makes up itself, keeps the neighbours out.
     template["spec"]["containers"][0]["env"].append({"name": "RAY_AUTH_MODE", "value": "token"})
-    return [_cron_job(job, site, template, schedule, hopeless=_HOPELESS)]
+    return [_cron_job(site, template, schedule, hopeless=_HOPELESS, seconds=attempt_seconds(job, days))]
 
 
 def apply_cron_job(
-    job: Job, site: Site, *, command: list[str], schedule: Schedule
+    job: Job, site: Site, *, command: list[str], schedule: Schedule, days: int
 ) -> list[ServiceAccount | Role | RoleBinding | CronJob]:
     """A pod that makes the RayJob, by schedule, and what it needs to be allowed to."""
     name = f"{site.name}-apply"
     template = pod(site, container("apply", site, _APPLIER, command=command), job_file=True)
     template["spec"]["serviceAccountName"] = name
     template["spec"]["automountServiceAccountToken"] = True
+    # The Job's name, which is the tick's: a pod that begins again follows the run of the one before it, and of no other night.
+    template["spec"]["containers"][0]["env"].append({"name": TICK, "valueFrom": {"fieldRef": {"fieldPath": _JOB_NAME}}})
     return [
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": site.meta(name), "automountServiceAccountToken": False},
         {
@@ -138,11 +142,11 @@ def apply_cron_job(
             "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name},
             "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": site.settings.namespace}],
         },
-        _cron_job(job, site, template, schedule, hopeless=_FOLLOWED),
+        _cron_job(site, template, schedule, hopeless=_FOLLOWED, seconds=attempt_seconds(job, days)),
     ]
 
 
-def _cron_job(job: Job, site: Site, template: PodTemplate, schedule: Schedule, *, hopeless: list[int]) -> CronJob:
+def _cron_job(site: Site, template: PodTemplate, schedule: Schedule, *, hopeless: list[int], seconds: int | None) -> CronJob:
     template["spec"]["restartPolicy"] = "Never"
     spec: JobSpec = {
         "backoffLimit": site.settings.attempts - 1,
@@ -156,9 +160,9 @@ def _cron_job(job: Job, site: Site, template: PodTemplate, schedule: Schedule, *
         "ttlSecondsAfterFinished": 7 * 86_400,
         "template": template,
     }
-    if job.limits.deadline is not None:
-        runs = site.settings.attempts if hopeless is _FOLLOWED else 1
-        spec["activeDeadlineSeconds"] = runs * (nodes_seconds(job) + int(job.limits.deadline) + CLOSING_S)
+    if seconds is not None:
+        # The clock of a Job goes on over its pods, and over the attempts of a RayJob that one follows.
+        spec["activeDeadlineSeconds"] = site.settings.attempts * seconds
     return {
         "apiVersion": "batch/v1",
         "kind": "CronJob",

@@ -17,7 +17,7 @@ from pipeline.kube.types import Meta, PodTemplate, Strings
 from pipeline.spec import Job
 
 _NODES_S = 1800  # for nodes to come up, images to be pulled; GPU capacity may take a while
-CLOSING_S = 600  # after the deadline the driver still commits what is in flight and copies logs
+_CLOSING_S = 600  # after the deadline the driver still commits what is in flight and copies logs
 _SUBMITTER = Size(cpus=0.5, memory=512 * 2**20)
 _PORTS = {"gcs-server": 6379, "dashboard": 8265, "metrics": 8080}  # no Ray client, which nobody here uses
 
@@ -86,48 +86,55 @@ class RayCronJob(TypedDict):
     spec: RayCronJobSpec
 
 
-def ray_job(job: Job, cluster: Cluster, site: Site, *, entrypoint: str) -> RayJob:
-    """The run as a RayJob."""
-    spec = _spec(job, cluster, site, entrypoint)
+def ray_job(job: Job, cluster: Cluster, site: Site, *, entrypoint: str, days: int) -> RayJob:
+    """The run as a RayJob; `days` is how many it labels at most."""
+    spec = _spec(job, cluster, site, entrypoint, days)
     spec["suspend"] = site.settings.suspend
     return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": site.meta(), "spec": spec}
 
 
-def ray_cron_job(job: Job, cluster: Cluster, site: Site, *, entrypoint: str, schedule: Schedule) -> RayCronJob:
+def ray_cron_job(job: Job, cluster: Cluster, site: Site, *, entrypoint: str, schedule: Schedule, days: int) -> RayCronJob:
     """The same by schedule. KubeRay starts a RayJob at every tick: what to do when the last one still runs, the driver's lease
     decides."""
     spec: RayCronJobSpec = {
         "schedule": schedule.cron,
         "timeZone": schedule.timezone,
         "suspend": site.settings.suspend,
-        "jobTemplate": _spec(job, cluster, site, entrypoint),
+        "jobTemplate": _spec(job, cluster, site, entrypoint, days),
     }
     return {"apiVersion": "ray.io/v1", "kind": "RayCronJob", "metadata": site.meta(), "spec": spec}
 
 
-def nodes_seconds(job: Job) -> int:
+def _nodes_seconds(job: Job) -> int:
     """How long a cluster may take to come up: `cluster.wait`, or half an hour."""
     wait = job.cluster.wait if job.cluster else None
     return _NODES_S if wait is None else int(wait)
 
 
-def _spec(job: Job, cluster: Cluster, site: Site, entrypoint: str) -> RayJobSpec:
+def attempt_seconds(job: Job, days: int) -> int | None:
+    """How long an attempt may take, nodes and all; None: it has no deadline. The driver's own begins anew for every day."""
+    if job.limits.deadline is None:
+        return None
+    return _nodes_seconds(job) + days * (int(job.limits.deadline) + _CLOSING_S)
+
+
+def _spec(job: Job, cluster: Cluster, site: Site, entrypoint: str, days: int) -> RayJobSpec:
     submitter = pod(site, container("ray-job-submitter", site, _SUBMITTER))
     submitter["spec"]["restartPolicy"] = "Never"
     spec: RayJobSpec = {
         "entrypoint": entrypoint,
         "submissionMode": "K8sJobMode",
         "backoffLimit": site.settings.attempts - 1,
-        "preRunningDeadlineSeconds": nodes_seconds(job),
+        "preRunningDeadlineSeconds": _nodes_seconds(job),
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": int(site.settings.ttl),
         "submitterConfig": {"backoffLimit": 2},  # it asks whether its job is there already, and follows that one
         "submitterPodTemplate": submitter,
         "rayClusterSpec": _cluster(job, cluster, site),
     }
-    if job.limits.deadline is not None:
+    if (seconds := attempt_seconds(job, days)) is not None:
         # The driver's own deadline comes first. This one ends what no longer listens, and KubeRay does not try again after it.
-        spec["activeDeadlineSeconds"] = nodes_seconds(job) + int(job.limits.deadline) + CLOSING_S
+        spec["activeDeadlineSeconds"] = seconds
     return spec
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from pipeline.errors import JobError
+from pipeline.job.jobfile import asked_days
 from pipeline.job.resources import Cluster
-from pipeline.job.schedule import Schedule, days_of
+from pipeline.job.schedule import Schedule, looked_back, looks_back, settled
 from pipeline.kube.cronjob import CronJob, Role, RoleBinding, apply_cron_job, local_cron_job
 from pipeline.kube.kuberay import RayCronJob, RayJob, ray_cron_job, ray_job
 from pipeline.kube.pods import JOB_FILE, Site, Target, object_name
@@ -23,11 +24,13 @@ Thing = RayJob | RayCronJob | CronJob | ConfigMap | ServiceAccount | Role | Role
 
 @dataclass(frozen=True)
 class Wish:
-    """What is asked for beside the job: with which image, for which date, `today` and `yesterday` included."""
+    """What is asked for beside the job: with which image, for which date, `today` and `yesterday` included; by which tick of a
+    schedule."""
 
     target: Target
     date: str | None = None
     image: str | None = None
+    tick: str | None = None
 
 
 def render(job: Job, text: str, wish: Wish) -> list[Thing]:
@@ -38,35 +41,36 @@ def render(job: Job, text: str, wish: Wish) -> list[Thing]:
 
 
 def _runs(job: Job, text: str, site: Site, wish: Wish) -> list[Thing]:
-    cluster = _cluster(job)
-    date = ["--date", _date(job, wish)] if wish.date else []
-    run = ["nightlabel", "run", JOB_FILE, *date]
+    cluster, asked = _cluster(job), asked_days(job, wish.date)
+    day = wish.date and (settled(wish.date, asked, job.schedule) if wish.target == "rayjob" else wish.date)
+    date = ["--date", day] if day else []
+    run, days = ["nightlabel", "run", JOB_FILE, *date], _days(job, wish, asked)
     # The name of a RayJob and the policy of a CronJob keep runs apart, so their drivers need no lease, which an attempt whose
     # cluster was lost would leave behind for the next one to respect.
     share = ["--if-running", "share"] if job.schedule else []
     if wish.target == "rayjob":
-        made = ray_job(job, cluster, site, entrypoint=" ".join([*run, *share]))
-        asked = json.dumps([text, made["spec"]]).encode()  # `apply` knows by it whether the run under way is this one
-        made["metadata"]["annotations"] = {"nightlabel/asked": hashlib.sha256(asked).hexdigest()[:16]}
+        made = ray_job(job, cluster, site, entrypoint=" ".join([*run, *share]), days=days)
+        # `apply` knows by it whether the run under way is this one. The days too, of which the entrypoint may say the word only.
+        wanted = json.dumps([text, made["spec"], asked]).encode()
+        made["metadata"]["annotations"] = {"nightlabel/asked": hashlib.sha256(wanted).hexdigest()[:16]}
+        if wish.tick:
+            made["metadata"]["annotations"]["nightlabel/tick"] = wish.tick
         return [made]
     schedule = _schedule(job, wish)
     if wish.target == "raycronjob":
-        return [ray_cron_job(job, cluster, site, entrypoint=" ".join(run), schedule=schedule)]
+        return [ray_cron_job(job, cluster, site, entrypoint=" ".join(run), schedule=schedule, days=days)]
     if cluster.workers is None:
         command = run if schedule.if_running == "queue" else [*run, *share]
-        return [*local_cron_job(job, cluster, site, command=command, schedule=schedule)]
+        return [*local_cron_job(job, cluster, site, command=command, schedule=schedule, days=days)]
     apply = ["nightlabel", "apply", JOB_FILE, *date, "--scheduled", "--image", site.image]
-    return [*apply_cron_job(job, site, command=apply, schedule=schedule)]
+    return [*apply_cron_job(job, site, command=apply, schedule=schedule, days=days)]
 
 
-def _date(job: Job, wish: Wish) -> str:
-    """The day itself for one run, so that an attempt after midnight is for the same one. Where the run looks back for missed
-    days, which it does for `today` and `yesterday` alone, the word."""
-    asked, schedule = wish.date or "", job.schedule
-    if wish.target != "rayjob" or (schedule and schedule.catch_up):
-        return asked
-    days = days_of(asked, schedule.timezone if schedule else "UTC")
-    return days[0] if len(days) == 1 else f"{days[0]}..{days[-1]}"
+def _days(job: Job, wish: Wish, asked: tuple[str | None, ...]) -> int:
+    """How many days the run may have to label: limits.deadline is of each."""
+    first = asked[0]
+    back = looked_back(first, job.schedule) if first and job.is_dated and looks_back(wish.date or "", job.schedule) else ()
+    return len(back) + len(asked)
 
 
 def _cluster(job: Job) -> Cluster:

@@ -25,9 +25,18 @@ class Named(TypedDict):
     name: str
 
 
+class FieldPath(TypedDict):
+    fieldPath: str
+
+
+class EnvSource(TypedDict):
+    fieldRef: FieldPath
+
+
 class EnvVar(TypedDict):
     name: str
-    value: str
+    value: NotRequired[str]
+    valueFrom: NotRequired[EnvSource]
 
 
 class EnvFrom(TypedDict):
