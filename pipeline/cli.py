@@ -23,7 +23,7 @@ from pipeline.commands import kube as cli_kube
 from pipeline.commands import model as cli_model
 from pipeline.commands import nightly as cli_nightly
 from pipeline.commands.options import AsJson, Date, Dates, IfRunning, JobPath, print_json, say
-from pipeline.errors import EXIT_BUG, Interrupted, NightlabelError
+from pipeline.errors import ExitCode, Interrupted, NightlabelError
 
 if TYPE_CHECKING:
     from pipeline.job.recipe import EvaluateJob, QuantizeJob
@@ -154,7 +154,7 @@ def validate(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
             typer.echo(line)
         typer.echo(f"{'NOT VALID' if problems else 'valid'}: {rows:,} in = {ok:,} ok + {failed:,} failed, {len(footers):,} units")
         typer.echo(f"where   {log.root}")
-    sys.exit(6 if problems else 0)
+    sys.exit(ExitCode.CONFLICT if problems else ExitCode.DONE)
 
 
 def schema(
@@ -223,4 +223,4 @@ def main() -> None:
     except Exception:  # noqa: BLE001  # the one place: what gets here is a bug of ours
         traceback.print_exc()
         typer.echo("nightlabel: this is a bug; please report it with the lines above. What is committed stays.", err=True)
-        sys.exit(EXIT_BUG)
+        sys.exit(ExitCode.BUG)

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.attempt import Observer
-from pipeline.errors import JobError
+from pipeline.errors import ExitCode, JobError
 from pipeline.job.jobfile import load_job, load_label_job
 from pipeline.job.training import FinetuneJob
 from pipeline.label import Driver
@@ -73,7 +73,7 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        return self.receipt.exit_code if self.accuracy >= WANTED else 1
+        return self.receipt.exit_code if self.accuracy >= WANTED else ExitCode.UNFIT
 
     def lines(self) -> list[str]:
         """For a screen."""

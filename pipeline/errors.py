@@ -22,13 +22,33 @@ Anything else that escapes is a bug of ours: a traceback and exit code 70.
 
 from __future__ import annotations
 
-EXIT_BUG = 70
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """How a command ends; the table in README.md says what each means to a user."""
+
+    DONE = 0
+    UNFIT = 2
+    INPUT = 3
+    TOO_MANY_FAILED = 4
+    UNITS_LEFT = 5
+    CONFLICT = 6
+    BUG = 70
+    TEMPORARY = 75
+    NO_PERMISSION = 77
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+#: Everything is labelled, committed and verified.
+COMPLETE = (ExitCode.DONE, ExitCode.TOO_MANY_FAILED)
 
 
 class NightlabelError(Exception):
     """Base of every error a user can act on; `str()` is the one sentence (or two) shown to the user."""
 
-    exit_code = EXIT_BUG
+    exit_code = ExitCode.BUG
     error_class = "ERROR"
 
     def __init__(self, got: str, *, need: str = "", do: str = "") -> None:
@@ -58,7 +78,7 @@ def _rebuild(cls: type[NightlabelError], state: dict[str, object]) -> Nightlabel
 
 
 class UnfitError(NightlabelError):
-    exit_code = 2
+    exit_code = ExitCode.UNFIT
     error_class = "UNFIT"
 
 
@@ -75,7 +95,7 @@ class StoreError(UnfitError):
 
 
 class InputError(NightlabelError):
-    exit_code = 3
+    exit_code = ExitCode.INPUT
     error_class = "INPUT_BROKEN"
 
 
@@ -96,16 +116,16 @@ class ShardError(InputError):
 
 
 class UnitsLeft(NightlabelError):
-    exit_code = 5
+    exit_code = ExitCode.UNITS_LEFT
 
 
 class Conflict(NightlabelError):
-    exit_code = 6
+    exit_code = ExitCode.CONFLICT
     error_class = "CONFLICT"
 
 
 class Temporary(NightlabelError):
-    exit_code = 75
+    exit_code = ExitCode.TEMPORARY
     error_class = "TEMPORARY"
 
 
@@ -114,7 +134,7 @@ class Stalled(Temporary):
 
 
 class PermissionDenied(NightlabelError):
-    exit_code = 77
+    exit_code = ExitCode.NO_PERMISSION
     error_class = "PERMISSION_DENIED"
 
 

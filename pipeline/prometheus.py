@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from pipeline.errors import EXIT_BUG, Interrupted, JobError, NightlabelError
+from pipeline.errors import ExitCode, Interrupted, JobError, NightlabelError
 from pipeline.spec import Job
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Account:
             "exit_code": self.exit_code,
             "run_duration_seconds": None if self.ended is None else self.ended - self.start,
             "images_per_second": self.images_per_second,
-            "last_success_timestamp_seconds": self.ended if self.exit_code == 0 else None,
+            "last_success_timestamp_seconds": self.ended if self.exit_code == ExitCode.DONE else None,
         }
         samples = {name: [("", value)] for name, value in values.items() if value is not None}
         samples["images_total"] = [(',status="ok"', self.ok), (',status="failed"', self.failed)]
@@ -89,7 +89,7 @@ class Account:
 def _family(name: str, job: str, samples: list[tuple[str, float]]) -> str:
     kind, text = _FAMILIES[name]
     lines = [f"# HELP nightlabel_{name} {text}", f"# TYPE nightlabel_{name} {kind}"]
-    lines += [f'nightlabel_{name}{{name="{job}"{labels}}} {value!r}' for labels, value in samples]
+    lines += [f'nightlabel_{name}{{name="{job}"{labels}}} {value}' for labels, value in samples]
     return "\n".join(lines) + "\n"
 
 
@@ -118,7 +118,7 @@ class Metrics:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         account = self.account
-        account.exit_code = _code(error) if error is not None else account.exit_code or 0
+        account.exit_code = _code(error) if error is not None else account.exit_code or ExitCode.DONE
         account.ended = time.time()
         self._end.set()
         if self._to is None:
@@ -194,7 +194,7 @@ def _check(to: str) -> None:
 def _code(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
-    return error.exit_code if isinstance(error, (NightlabelError, Interrupted)) else EXIT_BUG
+    return error.exit_code if isinstance(error, (NightlabelError, Interrupted)) else ExitCode.BUG
 
 
 def _post(gateway: str, account: Account) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pipeline.errors import InputError
+from pipeline.errors import COMPLETE, ExitCode, InputError
 from pipeline.job.quantity import exceeds
 from pipeline.rows import UnitError
 from pipeline.spec import Job
@@ -55,7 +55,7 @@ class Receipt:
     compared: int = 0
     same_label: int = 0
     trouble: tuple[UnitTrouble, ...] = ()
-    exit_code: int = 0
+    exit_code: int = ExitCode.DONE
     events: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Receipt:
         adds_up = f"{self.rows_in:,} in = {self.ok:,} ok + {self.failed:,} failed"
         if self.run is None:
             return [f"nothing to do: every input of {self.job} is labelled", f"where   {self.where}"]
-        state = "done" if self.exit_code in (0, 4) else "not finished"
+        state = "done" if self.exit_code in COMPLETE else "not finished"
         lines = [f"{state}: {adds_up}, {self.units_done} of {self.units} units"]
         if self.failures:
             lines.append("failed  " + ", ".join(f"{name} {number:,}" for name, number in self.failures.items()))
@@ -142,15 +142,22 @@ class Receipt:
         return b"".join(json.dumps(event).encode() + b"\n" for event in self.events)
 
 
-def exit_code(trouble: tuple[UnitTrouble, ...], *, left: int, done: int, rows: int, failed: int, limit: float) -> int:
-    """A stranger's object, then broken inputs, rights, what is unfit, what may pass by itself, what did not arrive; and
-    when no unit is left, not a single image, too many failures."""
+def exit_code(trouble: tuple[UnitTrouble, ...], *, left: int, done: int, rows: int, failed: int, limit: float) -> ExitCode:
+    """How a run has ended. With units left the gravest trouble decides: another run's object, then broken inputs, then missing
+    rights, then what does not fit, then what may pass by itself; without any of these their rows were only lost. With no unit
+    left it is a failure that there was no image at all, or that more of them failed than `limit` allows."""
     classes = {item.error_class for item in trouble}
     if left:
         broken = {*UnitError.__members__, InputError.error_class}
         rights = {"PERMISSION_DENIED", "UNIDENTIFIED"}
-        by_class = (({"CONFLICT"}, 6), (broken, 3), (rights, 77), ({"UNFIT"}, 2), ({"TEMPORARY"}, 75))
-        return next((code for names, code in by_class if classes & names), 5)
+        by_class = (
+            ({"CONFLICT"}, ExitCode.CONFLICT),
+            (broken, ExitCode.INPUT),
+            (rights, ExitCode.NO_PERMISSION),
+            ({"UNFIT"}, ExitCode.UNFIT),
+            ({"TEMPORARY"}, ExitCode.TEMPORARY),
+        )
+        return next((code for names, code in by_class if classes & names), ExitCode.UNITS_LEFT)
     if done and not rows:
-        return 3
-    return 4 if exceeds(failed, limit, of=rows) else 0
+        return ExitCode.INPUT
+    return ExitCode.TOO_MANY_FAILED if exceeds(failed, limit, of=rows) else ExitCode.DONE

@@ -29,7 +29,7 @@ from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobSubmissionClient
 
 from pipeline.environment import Address, has_token
-from pipeline.errors import JobError, PermissionDenied, Temporary, UnfitError
+from pipeline.errors import ExitCode, JobError, PermissionDenied, Temporary, UnfitError
 from pipeline.ship import Parcel, number
 
 MARK = "nightlabel"  # the metadata that tells our jobs from others
@@ -66,7 +66,7 @@ class Submission:
     def exit_code(self) -> int:
         """The driver's own exit code; that of a shell for a signal. Raises Temporary or UnfitError when it never got that far."""
         if self.status == "STOPPED":
-            return 143
+            return ExitCode.TERMINATED
         if self.code is not None:
             return self.code if self.code >= 0 else 128 - self.code
         got = f"{self.id}: {(self.message.splitlines() or ['no reason given'])[0]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +16,9 @@ import typer.testing
 from conftest import ROOT
 from test_layers import LADDER
 
-from pipeline import errors
 from pipeline.cli import app
 from pipeline.demo import job_text, model_text
+from pipeline.errors import ExitCode, Interrupted
 from pipeline.rows import PREDICTION, Failure, UnitError
 
 README = (ROOT / "README.md").read_text()
@@ -51,14 +52,10 @@ def test_columns_failures_and_exit_codes_are_documented():
         assert f"`{field.name}`" in README
     for trouble in (*Failure, *UnitError):
         assert trouble in README
-    codes = {
-        error.exit_code
-        for error in vars(errors).values()
-        if isinstance(error, type) and issubclass(error, errors.NightlabelError)
-    }
-    codes.add(errors.Interrupted("x").exit_code)
     table = "\n".join(re.findall(r"^\| [\d, ]+ \|", README, re.MULTILINE))
-    assert {str(code) for code in codes} <= set(re.findall(r"\d+", table))
+    assert sorted(map(int, re.findall(r"\d+", table))) == list(ExitCode)
+    stopped = [Interrupted("x", signal_number=number).exit_code for number in (signal.SIGINT, signal.SIGTERM)]
+    assert stopped == [ExitCode.INTERRUPTED, ExitCode.TERMINATED]
 
 
 def commands(command: Any, *words: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ import typer
 
 from pipeline.commands.options import AsJson, Dates, JobPath, print_json
 from pipeline.environment import DEFAULT_ADDRESS, cluster_address, set_ray_environment
-from pipeline.errors import Interrupted, JobError, NightlabelError, Temporary
+from pipeline.errors import ExitCode, Interrupted, JobError, NightlabelError, Temporary
 
 if TYPE_CHECKING:
     from pipeline.ship import Parcel
@@ -149,7 +149,7 @@ def _follow(connection: Connection, submission_id: str, jobs: tuple[Job, ...]) -
         if not jobs or not all(map(_complete, jobs)):
             raise
         typer.echo("the cluster has lost the driver; the job is complete all the same, the manifest is there", err=True)
-        sys.exit(0)
+        sys.exit(ExitCode.DONE)
     typer.echo(f"ended   {_line(attempt)}", err=True)
     sys.exit(code)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.commands.options import AsJson, Date, IfRunning, JobPath, print_json, say
-from pipeline.errors import NightlabelError
+from pipeline.errors import COMPLETE, ExitCode, NightlabelError
 
 if TYPE_CHECKING:
     from pipeline.attempt import Observer
@@ -112,7 +112,7 @@ def print_nights(nights: list[Night], *, as_json: bool, path: Path) -> int:
 
 def _print_skipped(as_json: bool) -> None:
     if as_json:
-        print_json({"skipped": True, "exit_code": 0})
+        print_json({"skipped": True, "exit_code": ExitCode.DONE})
     else:
         typer.echo("skipped: another run is at it. --if-running queue, replace or share do otherwise")
 
@@ -142,7 +142,7 @@ def print_receipt(receipt: Receipt, *, as_json: bool, job: str) -> None:
         return
     for line in receipt.lines():
         typer.echo(line)
-    if receipt.exit_code not in (0, 4):
+    if receipt.exit_code not in COMPLETE:
         typer.echo(f"next    mend what is named above, then again: nightlabel run {job}")
         return
     typer.echo(f"next    nightlabel validate {job}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NotRequired, TypedDict
 
+from pipeline.errors import ExitCode
 from pipeline.job.resources import Cluster
 from pipeline.job.schedule import Schedule
 from pipeline.kube.kuberay import attempt_seconds
@@ -20,8 +21,17 @@ _JOB_NAME = "metadata.labels['job-name']"
 _APPLIER = Size(cpus=0.25, memory=512 * 2**20)
 Concurrency = Literal["Forbid", "Allow", "Replace"]
 _CONCURRENCY: dict[str, Concurrency] = {"skip": "Forbid", "queue": "Allow", "replace": "Replace"}
-_HOPELESS = [2, 3, 4, 6, 70, 77]  # exit codes that the same command would only repeat
-_FOLLOWED = [*_HOPELESS, 5]  # KubeRay has tried its attempts already; what is left to repeat is 75, an API server out of reach
+#: Exit codes that the same command would only repeat.
+_HOPELESS = (
+    ExitCode.UNFIT,
+    ExitCode.INPUT,
+    ExitCode.TOO_MANY_FAILED,
+    ExitCode.CONFLICT,
+    ExitCode.BUG,
+    ExitCode.NO_PERMISSION,
+)
+#: KubeRay has tried its attempts already; what is left to repeat is TEMPORARY, an API server out of reach.
+_FOLLOWED = (*_HOPELESS, ExitCode.UNITS_LEFT)
 
 
 class ExitCodes(TypedDict):
@@ -146,7 +156,9 @@ def apply_cron_job(
     ]
 
 
-def _cron_job(site: Site, template: PodTemplate, schedule: Schedule, *, hopeless: list[int], seconds: int | None) -> CronJob:
+def _cron_job(
+    site: Site, template: PodTemplate, schedule: Schedule, *, hopeless: tuple[ExitCode, ...], seconds: int | None
+) -> CronJob:
     template["spec"]["restartPolicy"] = "Never"
     spec: JobSpec = {
         "backoffLimit": site.settings.attempts - 1,
@@ -154,7 +166,7 @@ def _cron_job(site: Site, template: PodTemplate, schedule: Schedule, *, hopeless
             "rules": [
                 # A node that goes is not the job's fault.
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},
-                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": hopeless}},
+                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [code.value for code in hopeless]}},
             ]
         },
         "ttlSecondsAfterFinished": 7 * 86_400,

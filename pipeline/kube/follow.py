@@ -6,10 +6,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.errors import ExitCode
+
 _EXIT = re.compile(r"failed with exit code (-?\d+)")  # Ray's words, in which KubeRay hands on how the driver ended
 _ENDED = ("Complete", "Failed", "ValidationFailed")
 #: KubeRay's reasons for an end without one. No nodes in time, or a cluster lost: the same command may fare better.
-_REASONS = {"DeadlineExceeded": 5, "ValidationFailed": 2}
+_REASONS = {"DeadlineExceeded": ExitCode.UNITS_LEFT, "ValidationFailed": ExitCode.UNFIT}
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,13 @@ class Progress:
 
     @property
     def exit_code(self) -> int:
-        """As `nightlabel run` would have ended; 75 when it did not get so far, 143 when somebody stopped it."""
+        """As `nightlabel run` would have ended; TEMPORARY when it did not get so far, TERMINATED when somebody stopped it."""
         if self.state == "Complete":
-            return 143 if self.job == "STOPPED" else 0
+            return ExitCode.TERMINATED if self.job == "STOPPED" else ExitCode.DONE
         told = _EXIT.search(self.message)
         if told:
             return int(told[1]) if int(told[1]) >= 0 else 128 - int(told[1])  # a signal's number, below zero
-        return _REASONS.get(self.reason or self.state, 75)
+        return _REASONS.get(self.reason or self.state, ExitCode.TEMPORARY)
 
     def line(self) -> str:
         """What a person wants to know of it."""

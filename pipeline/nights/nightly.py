@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.cut import list_inputs
-from pipeline.errors import EXIT_BUG, InputMissing, JobError, NightlabelError
+from pipeline.errors import COMPLETE, ExitCode, InputMissing, JobError, NightlabelError
 from pipeline.job.jobfile import asked_days, at_day
 from pipeline.job.schedule import WAIT_S, looked_back
 from pipeline.job.uris import above_days
@@ -31,7 +31,17 @@ Label = Callable[[Job, Check], Receipt]  # labels a job, and calls the check now
 Table = Published | NightlabelError | None  # what became of it; None: the job wants none, or not everything is labelled
 
 #: From the mildest to the gravest: what mends itself before what somebody must mend.
-GRAVITY = (0, 4, 5, 75, 3, 6, 77, 2, EXIT_BUG)
+GRAVITY = (
+    ExitCode.DONE,
+    ExitCode.TOO_MANY_FAILED,
+    ExitCode.UNITS_LEFT,
+    ExitCode.TEMPORARY,
+    ExitCode.INPUT,
+    ExitCode.CONFLICT,
+    ExitCode.NO_PERMISSION,
+    ExitCode.UNFIT,
+    ExitCode.BUG,
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ def with_table(exit_code: int, table: Table) -> dict[str, Any]:
 
 
 def _gravest(codes: list[int]) -> int:
-    return max(codes, key=GRAVITY.index, default=0)
+    return max(codes, key=GRAVITY.index, default=ExitCode.DONE)
 
 
 def run_nights(template: Job, days: tuple[Day, ...], *, label: Label, say: Say, if_running: Policy | None = None) -> list[Night]:
@@ -161,7 +171,7 @@ def _table(job: Job, outcome: Receipt | NightlabelError) -> Table:
 def publish_labels(job: Job, log: Log, exit_code: int) -> Table:
     """Brings the job's table up to date when everything is labelled. The labels are there and verified whatever becomes of the
     table, so what went wrong is returned; the next run makes up for it."""
-    if exit_code not in (0, 4):
+    if exit_code not in COMPLETE:
         return None
     try:
         return publish(job, log)

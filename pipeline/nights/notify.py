@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from http.client import HTTPException
 from typing import Any
 
-from pipeline.errors import NightlabelError
+from pipeline.errors import ExitCode, NightlabelError
 from pipeline.nights.lease import Say
 from pipeline.report import Receipt
 from pipeline.spec import Notify
@@ -39,7 +39,7 @@ def account(job: str, day: str | None, outcome: Receipt | NightlabelError) -> di
 
 def tell(wanted: Notify | None, content: Mapping[str, Any], *, say: Say, pause: float = 1.0) -> None:
     """Does what `wanted` says with `content`; `say` gets a sentence for each thing that went wrong."""
-    if wanted is None or (wanted.when == "failure" and content["exit_code"] == 0):
+    if wanted is None or (wanted.when == "failure" and content["exit_code"] == ExitCode.DONE):
         return
     body = json.dumps(content, ensure_ascii=False).encode()
     if wanted.command:

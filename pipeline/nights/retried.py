@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.errors import ExitCode
 from pipeline.footer import Footer, totals
 from pipeline.report import MANIFEST_VERSION, UnitTrouble
 from pipeline.start import CODE_VERSION
@@ -26,7 +27,7 @@ class Retried:
     mended: int = 0
     failures: Mapping[str, int] | None = None
     trouble: tuple[UnitTrouble, ...] = ()
-    exit_code: int = 0
+    exit_code: int = ExitCode.DONE
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.errors import ExitCode
+
 #: Takes one line about what is happening, such as an epoch.
 Say = Callable[[str], None]
 
@@ -18,4 +20,4 @@ class Outcome:
     """The receipt, for a screen."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """The same for machines, as JSON holds it: `where`, `digest` of a new artifact, metrics."""
-    exit_code: int = 0
+    exit_code: int = ExitCode.DONE
