@@ -1,8 +1,9 @@
 """Careful mode: each image is prepared in a child process that can be killed, so a poison image costs one row.
 
 A decoder that aborts, hangs or eats the memory takes its process with it; no `except` helps. The price is a copy of the bytes
-into the child and of the pixels back and, after each poison, a new child (seconds: it imports torch), which is why this mode is
-only for what killed two passes. It is a guard against accidents, not a sandbox.
+into the child and of the pixels back and, after each poison, a new child (seconds: it imports torch). So it is only for units
+that two passes did not complete, or one that hung, and for a retry of images that have hung or crashed a decoder. It is a guard
+against accidents, not a sandbox.
 
 The child is a fresh interpreter, not a fork: forking a process with threads (Ray, torch) can deadlock the child.
 """

@@ -113,9 +113,11 @@ def _too_large(pixels: int, max_pixels: int) -> BadImage:
 
 
 def decode_small(data: bytes | memoryview, *, edge: int, max_pixels: int) -> tuple[np.ndarray, int, int] | None:
-    """A JPEG whose short edge is 2 × `edge` pixels or more, decoded at a half, a quarter or an eighth, `edge` at least: (uint8
-    [H, W, 3] as `decode` gives it, width and height of the whole image, upright). None: no such JPEG, or one that `decode`
-    may have something to say of. The scaled cosine transform averages in blocks, which is not what a resize would do."""
+    """A large JPEG decoded at a half, a quarter or an eighth of its size, whichever is the smallest whose short edge still has
+    `edge` pixels: (uint8 [H, W, 3] as `decode` gives it, and width and height of the whole image, upright).
+
+    None when even the half would be too small, and whenever `decode` may do otherwise: no JPEG, too many pixels, CMYK, damage.
+    The pixels are not those of a resize: the decoder averages within blocks of the cosine transform."""
     data = memoryview(data).cast("B")
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)

@@ -30,7 +30,8 @@ _PATIENCE_S = 20.0  # a pod that is told to go has 30
 
 @contextmanager
 def kept_logs(store: Store, folder: str, events: list[dict[str, Any]], tell: Tell) -> Iterator[None]:
-    """While Ray is up; copies when what is inside ends, however it ends. `events`: what the run has told, up to then."""
+    """Enter it while Ray is up: when the block ends, in whatever way, the logs of Ray's nodes are copied to `folder`, and with
+    them the `events` that the run has told until then."""
 
     def papers() -> dict[str, bytes]:
         nodes = _collect()

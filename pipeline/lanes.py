@@ -115,7 +115,8 @@ class Lanes:
         ]
 
     def _compared(self, batch: pa.Table, taken: np.ndarray) -> tuple[np.ndarray, list[bytes | None]]:
-        """Those of the rows `taken` that stay taken, without what the CPU refuses of every 64th; and the crops of these 64th."""
+        """Every 64th image of the rows `taken` is decoded on the CPU too. Returns the rows that the GPU keeps, which are all but
+        those that the CPU could not decode, and for each of them the CPU's crop, None where it was not looked at."""
         rows = batch.take(pa.array(taken))
         looked = np.flatnonzero(rows["index"].to_numpy() % COMPARED_EVERY == 0)
         seen = self.preprocess(rows.take(pa.array(looked)))

@@ -31,11 +31,12 @@ def watched(
     explain: Callable[[BaseException], BaseException],
     leave: Callable[[], object] = lambda: None,
 ) -> Generator[T | None, None, None]:
-    """The items of a generator that runs in a thread of its own, and None for every second without one. When this generator is
-    closed, so is that one: as soon as its next item is there, or as `leave`, called then, makes it end. What that one raises is
-    raised here as `explain` puts it.
+    """Runs the generator that `start` returns in a thread, and yields its items, and None for every second without one. What it
+    raises is raised here, as `explain` puts it.
 
-    Raises Stalled when nothing arrives for `stall_s` seconds; a thread that `leave` does not end is left alone then.
+    Closing this generator calls `leave`, which should make the other one end, and waits a few seconds for its thread; a thread
+    that hangs all the same is left behind, and ends by itself once it has its next item.
+    Raises Stalled when nothing arrives for `stall_s` seconds.
     """
     feed = _Feed(start)
     thread = threading.Thread(target=feed.run, daemon=True)

@@ -130,9 +130,12 @@ def plan_resize(addresses: list[int], sizes: np.ndarray, preprocessing: Preproce
 
 @lru_cache(4096)
 def axis(length: int, whole: int, corner: int, size: int, resample: str) -> np.ndarray:
-    """How `length` pixels become `size` of `whole`, from `corner` on: int32 of [taps, bits], first and count of each step,
-    weights [size, taps]. The antialiased filters of torch's interpolate for uint8 (ATen/native/cpu/UpSampleKernel.cpp), which
-    are Pillow's: integers of as many bits as keep the largest within 15."""
+    """How a line of `length` pixels is resized to `whole` pixels, of which only the `size` from `corner` on are made.
+
+    One array of int32, as `jpeg.cu` reads it: the width of the table of weights, and by how many bits they are scaled up; for
+    each new pixel the first old pixel that it is made of, and how many; the weights, [size, width of the table]. The filters are
+    those of torch's interpolate for uint8 (ATen/native/cpu/UpSampleKernel.cpp) and of Pillow: weights as integers, the largest
+    of which fits into 15 bits."""
     scale = length / whole
     reach = (1.0 if resample == "bilinear" else 2.0) * max(scale, 1.0)
     centre = scale * (np.arange(whole) + 0.5)

@@ -170,5 +170,6 @@ class Cluster(Model):
     kubernetes: Kubernetes = Kubernetes()
     """How the job stands on Kubernetes."""
     wait: Seconds | None = None
-    """Wait so long for nodes that an autoscaler brings; absent: too small is exit code 2 at once, other jobs get 10 minutes,
-    and a cluster on Kubernetes gets 30 to come up."""
+    """How long a run waits for nodes that an autoscaler is to bring. Absent: a cluster that is too small for the job ends it at
+    once with exit code 2, and CPUs that other jobs hold are waited for for 10 minutes. On Kubernetes it is also how long a
+    cluster may take to come up, absent 30 minutes."""
