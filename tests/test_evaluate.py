@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -198,6 +199,27 @@ def test_the_same_job_measures_once_and_another_finds_the_folder_taken(tmp_path:
     assert "is not an evaluation of ours" in refused(StoreError, job(model, data, tmp_path / "out"))
 
 
+def test_another_engine_or_column_finds_the_folder_taken(tmp_path: Path, model: str, other: str):
+    write_parquet(tmp_path / "in/a.parquet", [picture(number) for number in range(8)])
+    columns = pq.read_table(tmp_path / "in/a.parquet")
+    pq.write_table(columns.append_column("again", columns["image"]), tmp_path / "in/a.parquet")
+
+    def wanted(*, engine: str = "auto", its: str = "auto", **columns: str | None) -> EvaluateJob:
+        data = {"input": {"uri": str(tmp_path / "in"), "format": "parquet", **columns}, "label": "label"}
+        found = job(model, "unused", tmp_path / "out", data=data, compare={"uri": other, "engine": its})
+        return found.model_copy(update={"model": ModelSource.model_validate({"uri": model, "engine": engine})})
+
+    evaluate(wanted())
+    record = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert record["subject"]["model"]["engine"] == "onnxruntime"
+    assert ", float32 on onnxruntime</td>" in (tmp_path / "out/evaluation.html").read_text()
+    assert evaluate(wanted(engine="onnxruntime")).lines[0] == "nothing to do: exam is evaluated already", "what auto is"
+    assert "with other model;" in refused(StoreError, wanted(engine="torch"))
+    assert "with other compare;" in refused(StoreError, wanted(its="torch"))
+    assert "with other data;" in refused(StoreError, wanted(image_column="again"))
+    assert "with other data;" in refused(StoreError, wanted(key_column=None))
+
+
 def test_bad_input_is_one_sentence(tmp_path: Path, model: str):
     unlabelled = job(model, shard(tmp_path / "none", [None, None]), tmp_path / "out")
     assert refused(JobError, unlabelled) == (
@@ -265,7 +287,7 @@ def made_up(classes: int, mistakes: int) -> bytes:
         "command": "nightlabel run exam.yaml",
         "images": images,
         "subject": {
-            "model": {"digest": "sha256:0", "precision": "float32"},
+            "model": {"digest": "sha256:0", "precision": "float32", "engine": "onnxruntime"},
             "data": {"uris": ["in/"], "label": "cls", "images": None},
         },
         **metrics_dict(found, labels),

@@ -21,6 +21,7 @@ import torch
 from pipeline.artifact import Artifact
 from pipeline.cut import list_inputs
 from pipeline.errors import JobError, ModelError, UnfitError
+from pipeline.job.arithmetic import engine_for
 from pipeline.job.recipe import EvaluateJob, Measured
 from pipeline.prepare.answer import TRUTH, Mistake, Witness, mistakes
 from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, image_rows, label_texts
@@ -40,6 +41,7 @@ from pipeline.prepare.evaluation import (
 from pipeline.prepare.evaluation_page import SHOWN, render, thumbnail
 from pipeline.prepare.metrics import agreement, measure
 from pipeline.prepare.outcome import Outcome, Say
+from pipeline.spec import ModelSource
 from pipeline.start import load_source
 from pipeline.storage import open_store
 
@@ -210,14 +212,22 @@ def _same_classes(job: EvaluateJob, model: Artifact, other: Artifact) -> None:
 
 
 def _subject(job: EvaluateJob, model: Artifact, other: Artifact | None) -> Record:
-    """What is measured: the models by digest, the images by what a listing says of their shards."""
-    listing = list_inputs(open_store(job.data.input.uris[0], job.data.input.s3), job.data.input).inputs
+    """What is measured: the models by digest, with what computes; the images by what a listing says of their shards."""
+    wanted = job.data.input
+    listing = list_inputs(open_store(wanted.uris[0], wanted.s3), wanted).inputs
     inputs = json.dumps([[item.uri, item.size, item.etag] for item in listing])
+
+    def subject(source: ModelSource, artifact: Artifact) -> Record:
+        engine = engine_for(source.engine, source.precision, gpu=job.gpus > 0)
+        return {"digest": artifact.digest, "precision": source.precision, "engine": engine}
+
     return {
-        "model": {"digest": model.digest, "precision": job.model.precision},
-        "compare": {"digest": other.digest, "precision": job.compare.precision} if other and job.compare else None,
+        "model": subject(job.model, model),
+        "compare": subject(job.compare, other) if other and job.compare else None,
         "data": {
-            "uris": list(job.data.input.uris),
+            "uris": list(wanted.uris),
+            "format": wanted.format,
+            "columns": [wanted.image_column, wanted.key_column] if wanted.format == "parquet" else [],
             "label": job.data.label,
             "images": job.data.images,
             "inputs": hashlib.sha256(inputs.encode()).hexdigest(),
