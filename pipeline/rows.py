@@ -92,8 +92,10 @@ TIMINGS = {seam: f"_{seam}_s" for seam in ("read", "preprocess", "predict")}
 #: looked at.
 SAME_LABEL = "_same_label"
 COMPARED_EVERY = 64  # where decoding may differ, one image of so many is decoded both ways: 1.5 % of the work
+#: Columns that `preprocess` takes or adds: no column of labels can be named after one.
+PREPARED = frozenset({*IMAGE.names, "pixels", "exact", "room", "width", "height"})
 #: Columns between the stages that `predict` uses up; it hands on all others, kept columns and seconds.
-USED_UP = frozenset({*IMAGE.names, *PREDICTION.names, "pixels", "exact", "room"})
+USED_UP = PREPARED | {*PREDICTION.names}
 #: What a kept column cannot be named.
 RESERVED = USED_UP | {*TIMINGS.values(), SAME_LABEL, "embedding", "probabilities"}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -55,6 +57,23 @@ def test_nothing_to_train_on_and_broken_shards_are_one_sentence(tmp_path: Path):
         read_images(Input(uri=uri), label="cls")
 
 
+@pytest.mark.parametrize(
+    ("labels", "what"),
+    [
+        (pa.array([["a"], ["b"]]), "is list<"),
+        (pa.array([{"a": 1}, {"a": 2}]), "is struct<"),
+        (pa.array([b"\xff\xd8", b"b"]), "is not UTF-8"),
+        (pa.array([b"\xff\xd8", b"b"]).cast(pa.binary()).view(pa.string()), "is not UTF-8"),
+    ],
+)
+def test_labels_that_are_no_text_are_one_sentence(tmp_path: Path, labels: pa.Array, what: str):
+    pq.write_table(pa.table({"key": ["a", "b"], "image": [picture(0), picture(1)], "side": labels}), tmp_path / "a.parquet")
+    with pytest.raises(JobError) as caught:
+        read_images(Input(uri=str(tmp_path), format="parquet"), label="side")
+    assert str(caught.value).startswith(f"{tmp_path}/a.parquet: column side {what}")
+    assert "; required: labels as text or numbers. Name another column as data.label, or write this" in str(caught.value)
+
+
 def test_classes_are_found_by_size_or_alphabet_and_given_ones_keep_their_order():
     assert find_classes(["10", "9", None, "10"], (), where="x") == ("9", "10")
     assert find_classes(["cow", "ant"], (), where="x") == ("ant", "cow")
@@ -72,10 +91,18 @@ def test_a_label_is_a_name_or_a_number_and_the_name_wins():
         class_index(["2"], ("ant", "cow"), where="x")
 
 
+def test_a_name_of_two_classes_is_no_label_but_their_numbers_are():
+    """ImageNet's crane is a bird and a machine."""
+    classes = ("ant", "crane", "cow", "crane")
+    assert class_index(["cow", "1", "3"], classes, where="x").tolist() == [2, 1, 3]
+    with pytest.raises(JobError, match=r"x: crane names two classes; required: labels that name one\. Give its number"):
+        class_index(["ant", "crane"], classes, where="x")
+    with pytest.raises(JobError, match=r"x: crane names two classes; required: labels that name one\. Rename one of them"):
+        class_index(["crane"], (*classes, "7"), where="x")
+
+
 @given(st.integers(2, 200), st.integers(2, 5), st.floats(0.05, 0.5), st.integers(0, 9))
 def test_split_is_a_partition_with_a_share_of_every_class(count: int, classes: int, share: float, seed: int):
-    import pyarrow as pa
-
     images = Images(pa.array([str(n).encode() for n in range(count)], pa.large_binary()), np.arange(count) % classes)
     kept, held = split(images, share, seed=seed)
     assert sorted([*kept.encoded.to_pylist(), *held.encoded.to_pylist()]) == sorted(images.encoded.to_pylist())

@@ -190,6 +190,26 @@ def test_loose_images_cannot_be_measured_with():
     assert "data: loose images carry no labels; required: webdataset or parquet" in refusal(b"", text)
 
 
+LABELLED = {
+    "evaluate": "model: {uri: m}\ndata: {input: {uri: a}, label: %s}",
+    "quantize": "model: {uri: m}\ncalibration: {uri: a}\ndata: {input: {uri: a}, label: %s}",
+    "finetune": "data: {train: {uri: a}, label: %s}",
+    "distill": "teacher: {uri: m}\ndata: {train: {uri: a}, label: %s}",
+}
+
+
+@pytest.mark.parametrize("kind", LABELLED)
+def test_a_label_is_named_after_no_column_of_an_image_row(kind: str):
+    def text(label: str) -> bytes:
+        return f"kind: {kind}\nname: x\noutput: {{uri: o}}\n{LABELLED[kind] % label}\n".encode()
+
+    for name in ("index", "source", "unit", "error", "bytes", "key", "width", "pixels"):
+        words = f"data.label is '{name}'; required: a name that image rows have no column of already. Change it."
+        assert words in refusal(b"", text(name))
+    for name in ("label", "status", "score", "truth"):
+        parse_job(text(name))
+
+
 def test_a_part_of_a_byte_is_rounded():
     assert parse_job(SIX_LINES + b"resources: {object_store: 1.1GiB}").resources.object_store == round(1.1 * 2**30)
 

@@ -6,13 +6,23 @@ preprocessing. Jobs that train are in `training`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import AfterValidator, model_validator
 
 from pipeline.job.fields import Digest, Name, Uri, Word
 from pipeline.job.quantity import Count, Fraction, Model, Positive
+from pipeline.rows import PREPARED
 from pipeline.spec import S3, Input, ModelSource
+
+
+def _label(value: str) -> str:
+    if value in PREPARED:
+        raise ValueError("a name that image rows have no column of already")
+    return value
+
+
+Label = Annotated[Word, AfterValidator(_label)]
 
 
 class Start(Model):
@@ -49,7 +59,7 @@ class Measured(Model):
 
     input: Input
     """Where the images are."""
-    label: Word = "cls"
+    label: Label = "cls"
     """Sidecar or column that holds the label, a class name or its number."""
     images: Count | None = None
     """At most this many, from the front."""

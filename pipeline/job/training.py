@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.job.quantity import Count, Fraction, Model, Positive, between, in_percent
-from pipeline.job.recipe import Preparation, Start
+from pipeline.job.recipe import Label, Preparation, Start
 from pipeline.model.preprocessing import Preprocessing, Resample
 from pipeline.spec import Input
 
@@ -54,7 +54,7 @@ class Data(Model):
     """Images that choose the best epoch; when absent, `validation_share` of `train`, never trained on."""
     validation_share: Annotated[Fraction, between(in_percent, "0.01%", "99.99%")] = 0.1
     """Share of every class held back when there is no `validation`."""
-    label: str | None = "cls"
+    label: Label | None = "cls"
     """Sidecar or column with the label, a class name or its number in `classes`; null, for distill: there are none."""
     classes: tuple[str, ...] = ()
     """Names in the order of their numbers; absent: the model's if the labels are just those, else those found, sorted."""

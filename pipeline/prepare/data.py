@@ -68,9 +68,25 @@ def image_rows(wanted: Input, *, label: str | None = None, most: int | None = No
             images = table.filter(pc.is_valid(table["key"])).slice(0, left)
             left = None if left is None else left - images.num_rows
             if images.num_rows:
-                yield images
+                yield _with_texts(images, label) if label else images
             if left == 0:
                 return
+
+
+def _with_texts(images: pa.Table, label: str) -> pa.Table:
+    """Image rows with their labels as text. Raises JobError for a column that cannot be."""
+    column = images[label]
+    try:
+        texts = column.cast(pa.string())
+        texts.validate(full=True)  # Arrow does not look at what a file says is text
+    except pa.ArrowNotImplementedError:
+        got = f"is {column.type}"
+    except pa.ArrowInvalid:
+        got = "is not UTF-8"
+    else:
+        return images.set_column(images.schema.get_field_index(label), label, texts)
+    do = "Name another column as data.label, or write this one as text"
+    raise JobError(f"{images['source'][0]}: column {label} {got}", need="labels as text or numbers", do=do)
 
 
 def has_labels(wanted: Input, label: str) -> bool:
@@ -85,14 +101,14 @@ def has_labels(wanted: Input, label: str) -> bool:
 
 
 def label_texts(column: pa.ChunkedArray) -> list[str | None]:
-    """Labels as text without white space; None where there is none."""
-    texts = pc.utf8_trim_whitespace(column.cast(pa.string())).to_pylist()
+    """Labels without white space; None where there is none."""
+    texts = pc.utf8_trim_whitespace(column).to_pylist()
     return [text or None for text in texts]
 
 
 def class_index(texts: Sequence[str | None], classes: Sequence[str], *, where: str) -> np.ndarray:
     """The number of each label in `classes`, int64 [N], NO_LABEL where there is none. A label is a class's name or, when no class
-    is named by a number, its number. Raises JobError for any other."""
+    is named by a number, its number. Raises JobError for any other, and for a name that two classes have."""
     names = {name: number for number, name in enumerate(classes)}
     numbers = {} if any(name.isdigit() for name in classes) else {str(number): number for number in range(len(classes))}
     known = numbers | names
@@ -101,4 +117,8 @@ def class_index(texts: Sequence[str | None], classes: Sequence[str], *, where: s
         need = f"one of {len(classes)} classes, {', '.join(classes[:5])}" + (", …" if len(classes) > 5 else "")
         do = "Correct the labels or name the class"
         raise JobError(f"{where}: {', '.join(unknown[:5])}", need=need + (", or its number" if numbers else ""), do=do)
+    twice = sorted({name for name, count in Counter(classes).items() if count > 1}.intersection(texts))
+    if twice:
+        do = "Give its number" if numbers else "Rename one of them"
+        raise JobError(f"{where}: {twice[0]} names two classes", need="labels that name one", do=do)
     return np.array([NO_LABEL if text is None else known[text] for text in texts], dtype=np.int64)
