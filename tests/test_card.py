@@ -16,7 +16,7 @@ from pipeline.prepare.card import folder_name, model_card
 from pipeline.prepare.importer import import_model
 
 ORIGIN = Origin(
-    parents=("sha256:" + "1" * 64, "microsoft/resnet-18"),
+    parents=("sha256:" + "1" * 64, "ResNet18_Weights.IMAGENET1K_V1"),
     data={"uris": ["s3://photos/"], "images": {"train": 1008, "validation": 112}, "settings": {f"s{i}": i for i in range(200)}},
     metrics={"accuracy": 0.98765, "epoch": 3},
     command="nightlabel run jobs/x.yaml",
@@ -62,7 +62,7 @@ def test_front_matter_is_hugging_faces():
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "resnet", "nightlabel"],
         "metrics": ["accuracy"],
-        "base_model": "microsoft/resnet-18",
+        "base_model": "ResNet18_Weights.IMAGENET1K_V1",
     }
     from huggingface_hub import ModelCard
 
@@ -70,7 +70,17 @@ def test_front_matter_is_hugging_faces():
 
 
 @pytest.mark.parametrize(
-    "parent", ["sha256:" + "1" * 64, "weights.pth", "models/w.safetensors", "/data/resnet", "s3://b/m", "m/"]
+    "parent",
+    [
+        "sha256:" + "1" * 64,
+        "weights.pth",
+        "models/w.safetensors",
+        "/data/resnet",
+        "s3://b/m",
+        "m/",
+        "models/resnet18",
+        "resnet18",
+    ],
 )
 def test_a_parent_that_is_no_name_is_no_base_model(parent: str):
     card = model_card(made(origin=Origin(parents=(parent,))), name="x")

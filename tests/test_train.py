@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -148,6 +149,16 @@ def test_checkpoints_that_are_damaged_gone_or_cannot_be_written_are_one_sentence
         trained(tmp_path, settings)
     with pytest.raises(StoreError, match=r"/dev/full/x/last\.ckpt: Not a directory; required: a place for checkpoints"):
         replace(Path("/dev/full/x/last.ckpt"), b"")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch has its doubts about some
+def test_a_checkpoint_with_a_hole_is_one_sentence(tmp_path: Path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "last.ckpt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "last.ckpt").read_bytes()
+    for at in range(len(content)):
+        (tmp_path / "last.ckpt").write_bytes(content[:at] + content[at + 1 :])
+        with contextlib.suppress(StoreError):
+            read(tmp_path / "last.ckpt")
 
 
 def test_a_loaded_network_trains_its_norms_and_a_stopped_training_stays_stopped(tmp_path: Path):

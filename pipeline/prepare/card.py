@@ -15,9 +15,9 @@ import yaml
 from pipeline.artifact import INT8, Artifact
 from pipeline.model.describe import giga, millions, numbers, plain, preprocessing_text
 
-#: A model's name on a hub (`microsoft/resnet-18`) or in a library; digests and paths are not.
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+#: Weights by torchvision's name, the only one that a parent has: all others are digests and paths, and a relative path looks
+#: like a name on a hub.
+LIBRARY_NAME = re.compile(r"ResNet\d+_Weights\.\w+")
 _ACCURACIES = ("accuracy", "top1")
 _WIDEST = 300  # characters of one fact: settings of a training are 400 and would take a quarter of the page
 
@@ -47,7 +47,7 @@ def _front_matter(artifact: Artifact) -> dict[str, Any]:
     }
     if any(name in artifact.origin.metrics for name in _ACCURACIES):
         front["metrics"] = ["accuracy"]
-    names = [parent for parent in artifact.origin.parents if _NAME.fullmatch(parent) and not parent.endswith(WEIGHT_FILES)]
+    names = [parent for parent in artifact.origin.parents if LIBRARY_NAME.fullmatch(parent)]
     if names:
         front["base_model"] = names[0] if len(names) == 1 else names
     return front

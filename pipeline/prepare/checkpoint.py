@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +65,7 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         do = "Run again: either another run of this job has finished and its model is there, or the training starts anew"
         raise Temporary(f"{path}: somebody has removed it", do=do) from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle trips the unpickler up in any way
         got = f"{path}: cannot be read ({str(error).partition('. ')[0]})"
         raise StoreError(got, need="a checkpoint as it was written", do=f"Remove {path.parent} and begin anew") from error
     return state

@@ -25,10 +25,10 @@ from pipeline.artifact import CONFIG, PREPROCESSOR, WEIGHTS, Artifact, Origin, m
 from pipeline.errors import InputMissing, ModelError, Temporary, first_line
 from pipeline.model.huggingface import Architecture, read_config, read_preprocessor
 from pipeline.model.preprocessing import Preprocessing
-from pipeline.prepare.card import WEIGHT_FILES, folder_name, model_card
+from pipeline.prepare.card import LIBRARY_NAME, folder_name, model_card
 from pipeline.storage import join, open_store
 
-_NAME = re.compile(r"ResNet\d+_Weights\.\w+")
+_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _NESTS = ("state_dict", "model_state_dict", "model")  # Lightning, many training scripts, torchvision's references
 #: A parameter that every ResNet has, by torchvision's name and Hugging Face's. What stands before it is a wrapper's prefix:
 #: `module.`, `model.`, `_orig_mod.` and the like.
@@ -65,9 +65,9 @@ def import_model(
     others class_0 and so on; the crop is torchvision's, 256 → 224 bilinear (preprocessing.PRESETS has two more).
     Raises ModelError, and Temporary when a download fails.
     """
-    if _NAME.fullmatch(source):
+    if LIBRARY_NAME.fullmatch(source):
         found = _torchvision(source)
-    elif source.endswith(WEIGHT_FILES):
+    elif source.endswith(_ENDINGS):
         found = Source(_parameters(_fetch(source), source))
     else:
         found = _folder(source, preprocessing)
@@ -180,7 +180,7 @@ def _fetch(uri: str) -> bytes:
     try:
         return open_store(uri).read(uri)
     except InputMissing as error:
-        do = f"Give a file ({', '.join(WEIGHT_FILES)}), a Hugging Face folder, or a name such as ResNet18_Weights.IMAGENET1K_V1"
+        do = f"Give a file ({', '.join(_ENDINGS)}), a Hugging Face folder, or a name such as ResNet18_Weights.IMAGENET1K_V1"
         raise ModelError(f"{uri}: not found", do=do) from error
 
 
@@ -195,6 +195,8 @@ def _parameters(data: bytes, where: str) -> dict[str, Tensor]:
         raise ModelError(f"{where}: {_first(error)}", need=need, do="Save model.state_dict() alone") from error
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise ModelError(f"{where}: cannot be read ({_first(error)})", do="Fetch or export the file again") from error
+    except Exception as error:  # a damaged pickle trips the unpickler up in any way: KeyError, TypeError, AssertionError
+        raise ModelError(f"{where}: cannot be read ({type(error).__name__})", do="Fetch or export the file again") from error
     while isinstance(found, Mapping) and (nest := next((n for n in _NESTS if isinstance(found.get(n), Mapping)), None)):
         found = found[nest]
     items = found.items() if isinstance(found, Mapping) else ()
