@@ -6,6 +6,8 @@ from an earlier demo is used again, so a second one trains nothing and finds not
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import yaml
 
 from pipeline.attempt import Observer
 from pipeline.errors import ExitCode, JobError
@@ -27,6 +30,11 @@ from pipeline.report import Receipt
 WANTED = 0.95  # of the labels must be right, or the demo has failed
 
 
+def _written(folder: Path) -> str:
+    """As YAML has it: in quotes where the name needs them."""
+    return yaml.safe_dump([f"{folder}/"], default_flow_style=True, width=math.inf, allow_unicode=True).strip()[1:-1]
+
+
 def job_text(out: Path) -> str:
     """The demo's job file; jobs/demo.yaml is this text for `demo-out`."""
     return f"""# yaml-language-server: $schema=schema.json
@@ -34,12 +42,12 @@ def job_text(out: Path) -> str:
 kind: label
 name: demo
 input:
-  uri: {out}/digits/label/
+  uri: {_written(out / "digits/label")}
   keep: [cls]                    # the truth, copied beside the prediction
 model:
-  uri: {out}/model/
+  uri: {_written(out / "model")}
 output:
-  uri: {out}/labels/
+  uri: {_written(out / "labels")}
   top_k: 3
 limits: {{max_failed: 5%}}         # some images are broken on purpose
 """
@@ -52,13 +60,13 @@ def model_text(out: Path) -> str:
 kind: finetune
 name: demo-model
 data:
-  train: {{uri: {out}/digits/train/}}
+  train: {{uri: {_written(out / "digits/train")}}}
 preprocessing: {{size: 32, crop_pct: 1.0}}
 training:
   epochs: 8
   augment: {{crop: [0.8, 1.0], flip: false}}
 output:
-  uri: {out}/model/
+  uri: {_written(out / "model")}
 """
 
 
@@ -83,7 +91,10 @@ class Outcome:
 
 
 def run_demo(out: Path, *, say: Callable[[str], None], observe: Observer) -> Outcome:
-    """Pack, train, label, compare. Raises JobError when `out` holds something else."""
+    """Pack, train, label, compare. Raises JobError when `out` is no folder or holds something else."""
+    if re.search(r"[{*?\[]|^(s3|file):", str(out)):  # in a job file they mean more
+        need = "a folder of this machine, without {, *, ? and ["
+        raise JobError(f"--out is {out}", need=need, do="Give another one")
     job_file, model = out / "job.yaml", out / "model"
     if out.exists() and any(out.iterdir()) and not job_file.exists():
         raise JobError(f"{out} is not empty", need="a new folder or that of an earlier demo", do="Give another one with --out")

@@ -11,6 +11,9 @@ import pytest
 
 from pipeline.cut import cut, list_inputs
 from pipeline.decode import BadImage, decode
+from pipeline.demo import job_text, model_text, run_demo
+from pipeline.errors import JobError
+from pipeline.job.jobfile import parse_job
 from pipeline.prepare.digits import CLASSES, EDGE, Digits, pack_digits
 from pipeline.read import read_unit
 from pipeline.spec import Input
@@ -90,3 +93,23 @@ def test_broken_images_are_spread_over_the_shards(digits: Digits):
             holding.append(sum(name.startswith("broken-") for name in tar.getnames()))
     assert sum(holding) == len(digits.broken)
     assert max(holding) <= 2
+
+
+@pytest.mark.parametrize(
+    "name", ["demo #1", "a: b", "it's", 'the "best"', "x, y", "a}", "- a", "über", "\U0001f600", "a\tb", "& %", "1"]
+)
+def test_the_demo_stands_in_a_folder_of_any_name(name: str):
+    label, model = (parse_job(text(Path(name)).encode()) for text in (job_text, model_text))
+    assert (label.input.uri, label.model.uri) == (f"{name}/digits/label/", f"{name}/model/")
+    assert label.output.uri == f"{name}/labels/"
+    assert (model.data.train.uri, model.output.uri) == (f"{name}/digits/train/", f"{name}/model/")
+
+
+@pytest.mark.parametrize("name", ["x{date}", "a*", "a?", "out[1]", "s3://bucket/x", "file:///x"])
+def test_the_demo_refuses_what_a_job_takes_for_more_than_a_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(JobError) as caught:
+        run_demo(Path(name), say=print, observe=lambda *_: None)
+    words = f"--out is {Path(name)}; required: a folder of this machine, without {{, *, ? and [. Give another one."
+    assert str(caught.value) == words
+    assert not list(tmp_path.iterdir())
