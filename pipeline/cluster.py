@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +26,7 @@ from pipeline.spec import Job
 KNOCK_S = 10.0  # for a head to answer
 FREE_S = 5.0  # for Ray to find room where there is some
 BUSY_WAIT_S = 600.0  # for other jobs to end
+TELL_S = 60  # a run that waits says so again, lest it look hung, and sees whether another takes over
 
 Tell = Callable[..., None]
 
@@ -85,10 +88,12 @@ def _make_room(job: Job, tell: Tell) -> None:
         seconds = BUSY_WAIT_S if wait is None else wait
         awaited = missing or f"{job.resources.cpus:g} CPUs and {job.resources.gpus:g} GPUs that other jobs hold"
         tell("waiting", awaited=awaited, seconds=seconds)
-        if not group.wait(seconds):
-            raise Temporary(
-                f"waited {seconds:g} s in vain: {missing_from_cluster(job) or awaited}", do="Run again, or raise cluster.wait"
-            )
+        end = time.monotonic() + seconds
+        while not group.wait(min(TELL_S, max(0, math.ceil(end - time.monotonic())))):  # Ray cuts it to whole seconds
+            if time.monotonic() >= end:
+                still = missing_from_cluster(job) or awaited
+                raise Temporary(f"waited {seconds:g} s in vain: {still}", do="Run again, or raise cluster.wait")
+            tell("still_waiting")
     finally:
         remove_placement_group(group)
 

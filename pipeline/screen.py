@@ -43,7 +43,7 @@ class Screen:
 
     def observe(self, event: str, fields: dict[str, Any]) -> None:
         """Takes the driver's events: ignored, planned, waiting, pass, first, rows, commit, trouble, split, replanned, verified,
-        logs."""
+        logs; still_waiting is for others."""
         if event == "planned":
             self._planned(fields)
         elif event in _SAID:

@@ -21,8 +21,8 @@ import ray
 from shards import picture, tar_bytes, write_parquet, write_tars
 
 from pipeline import run
-from pipeline.cluster import missing_from_cluster, start_ray
-from pipeline.errors import Conflict, InputMissing, Interrupted, JobError, ModelError, UnfitError, UnitsLeft
+from pipeline.cluster import cluster, missing_from_cluster, start_ray
+from pipeline.errors import Conflict, InputMissing, Interrupted, JobError, ModelError, Temporary, UnfitError, UnitsLeft
 from pipeline.label import Driver
 from pipeline.report import Receipt
 from pipeline.rows import PREDICTION, TIMINGS
@@ -452,6 +452,22 @@ def test_demand_beyond_the_machine_is_refused(tmp_path, model, on_ray):
         label(job(tmp_path / "in", model, tmp_path / "out", resources={"predict": {"gpus_per_actor": 1}}))
     with pytest.raises(JobError, match="the cluster has 2 on this machine"):
         label(job(tmp_path / "in", model, tmp_path / "out", resources={"preprocess": {"actors": 9}}))
+
+
+def test_a_run_that_waits_for_nodes_goes_on_telling(model, on_ray, monkeypatch):
+    """Else metrics take it for one that hangs, and a run that is to take over is not seen."""
+    monkeypatch.setattr("pipeline.cluster.FREE_S", 0)
+    monkeypatch.setattr("pipeline.cluster.TELL_S", 1)
+    told: list[str] = []
+    wanted = job("in", model, "out", resources={"preprocess": {"actors": 9}}, cluster={"workers": {"cpus": 8}, "wait": "3s"})
+    with (
+        pytest.raises(Temporary, match=r"waited 3 s in vain: resources: the job asks for .* CPUs"),
+        cluster(wanted, tell=lambda event, **_: told.append(event)),
+    ):
+        pass
+    assert told[0] == "waiting"
+    assert told[1:] == ["still_waiting"] * (len(told) - 1)
+    assert 1 <= len(told[1:]) <= 2
 
 
 def test_an_actor_that_fits_on_no_live_node_is_refused(monkeypatch):
