@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from pipeline.errors import ExitCode, Interrupted, JobError, NightlabelError
+from pipeline.job.cron import longest_gap
 from pipeline.spec import Job
 
 if TYPE_CHECKING:
@@ -33,13 +34,14 @@ if TYPE_CHECKING:
 
 EVERY_S = 30.0
 _PATIENCE_S = 5.0
+_WORK_S = 7200.0  # of a scheduled run, when limits.deadline gives it no longer
 _LAST_TRIES_S = (0.0, 1.0, 2.0)
 
 #: name without the prefix → (type, help). The label `name` is the job's; `job` belongs to Prometheus.
 _FAMILIES = {
     "running": ("gauge", "1 from the start of a run to its end; one that was killed leaves 1 behind."),
     "run_start_timestamp_seconds": ("gauge", "When the last run began."),
-    "progress_timestamp_seconds": ("gauge", "When the last run moved: planned, a block arrived, a unit was committed."),
+    "progress_timestamp_seconds": ("gauge", "When the last run moved: planned, waits for nodes, a block or a commit came."),
     "units_planned": ("gauge", "Units of the run."),
     "units_done": ("gauge", "Units that are committed, by this attempt or before it."),
     "images_total": ("counter", "Rows that arrived in this attempt, by status."),
@@ -48,6 +50,7 @@ _FAMILIES = {
     "run_duration_seconds": ("gauge", "Wall clock of the last run that ended."),
     "images_per_second": ("gauge", "Rate of the last run that labelled, from its first block to its last."),
     "last_success_timestamp_seconds": ("gauge", "When a run last ended with 0."),
+    "success_every_seconds": ("gauge", "How long after a success the next is due; only of a job with a schedule."),
 }
 
 
@@ -59,6 +62,7 @@ class Account:
     start: float
     moved: float | None = None
     max_failed: float | None = None
+    every: float | None = None
     planned: int = 0
     done: int = 0
     ok: int = 0
@@ -80,9 +84,11 @@ class Account:
             "run_duration_seconds": None if self.ended is None else self.ended - self.start,
             "images_per_second": self.images_per_second,
             "last_success_timestamp_seconds": self.ended if self.exit_code == ExitCode.DONE else None,
+            "success_every_seconds": self.every,
         }
         samples = {name: [("", value)] for name, value in values.items() if value is not None}
-        samples["images_total"] = [(',status="ok"', self.ok), (',status="failed"', self.failed)]
+        if self.ok or self.failed:  # a run that finds nothing to do takes back nothing of what the one before it told
+            samples["images_total"] = [(',status="ok"', self.ok), (',status="failed"', self.failed)]
         return "".join(_family(name, self.name, samples[name]) for name in _FAMILIES if name in samples)
 
 
@@ -105,6 +111,7 @@ class Metrics:
         self.account = Account(job.name, time.time())
         if isinstance(job, Job):  # the others are not heard of before their end, and would look stuck
             self.account.moved, self.account.max_failed = self.account.start, job.limits.max_failed
+            self.account.every = _due(job)
         self._to, self._say = to, say
         self._trouble: str | None = None
         self._end = threading.Event()
@@ -174,6 +181,12 @@ class Metrics:
             return False
         self._trouble = None
         return True
+
+
+def _due(job: Job) -> float | None:
+    """Seconds from a success to when the next must be there: the schedule's longest gap, and time to work."""
+    gap = longest_gap(job.schedule.cron) if job.schedule else None
+    return None if gap is None else gap + max(_WORK_S, job.limits.deadline or 0.0)
 
 
 def _check(to: str) -> None:

@@ -22,11 +22,12 @@ from shards import write_tars
 
 from pipeline import prometheus
 from pipeline.errors import Conflict, Interrupted, JobError
+from pipeline.job.cron import longest_gap
 from pipeline.prometheus import Account, Metrics
 from pipeline.spec import Job
 
 JOB = Job.model_validate({"name": "nightly", "input": {"uri": "in"}, "model": {"uri": "m"}, "output": {"uri": "o"}})
-ENDED = Account("nightly", 1.0, 2.0, 0.01, images_per_second=3.0, exit_code=0, ended=4.0)
+ENDED = Account("nightly", 1.0, 2.0, 0.01, 5.0, ok=1, images_per_second=3.0, exit_code=0, ended=4.0)
 
 
 def values(text: str) -> dict[str, float]:
@@ -75,6 +76,41 @@ def gateway() -> Iterator[Gateway]:
         yield server
         server.shutdown()
         thread.join()
+
+
+@pytest.mark.parametrize(
+    ("cron", "hours"),
+    [
+        ("0 2 * * *", 24),
+        ("*/10 * * * *", 1 / 6),
+        ("0 9-17/4 * * mon-fri", 64),  # from Friday 17:00
+        ("30 2 * * 1", 7 * 24),
+        ("0 2 * * 0,sun", 7 * 24),
+        ("0 2 1 * *", 31 * 24),
+        ("0 2 1 * MON", 7 * 24),  # either of them
+        ("0 2 ? JAN,jul *", 154 * 24),  # from the last of July
+        ("0 0 29 2 *", 1461 * 24),
+        ("59 23/2 * * 4/2", 5 * 24),  # Thursday and Saturday
+        ("0 2 31 2 *", None),
+        ("0 2 * * 1#1", None),
+        ("0 2 L * *", None),
+        ("0 25 * * *", None),
+        ("0 2 * * 7", None),
+        ("0-999999999999 2 * * *", None),
+        ("*/0 2 * * *", None),
+    ],
+)
+def test_the_longest_gap_of_a_schedule(cron, hours):
+    found = longest_gap(cron)
+    assert found == (hours and pytest.approx(hours * 3600))
+
+
+def test_only_a_scheduled_job_says_when_a_success_is_due():
+    told = []
+    for more in ({}, {"schedule": {"cron": "0 2 * * *"}}, {"schedule": {"cron": "0 2 * * 1"}, "limits": {"deadline": "6h"}}):
+        account = Metrics(None, Job.model_validate(JOB.model_dump(mode="json") | more), say=silence).account
+        told.append(values(account.text()).get("success_every_seconds"))
+    assert told == [None, 26 * 3600, (7 * 24 + 6) * 3600]
 
 
 def silence(_: str) -> None:
@@ -160,16 +196,29 @@ def scraped(url: str) -> dict[str, float]:
 def test_a_real_collector_keeps_what_a_failed_run_does_not_tell(collector):
     to, url = collector
     assert scraped(url) == {}
-    with Metrics(to, JOB, say=silence) as telling:
+    nightly = Job.model_validate(JOB.model_dump(mode="json") | {"schedule": {"cron": "0 2 * * *"}})
+    with Metrics(to, nightly, say=silence) as telling:
         telling.account.images_per_second = 3.0
+        telling.observe("rows", {"images": 10, "failed": 3})
     before = scraped(url)
-    with pytest.raises(Conflict), Metrics(to, JOB, say=silence):
+    with pytest.raises(Conflict), Metrics(to, nightly, say=silence):
         raise Conflict("x")
     after = scraped(url)
     assert set(before) == set(after) == set(values(ENDED.text()))
     assert (before["exit_code"], after["exit_code"]) == (0, 6)
     kept = ("last_success_timestamp_seconds", "images_per_second")
     assert [after[name] for name in kept] == [before[name] for name in kept]
+
+
+def test_a_run_that_finds_nothing_to_do_keeps_what_was_told_of_the_images(collector):
+    """Such as KubeRay's second attempt: what the first one found is to be seen all the same."""
+    to, url = collector
+    with Metrics(to, JOB, say=silence) as telling:
+        telling.observe("rows", {"images": 10, "failed": 3})
+    with Metrics(to, JOB, say=silence) as telling:
+        telling.observe("planned", {"units": 0, "done": 0})
+    told = scraped(url)
+    assert (told["images_total ok"], told["images_total failed"], told["units_planned"]) == (7, 3, 0)
 
 
 def test_what_cannot_be_told_is_a_line_and_no_error(gateway, tmp_path, monkeypatch):
@@ -223,5 +272,5 @@ def test_the_command_line_tells_and_ends_as_without(tmp_path, model, on_ray):
     told = values(Path(tmp_path, "nightlabel_nightly.prom").read_text())
     assert codes == [0, 2]
     assert told["exit_code"] == 2
-    assert told["images_total ok"] == 0
+    assert told["images_total ok"] == 12  # of the first
     assert told["last_success_timestamp_seconds"] < told["run_start_timestamp_seconds"]
