@@ -25,9 +25,9 @@ from pipeline.rows import COMPARED_EVERY, pixels_array
 
 Stage = Callable[[pa.Table], pa.Table]
 #: What was done: (images, seconds) by kind.
-Told = dict[str, tuple[int, float]]
-#: Told that, it says which share of the plain JPEGs is the GPU's.
-Share = Callable[[Told], float]
+Measurements = dict[str, tuple[int, float]]
+#: Measurements that, it says which share of the plain JPEGs is the GPU's.
+Share = Callable[[Measurements], float]
 
 START: Final = 0.5  # of the plain JPEGs, before anything is measured
 _MEMORY: Final = 5_000.0  # images after which a measurement counts half as much
@@ -83,7 +83,7 @@ class Lanes:
 
     def __init__(self, preprocess: Stage, preprocessing: Preprocessing, max_pixels: int, share: Share) -> None:
         self.preprocess, self.preprocessing, self.max_pixels, self.share = preprocess, preprocessing, max_pixels, share
-        self._told: Told = {}
+        self._told: Measurements = {}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """As `preprocess` puts it out, rows in another order, with the columns `bytes` and `exact` besides."""
@@ -137,7 +137,7 @@ class GpuLane:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """What `predict` makes of what `Lanes` puts out."""
-        encoded, told = pc.is_valid(batch["bytes"]), Told()
+        encoded, told = pc.is_valid(batch["bytes"]), Measurements()
         rows = batch.drop_columns("bytes")
         tables, waiting = [rows.filter(pc.invert(encoded))], rows.filter(encoded)
         if waiting.num_rows:
@@ -175,21 +175,21 @@ def _completed(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return table.select(schema.names)
 
 
-def everything(_: Told) -> float:
+def all_on_gpu(_: Measurements) -> float:
     """All of them are the GPU's."""
     return 1.0
 
 
 class Split:
     """How many of the plain JPEGs the GPU should take so that both sides are done at the same time, by what each has measured.
-    `actors`: of preprocess for each of predict. Told by both, it answers the first; a Ray actor of a pass."""
+    `actors`: of preprocess for each of predict. Measurements by both, it answers the first; a Ray actor of a pass."""
 
     def __init__(self, actors: float) -> None:
         self._actors = actors
         self._images: dict[str, float] = defaultdict(float)
         self._seconds: dict[str, float] = defaultdict(float)
 
-    def share(self, told: Told) -> float:
+    def share(self, told: Measurements) -> float:
         """Add what was done to what is known; up to 1."""
         for kind, (images, seconds) in told.items():
             fade = 0.5 ** (images / _MEMORY)

@@ -26,7 +26,7 @@ from pipeline.artifact import Artifact
 from pipeline.cluster import connect
 from pipeline.errors import NightlabelError, Stalled, Temporary, first_line
 from pipeline.job.resources import Pool
-from pipeline.lanes import START, Share, Split, Stage, Told, everything
+from pipeline.lanes import START, Measurements, Share, Split, Stage, all_on_gpu
 from pipeline.rows import TIMINGS
 from pipeline.spec import S3, Input, Job
 from pipeline.stages import make_predict, make_preprocess
@@ -122,14 +122,14 @@ def _share(job: Job) -> Share | None:
     if job.decode_lane == "cpu":
         return None
     if job.decode_lane == "gpu":
-        return everything
+        return all_on_gpu
     pools = job.resources
     actors = pools.preprocess.actors / pools.predict.actors
     split = ray.remote(Split).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(actors)
     return partial(_told, split)
 
 
-def _told(split: Any, told: Told) -> float:
+def _told(split: Any, told: Measurements) -> float:
     try:
         share: float = ray.get(split.share.remote(told))
     except ray.exceptions.RayError:  # it only steers: no block is lost for it

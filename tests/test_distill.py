@@ -17,7 +17,7 @@ from pipeline.artifact import build, load_artifact, save_artifact
 from pipeline.errors import JobError
 from pipeline.job.training import DistillJob
 from pipeline.model.preprocessing import Preprocessing
-from pipeline.prepare.distill import Distil, run_job
+from pipeline.prepare.distill import DistillationLoss, run_job
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_the_loss_is_that_of_the_paper_and_the_teacher_sees_its_own_normalisatio
     theirs = Preprocessing(size=16, crop_pct=1.0, mean=(0.1, 0.2, 0.3), std=(0.3, 0.4, 0.5))
     teacher = tiny_artifact(SIDES[:2], preprocessing=theirs)
     wanted = distill_job("x", tmp_path, "t", distillation={"temperature": 3.0, "alpha": 0.7})
-    objective = Distil(wanted, teacher, SMALL, 16)
+    objective = DistillationLoss(wanted, teacher, SMALL, 16)
     assert objective.state_dict() == {}, "the teacher is no part of a checkpoint"
     network, pixels = tiny_network(seed=1).eval(), torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
     targets = F.one_hot(torch.tensor([0, 1, 0, 1, 0, 1]), 2).float()
@@ -182,17 +182,19 @@ def test_the_loss_is_that_of_the_paper_and_the_teacher_sees_its_own_normalisatio
 def test_the_map_of_the_features_is_the_same_whatever_was_drawn_before(tmp_path: Path):
     """Else a kill while the student without the teacher is trained would change the one with it."""
     wanted, teacher = distill_job("x", tmp_path, "t", distillation={"features": 0.5}), tiny_artifact(SIDES, wide=24)
-    first = Distil(wanted, teacher, SMALL, 16)
+    first = DistillationLoss(wanted, teacher, SMALL, 16)
     torch.rand(1)
-    again = Distil(wanted, teacher, SMALL, 16)
-    other = Distil(wanted.model_copy(update={"training": wanted.training.model_copy(update={"seed": 1})}), teacher, SMALL, 16)
+    again = DistillationLoss(wanted, teacher, SMALL, 16)
+    other = DistillationLoss(
+        wanted.model_copy(update={"training": wanted.training.model_copy(update={"seed": 1})}), teacher, SMALL, 16
+    )
     assert torch.equal(first.project.weight, again.project.weight)
     assert not torch.equal(first.project.weight, other.project.weight)
 
 
 def test_both_answers_are_float32_in_half_precision(tmp_path: Path):
     """What the loss compares would tie in bfloat16's 8 bits."""
-    objective, network = Distil(distill_job("x", tmp_path, "t"), tiny_artifact(), SMALL, 16), tiny_network(seed=1)
+    objective, network = DistillationLoss(distill_job("x", tmp_path, "t"), tiny_artifact(), SMALL, 16), tiny_network(seed=1)
     seen: list[torch.dtype] = []
     for model in (network, objective.teacher[0]):
         model.classifier.register_forward_hook(lambda _, given, logits: seen.extend([given[0].dtype, logits.dtype]))

@@ -18,13 +18,13 @@ from trainings import SIDES, SMALL, accuracy, picture, tiny_artifact, write_shar
 
 from pipeline.artifact import Artifact, build, load_artifact, save_artifact
 from pipeline.errors import InputMissing, JobError, ModelError, StoreError
-from pipeline.job.training import FinetuneJob, Random
+from pipeline.job.training import FinetuneJob, RandomNetwork
 from pipeline.model.huggingface import Architecture
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.finetune import architecture_of, classifier_line, run_job, starting_network
 from pipeline.prepare.images import labelled, read_images
 from pipeline.prepare.resume import finished
-from pipeline.prepare.train import Place
+from pipeline.prepare.train import Worker
 from pipeline.spec import Input
 from pipeline.storage import open_store
 
@@ -157,8 +157,8 @@ def test_the_first_worker_decides_for_all_whether_the_job_is_done(tmp_path: Path
     make(wanted)
     key = made_key(tmp_path / "out")
 
-    def second(told: bool) -> Place:
-        return Place(rank=1, world=2, broadcast=lambda value: told)
+    def second(told: bool) -> Worker:
+        return Worker(rank=1, world=2, broadcast=lambda value: told)
 
     assert finished(wanted, key, second(False)) is None, "although it sees the artifact itself"
     elsewhere = job(train, tmp_path / "not-seen", model={"uri": start})
@@ -227,12 +227,12 @@ def test_sizes_that_are_refused(size: int):
 
 def test_a_model_keeps_its_head_when_the_classes_are_the_same():
     start = tiny_artifact()
-    same, other = (starting_network(start, Random(), classes, seed=0) for classes in (SIDES[:2], SIDES))
+    same, other = (starting_network(start, RandomNetwork(), classes, seed=0) for classes in (SIDES[:2], SIDES))
     head = build(start).classifier[1].weight
     assert torch.equal(same.classifier[1].weight, head)
     assert other.classifier[1].weight.shape == (3, 16)
     assert torch.equal(next(other.parameters()), next(build(start).parameters()))
-    reordered = starting_network(start, Random(), ("right", "left"), seed=0)
+    reordered = starting_network(start, RandomNetwork(), ("right", "left"), seed=0)
     assert not torch.equal(reordered.classifier[1].weight, head)
     lines = [classifier_line(start, classes) for classes in (SIDES[:2], SIDES, ("right", "left"), ("cat", "dog"))]
     assert lines == [
@@ -251,10 +251,10 @@ def test_labels_that_are_numbers_of_the_models_classes_keep_its_names_and_classi
 
 
 def test_random_starts_are_resnets_of_the_paper():
-    assert architecture_of(None, Random(), 10) == Architecture("basic", (2, 2, 2, 2), (64, 128, 256, 512), 10)
-    fifty = architecture_of(None, Random(depth=50, stem="small"), 10)
+    assert architecture_of(None, RandomNetwork(), 10) == Architecture("basic", (2, 2, 2, 2), (64, 128, 256, 512), 10)
+    fifty = architecture_of(None, RandomNetwork(depth=50, stem="small"), 10)
     assert fifty == Architecture("bottleneck", (3, 4, 6, 3), (256, 512, 1024, 2048), 10, stem="small")
-    first, second, other = (starting_network(None, Random(), ("a", "b"), seed=seed) for seed in (0, 0, 1))
+    first, second, other = (starting_network(None, RandomNetwork(), ("a", "b"), seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first.classifier[1].weight, second.classifier[1].weight)
     assert not torch.equal(first.classifier[1].weight, other.classifier[1].weight)
 

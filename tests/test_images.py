@@ -17,9 +17,19 @@ from trainings import SMALL, picture, write_shards
 from pipeline.errors import InputError, JobError
 from pipeline.job.training import Augment
 from pipeline.model.preprocessing import Preprocessing
-from pipeline.prepare.augment import Change
+from pipeline.prepare.augment import Augmentation
 from pipeline.prepare.data import NO_LABEL, LeftOut, class_index
-from pipeline.prepare.images import Images, Order, Visits, find_classes, fitting, labelled, read_images, seeded, split
+from pipeline.prepare.images import (
+    EpochDataset,
+    EpochSampler,
+    Images,
+    find_classes,
+    fitting,
+    labelled,
+    read_images,
+    seeded,
+    split,
+)
 from pipeline.spec import Input
 
 STILL = Augment(crop=(1, 1), flip=False)
@@ -144,7 +154,7 @@ def test_unlabelled_images_validate_only_when_not_one_has_a_label(tmp_path: Path
 
 def test_a_visit_follows_from_its_numbers_and_leaves_the_generator_alone(tmp_path: Path):
     images = some(tmp_path, 4)
-    visits = Visits(images, Change(SMALL, Augment(crop=(0.3, 1), jitter=0.3)), seed=1)
+    visits = EpochDataset(images, Augmentation(SMALL, Augment(crop=(0.3, 1), jitter=0.3)), seed=1)
     state = torch.get_rng_state()
     first, label = visits[0, 2]
     assert (first.shape, first.dtype, label) == ((3, 16, 16), torch.uint8, 0)
@@ -163,19 +173,19 @@ def test_no_change_is_what_predicting_sees(tmp_path: Path):
     from pipeline.preprocess import Prepare
 
     wanted = Preprocessing(size=12, crop_pct=0.8, resample="bicubic")
-    pixels, _ = Visits(some(tmp_path, 1), Change(wanted, STILL), seed=0)[0, 0]
+    pixels, _ = EpochDataset(some(tmp_path, 1), Augmentation(wanted, STILL), seed=0)[0, 0]
     assert np.array_equal(pixels.numpy(), Prepare(wanted, 10**6)(picture(0))[0])
 
 
 def test_a_flip_mirrors_half_and_a_crop_moves(tmp_path: Path):
     images = some(tmp_path, 64, classes=1)  # all bright on the left
-    still = Visits(images, Change(SMALL, STILL), seed=0)
-    mirrored = Visits(images, Change(SMALL, Augment(crop=(1, 1), flip=True)), seed=0)
+    still = EpochDataset(images, Augmentation(SMALL, STILL), seed=0)
+    mirrored = EpochDataset(images, Augmentation(SMALL, Augment(crop=(1, 1), flip=True)), seed=0)
     turned = sum(torch.equal(mirrored[0, n][0], still[0, n][0].flip(2)) for n in range(64))
     same = sum(torch.equal(mirrored[0, n][0], still[0, n][0]) for n in range(64))
     assert turned + same == 64
     assert 16 < turned < 48
-    cropped = Visits(images, Change(SMALL, Augment(crop=(0.4, 0.6), flip=False)), seed=0)
+    cropped = EpochDataset(images, Augmentation(SMALL, Augment(crop=(0.4, 0.6), flip=False)), seed=0)
     edges = {int((cropped[0, n][0][0].float().mean(0) > 100).sum()) for n in range(64)}
     assert len(edges) > 4
 
@@ -183,7 +193,7 @@ def test_a_flip_mirrors_half_and_a_crop_moves(tmp_path: Path):
 def test_a_shift_moves_the_picture_over_black():
     seen = Preprocessing(size=24)
     image = np.random.default_rng(0).integers(1, 256, (40, 30, 3), dtype=np.uint8)  # nothing of it is black
-    still, shifted = Change(seen, STILL)(image), Change(seen, Augment(crop=(1, 1), shift=3, flip=False))
+    still, shifted = Augmentation(seen, STILL)(image), Augmentation(seen, Augment(crop=(1, 1), shift=3, flip=False))
     places = set()
     for number in range(60):
         with seeded(number):
@@ -192,7 +202,7 @@ def test_a_shift_moves_the_picture_over_black():
         places.add(here)
     assert len(places) > 25
     with pytest.raises(JobError, match=r"shift is 24 and the model sees 24 pixels; required: less than that"):
-        Change(seen, Augment(shift=24))
+        Augmentation(seen, Augment(shift=24))
 
 
 def over_black(pixels: torch.Tensor, down: int, right: int) -> torch.Tensor:
@@ -204,7 +214,7 @@ def over_black(pixels: torch.Tensor, down: int, right: int) -> torch.Tensor:
 
 @given(st.integers(8, 100), st.integers(2, 8), st.integers(1, 3))
 def test_workers_share_an_epoch_without_overlap(count: int, batch: int, world: int):
-    orders = [Order(count, batch=batch, seed=3, rank=rank, world=world) for rank in range(world)]
+    orders = [EpochSampler(count, batch=batch, seed=3, rank=rank, world=world) for rank in range(world)]
     for order in orders:
         order.set_epoch(2)
     visits = [list(order) for order in orders]

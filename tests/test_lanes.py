@@ -15,7 +15,7 @@ from standing import Standing
 from test_preprocess import MAX_PIXELS, encode, noise, table
 
 from pipeline.artifact import load_artifact
-from pipeline.lanes import GpuLane, Lanes, Split, everything, plain
+from pipeline.lanes import GpuLane, Lanes, Split, all_on_gpu, plain
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.predict import Predict
 from pipeline.preprocess import Preprocess
@@ -87,7 +87,7 @@ def chain(share: float, decoder: Standing, predict: Predict, *, fast: bool = Fal
     batch = table(images(), cls=pa.array(range(70)))
     ends = pa.table({**{name: pa.nulls(1, batch.schema.field(name).type) for name in batch.column_names}, "index": [70]})
     routed = Lanes(preprocess, SMALL, MAX_PIXELS, lambda _: share)(pa.concat_tables([batch, ends.cast(batch.schema)]))
-    return GpuLane(decoder, preprocess, predict, everything)(routed)
+    return GpuLane(decoder, preprocess, predict, all_on_gpu)(routed)
 
 
 @pytest.mark.parametrize(("share", "doubted"), [(1.0, 0), (1.0, 9), (0.5, 0), (0.0, 0)])
@@ -132,8 +132,8 @@ def test_the_share_makes_both_sides_end_together() -> None:
 
 def test_a_batch_of_nothing_passes(predict: Predict) -> None:
     preprocess = Preprocess(SMALL, max_pixels=MAX_PIXELS)
-    routed = Lanes(preprocess, SMALL, MAX_PIXELS, everything)(table([]))
-    assert GpuLane(Standing(), preprocess, predict, everything)(routed).num_rows == 0
+    routed = Lanes(preprocess, SMALL, MAX_PIXELS, all_on_gpu)(table([]))
+    assert GpuLane(Standing(), preprocess, predict, all_on_gpu)(routed).num_rows == 0
 
 
 def test_the_strip_is_pillows() -> None:

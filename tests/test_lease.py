@@ -16,10 +16,10 @@ import pytest
 from seaweed import Seaweed
 
 from pipeline.errors import StoreError, Temporary, UnitsLeft
-from pipeline.nights.lease import Beat, Lease, Office, Pace
+from pipeline.nights.lease import Heartbeat, Lease, LeaseStore, LeaseTiming
 from pipeline.storage import Store, open_store
 
-FAST = Pace(beat=0.1, dead=1.5, stale=600.0, grace=5.0, look=0.02)
+FAST = LeaseTiming(beat=0.1, dead=1.5, stale=600.0, grace=5.0, look=0.02)
 Folder = tuple[Store, str]
 
 
@@ -32,9 +32,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
 
 
 def take(
-    place: Folder, if_running="skip", *, wait: float = 5.0, said: list[str] | None = None, pace: Pace = FAST
+    place: Folder, if_running="skip", *, wait: float = 5.0, said: list[str] | None = None, pace: LeaseTiming = FAST
 ) -> Lease | None:
-    return Office(*place, pace).acquire(if_running, wait=wait, say=(said if said is not None else []).append)
+    return LeaseStore(*place, pace).acquire(if_running, wait=wait, say=(said if said is not None else []).append)
 
 
 def until(true, seconds: float = 20.0) -> None:
@@ -103,8 +103,8 @@ def test_who_does_not_stop_when_asked_is_overtaken_and_hears_of_it(place):
 
 def test_silence_is_death_by_the_watchers_clock_whatever_the_holders_says(place):
     said: list[str] = []
-    beat = Beat("elsewhere process 1", "another boot", 1, "token", 0.0)
-    Office(*place).create("terms", "000001", beat.dump())
+    beat = Heartbeat("elsewhere process 1", "another boot", 1, "token", 0.0)
+    LeaseStore(*place).create("terms", "000001", beat.dump())
     since = time.monotonic()
     with take(place, "skip", said=said):
         assert time.monotonic() - since >= FAST.dead
@@ -112,22 +112,22 @@ def test_silence_is_death_by_the_watchers_clock_whatever_the_holders_says(place)
 
 
 def test_a_beat_of_long_ago_is_not_watched(place):
-    Office(*place).create("terms", "000001", Beat("elsewhere process 1", "another boot", 1, "token", 0.0).dump())
+    LeaseStore(*place).create("terms", "000001", Heartbeat("elsewhere process 1", "another boot", 1, "token", 0.0).dump())
     with take(place, pace=replace(FAST, dead=600.0, stale=-1.0)):
         pass
 
 
 def test_a_strangers_object_is_a_sentence(place):
-    Office(*place).create("terms", "000001", b"[]")
+    LeaseStore(*place).create("terms", "000001", b"[]")
     with pytest.raises(StoreError, match="--if-running share"):
         take(place)
 
 
 HOLD = """
 import sys, time
-from pipeline.nights.lease import Office
+from pipeline.nights.lease import LeaseStore
 from pipeline.storage import open_store
-with Office(open_store(sys.argv[1]), sys.argv[1]).acquire("skip", wait=0.0, say=print):
+with LeaseStore(open_store(sys.argv[1]), sys.argv[1]).acquire("skip", wait=0.0, say=print):
     print("held", flush=True)
     time.sleep(600)
 """

@@ -27,7 +27,7 @@ from pipeline.job.jobfile import at_day, parse_job
 from pipeline.job.schedule import Schedule, days_of
 from pipeline.label import Driver
 from pipeline.nights import nightly, notify
-from pipeline.nights.lease import Office
+from pipeline.nights.lease import LeaseStore
 from pipeline.nights.nightly import Day, Night, asked, gravest, lease_folder, run_nights
 from pipeline.report import Receipt
 from pipeline.spec import Job, Notify
@@ -238,8 +238,8 @@ def test_what_another_run_at_it_does(tmp_path):
         calls.append("labelled")
         return receipt()
 
-    office = Office(open_store(wanted.output.uri), lease_folder(wanted), FAST)
-    with office.acquire("skip", wait=0.0, say=said.append):
+    leases = LeaseStore(open_store(wanted.output.uri), lease_folder(wanted), FAST)
+    with leases.acquire("skip", wait=0.0, say=said.append):
         assert run_nights(wanted, (Day("2026-11-01"),), label=label, say=said.append) == []
         assert calls == []
         (tmp_path / "metrics").mkdir()
@@ -247,10 +247,10 @@ def test_what_another_run_at_it_does(tmp_path):
         assert (code, out.split(":")[0]) == (0, "skipped"), err
         assert list((tmp_path / "metrics").iterdir()) == [], "a run that is skipped is no success to tell of"
         assert len(run_nights(wanted, (Day("2026-11-01"),), label=label, say=said.append, if_running="share")) == 1
-        held = office.state()
+        held = leases.state()
         unscheduled = wanted.model_copy(update={"schedule": None})
         assert len(run_nights(unscheduled, (Day("2026-11-01"),), label=label, say=said.append)) == 1
-        assert office.state().term == held.term, "a job without a schedule takes no lease"
+        assert leases.state().term == held.term, "a job without a schedule takes no lease"
     assert len(run_nights(wanted, (Day("2026-11-01"),), label=label, say=said.append)) == 1
 
 
@@ -298,11 +298,13 @@ def test_a_run_that_is_replaced_stops_resumably(tmp_path, model, monkeypatch):
     without_ray(monkeypatch)
     write_tars(tmp_path / "in", shards=8, images=4)
     wanted = job(tmp_path / "in", model, tmp_path / "out", resources=LIGHT | {"read": {"tasks": 2, "cpus_per_task": 0.1}})
-    office = Office(open_store(wanted.output.uri), lease_folder(wanted), FAST)
+    leases = LeaseStore(open_store(wanted.output.uri), lease_folder(wanted), FAST)
     taken: list[Any] = []
-    other = threading.Thread(target=lambda: taken.append(Office(*place(wanted), FAST).acquire("replace", wait=0.0, say=print)))
+    other = threading.Thread(
+        target=lambda: taken.append(LeaseStore(*place(wanted), FAST).acquire("replace", wait=0.0, say=print))
+    )
 
-    with office.acquire("skip", wait=0.0, say=print) as lease:
+    with leases.acquire("skip", wait=0.0, say=print) as lease:
         seen: list[int] = []
 
         def observe(event: str, fields: dict[str, Any]) -> None:

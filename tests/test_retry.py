@@ -213,7 +213,7 @@ def test_of_two_retries_at_once_the_later_is_told_to_wait(two_classes, monkeypat
     assert (done.generation, done.retried, done.mended) == (2, 2, 2)
 
 
-PACE = lease.Pace(beat=0.1, dead=60.0, grace=60.0, look=0.02)  # whoever is alive is heard, on a busy machine too
+PACE = lease.LeaseTiming(beat=0.1, dead=60.0, grace=60.0, look=0.02)  # whoever is alive is heard, on a busy machine too
 
 AT_IT = """
 import sys, threading
@@ -222,7 +222,7 @@ from pipeline import cli, run
 from pipeline.nights import lease
 from test_retry import PACE
 inprocess.without_ray(pytest.MonkeyPatch())
-lease.Pace, enter, held, quick = lambda: PACE, lease.Lease.__enter__, [], run.run_pass
+lease.LeaseTiming, enter, held, quick = lambda: PACE, lease.Lease.__enter__, [], run.run_pass
 lease.Lease.__enter__ = lambda self: held.append(self) or enter(self)
 def slow(*args, **kwargs):
     print("at it", flush=True)
@@ -236,7 +236,7 @@ cli.main()
 
 
 def test_a_retry_holds_the_lease_that_nights_and_other_retries_respect(two_classes, tmp_path, monkeypatch):
-    monkeypatch.setattr(lease, "Pace", lambda: PACE)
+    monkeypatch.setattr(lease, "LeaseTiming", lambda: PACE)
     path = write(tmp_path, two_classes.model_copy(update={"schedule": Schedule(cron="0 2 * * *", wait="0.2s")}))
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     command, env = [sys.executable, "-c", AT_IT, str(path)], {**os.environ, "PYTHONPATH": paths}

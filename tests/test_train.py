@@ -20,7 +20,7 @@ from pipeline.model.resnet import ResNet
 from pipeline.prepare.checkpoint import read, replace
 from pipeline.prepare.images import Images
 from pipeline.prepare.learner import CrossEntropy, Learner, balanced_weights, decay_groups, warmup_cosine
-from pipeline.prepare.train import Place, Result, fit
+from pipeline.prepare.train import Result, Worker, fit
 
 QUICK = Training(epochs=3, batch_size=8, learning_rate=3e-3, augment=Augment(crop=(1, 1), flip=False))
 
@@ -51,7 +51,7 @@ def trained(folder: Path, training: Training = QUICK, *, network: ResNet | None 
     said: list[str] = []
     learner = Learner(network, more.pop("objective", CrossEntropy(training.label_smoothing)), SMALL, training)
     result = fit(
-        learner, data, preprocessing=SMALL, place=more.pop("place", Place()), folder=folder, say=more.pop("say", said.append)
+        learner, data, preprocessing=SMALL, worker=more.pop("worker", Worker()), folder=folder, say=more.pop("say", said.append)
     )
     return result, said
 
@@ -92,7 +92,7 @@ def test_loaders_are_started_once_and_change_nothing(tmp_path: Path, monkeypatch
     alone, _ = trained(tmp_path / "a", changed)
     forks, fork = [], os.fork
     monkeypatch.setattr(os, "fork", lambda: forks.append(1) or fork())
-    helped, _ = trained(tmp_path / "b", changed, place=Place(loaders=2))
+    helped, _ = trained(tmp_path / "b", changed, worker=Worker(loaders=2))
     assert same(alone, helped)
     assert len(forks) == 2
 
@@ -130,10 +130,10 @@ def test_a_folder_that_has_moved_keeps_its_best_epoch(tmp_path: Path):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_last_epoch_without_the_best_one_starts_anew(tmp_path: Path, world: int):
-    place = Place(world=world)
-    first, _ = trained(tmp_path, place=place)
+    worker = Worker(world=world)
+    first, _ = trained(tmp_path, worker=worker)
     (tmp_path / "best.ckpt").unlink()
-    again, said = trained(tmp_path, place=place)
+    again, said = trained(tmp_path, worker=worker)
     assert again.resumed == 0
     assert said[0] == f"starting anew: {tmp_path} holds last.ckpt without best.ckpt"
     assert same(first, again)
@@ -203,7 +203,12 @@ def test_logits_are_float32_in_half_precision(tmp_path: Path):
 
     network = tiny_network()
     network.register_forward_hook(judged)  # training and validation
-    trained(tmp_path, QUICK.model_copy(update={"epochs": 1, "precision": "bfloat16"}), network=network, objective=Seen(0.1))
+    trained(
+        tmp_path,
+        QUICK.model_copy(update={"epochs": 1, "precision": "bfloat16"}),
+        network=network,
+        objective=Seen(0.1),
+    )
     assert {given.dtype for given in logits} == {torch.float32}
     assert not any(torch.equal(given, given.bfloat16().float()) for given in logits)
 
@@ -293,9 +298,9 @@ def test_settings_refuse_what_cannot_be():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_said():
     with pytest.raises(UnfitError, match="torch sees no CUDA device"):
-        Place.here(Workers(gpus_per_worker=1))
+        Worker.here(Workers(gpus_per_worker=1))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_training_on_a_gpu_in_float16(tmp_path: Path):
-    assert trained(tmp_path, place=Place("gpu"))[0].best.accuracy > 0.9
+    assert trained(tmp_path, worker=Worker("gpu"))[0].best.accuracy > 0.9

@@ -16,7 +16,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Triple = tuple[float, float, float]
 
 
-class Random(Model):
+class RandomNetwork(Model):
     """A network of random weights, where there is no artifact to begin from."""
 
     depth: Literal[18, 34, 50, 101, 152] = 18
@@ -25,7 +25,7 @@ class Random(Model):
     """standard: 7 × 7 convolution of stride 2 and pooling, for 100 pixels and more; small: 3 × 3 of stride 1, for 32 or 64."""
 
 
-class Seen(Model):
+class PreprocessingOverride(Model):
     """Where the preprocessing differs from the artifact's, or from torchvision's (256 → 224 bilinear) for a random start."""
 
     size: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -126,9 +126,9 @@ class Workers(Model):
 class _Trains(Preparation):
     data: Data
     """Labelled images."""
-    network: Random = Random()
+    network: RandomNetwork = RandomNetwork()
     """The network of a random start; ignored when an artifact is given."""
-    preprocessing: Seen = Seen()
+    preprocessing: PreprocessingOverride = PreprocessingOverride()
     """What the model sees, where it differs from what it saw."""
     training: Training = Training()
     """How to train."""

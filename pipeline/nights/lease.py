@@ -9,9 +9,9 @@ A lease is made of objects that are created if absent, like the plans; nothing i
 
 Only the newest term counts: whoever keeps house may remove older ones, three beats a minute of every run.
 
-Expiry compares no two clocks. Who finds the lease held watches it: a new beat within `Pace.dead` of the watcher's own clock means
-alive, silence means dead. The price is up to 90 s of looking after a holder was killed; none when that was on this machine, where
-its process is seen to be gone, or when its last beat is an hour old, more than clocks are ever wrong.
+Expiry compares no two clocks. Who finds the lease held watches it: a new beat within `LeaseTiming.dead` of the watcher's clock
+means alive, silence means dead. The price is up to 90 s of looking after a holder was killed; none when that was on this machine,
+where its process is seen to be gone, or when its last beat is an hour old, more than clocks are ever wrong.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Pace:
+class LeaseTiming:
     """Seconds. Between beats; of silence after which a holder is dead; of age at which a beat need not be watched; that one who
     was asked to stop is given; between two looks."""
 
@@ -47,7 +47,7 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """What an object of the lease says: who, and whether it is done."""
 
     who: str
@@ -67,7 +67,7 @@ class State:
 
     term: int
     beats: int
-    last: Beat
+    last: Heartbeat
 
 
 def _machine() -> str:
@@ -77,7 +77,7 @@ def _machine() -> str:
     return ""
 
 
-def _is_gone(beat: Beat) -> bool:
+def _is_gone(beat: Heartbeat) -> bool:
     """A process of this machine that is no more."""
     if not beat.machine or beat.machine != _machine():
         return False
@@ -93,8 +93,8 @@ def _is_gone(beat: Beat) -> bool:
 class Lease:
     """Held by this process until the `with` block ends. `check` is to be called now and then."""
 
-    def __init__(self, office: Office, term: int, me: Beat) -> None:
-        self._office, self._term, self._me = office, term, me
+    def __init__(self, leases: LeaseStore, term: int, me: Heartbeat) -> None:
+        self._leases, self._term, self._me = leases, term, me
         self._over, self._end, self._beats = threading.Event(), "", 0
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
         self._thread.start()
@@ -114,25 +114,25 @@ class Lease:
             raise UnitsLeft(self._end, do="What is committed stays, and the other one goes on from there")
 
     def _run(self) -> None:
-        while not self._over.wait(self._office.pace.beat):
+        while not self._over.wait(self._leases.pace.beat):
             with contextlib.suppress(NightlabelError):  # a beat that fails is a beat late
                 self._beat()
-                if other := self._office.read("terms", f"{self._term + 1:06d}"):
+                if other := self._leases.read("terms", f"{self._term + 1:06d}"):
                     self._end = f"{other.who} took over, having heard nothing from this run"
-                elif other := self._office.read("stops", f"{self._term:06d}"):
+                elif other := self._leases.read("stops", f"{self._term:06d}"):
                     self._end = f"{other.who} asked this run to stop"
 
     def _beat(self, *, done: bool = False) -> None:
-        self._office.create("beats", f"{self._term:06d}/{self._beats + 1:06d}", self._me.dump(done=done))
+        self._leases.create("beats", f"{self._term:06d}/{self._beats + 1:06d}", self._me.dump(done=done))
         self._beats += 1
 
 
-class Office:
+class LeaseStore:
     """The lease in one folder, for who wants it."""
 
-    def __init__(self, store: Store, folder: str, pace: Pace | None = None) -> None:
-        self.store, self.folder, self.pace = store, folder, pace or Pace()
-        self._me = Beat(f"{socket.gethostname()} process {os.getpid()}", _machine(), os.getpid(), secrets.token_hex(8), 0.0)
+    def __init__(self, store: Store, folder: str, pace: LeaseTiming | None = None) -> None:
+        self.store, self.folder, self.pace = store, folder, pace or LeaseTiming()
+        self._me = Heartbeat(f"{socket.gethostname()} process {os.getpid()}", _machine(), os.getpid(), secrets.token_hex(8), 0.0)
 
     def acquire(self, if_running: IfRunning, *, wait: float, say: Say) -> Lease | None:
         """The lease; None when another run is alive and `if_running` is skip. `queue` waits up to `wait` seconds, then raises
@@ -172,11 +172,11 @@ class Office:
         last = self.read(f"beats/{terms[-1]}", beats[-1]) if beats else self.read("terms", terms[-1])
         return State(int(terms[-1]), len(beats), last) if last else None
 
-    def read(self, folder: str, name: str) -> Beat | None:
+    def read(self, folder: str, name: str) -> Heartbeat | None:
         """What an object says, None when it is not there."""
         key = join(self.folder, folder, f"{name}.json")
         try:
-            return Beat(**json.loads(self.store.read(key)))
+            return Heartbeat(**json.loads(self.store.read(key)))
         except InputMissing:
             return None
         except (ValueError, TypeError) as error:

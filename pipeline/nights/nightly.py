@@ -18,7 +18,7 @@ from pipeline.job.jobfile import asked_days, at_day
 from pipeline.job.schedule import WAIT_S, looked_back
 from pipeline.job.uris import above_days
 from pipeline.log import Log
-from pipeline.nights.lease import Office, Say
+from pipeline.nights.lease import LeaseStore, Say
 from pipeline.nights.notify import account, tell
 from pipeline.report import Receipt
 from pipeline.spec import Job
@@ -118,8 +118,8 @@ def leased(template: Job, *, say: Say, if_running: Policy | None = None) -> Iter
     if policy == "share":
         yield lambda: None
         return
-    office = Office(open_store(template.output.uri, template.output.s3), lease_folder(template))
-    lease = office.acquire(policy, wait=template.schedule.wait if template.schedule else WAIT_S, say=say)
+    leases = LeaseStore(open_store(template.output.uri, template.output.s3), lease_folder(template))
+    lease = leases.acquire(policy, wait=template.schedule.wait if template.schedule else WAIT_S, say=say)
     if lease is None:
         yield None
         return

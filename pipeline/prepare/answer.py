@@ -18,7 +18,7 @@ import torch
 from pipeline.artifact import Artifact
 from pipeline.predict import Predict
 from pipeline.prepare.data import LeftOut
-from pipeline.prepare.metrics import Answers
+from pipeline.prepare.metrics import Predictions
 from pipeline.preprocess import Preprocess
 from pipeline.rows import pixels_view
 from pipeline.spec import Limits, ModelSource, Output
@@ -59,7 +59,7 @@ class Clock:
         return sum(images for images, _ in calls) / max(1e-9, sum(seconds for _, seconds in calls))
 
 
-class Witness:
+class Evaluator:
     """An artifact that is asked about blocks of labelled images (rows.IMAGE and the column TRUTH), and all it answered.
 
     Raises ModelError when the model, its precision and the device do not go together.
@@ -78,13 +78,13 @@ class Witness:
         )
         self.decoding, self.predicting = Clock(), Clock()
         self.left_out = LeftOut()
-        self._answers: list[Answers] = []
+        self._answers: list[Predictions] = []
         self._scored: list[np.ndarray] = []
 
     def decode(self, block: pa.Table) -> pa.Table:
         return self.decoding(self._preprocess, block)
 
-    def ask(self, decoded: pa.Table) -> tuple[pa.Table, Answers]:
+    def ask(self, decoded: pa.Table) -> tuple[pa.Table, Predictions]:
         """The rows of the images that could be scored, as predict puts them out and with `pixels`, and the answers for them."""
         said = self.predicting(self._predict, decoded).append_column("pixels", decoded["pixels"])
         self.left_out.add_failed(said)
@@ -96,25 +96,25 @@ class Witness:
         return said, answers
 
     @property
-    def answers(self) -> Answers:
+    def answers(self) -> Predictions:
         """For every image that could be scored, in order."""
         columns = ("ids", "score", "truth", "truth_score")
-        return Answers(*(np.concatenate([getattr(part, name) for part in self._answers]) for name in columns))
+        return Predictions(*(np.concatenate([getattr(part, name) for part in self._answers]) for name in columns))
 
     @property
     def scored(self) -> np.ndarray:
         """Which of the images could be scored, bool [N]."""
         return np.concatenate(self._scored)
 
-    def _read(self, said: pa.Table) -> Answers:
+    def _read(self, said: pa.Table) -> Predictions:
         classes = len(self.artifact.labels)
         ids = _numpy(pc.struct_field(pc.list_flatten(said["topk"]), "label_id")).reshape(-1, min(TOP, classes))
         probabilities = _numpy(pc.list_flatten(said["probabilities"])).reshape(-1, classes)
         truth = _numpy(said[TRUTH])
-        return Answers(ids, _numpy(said["score"]), truth, probabilities[np.arange(len(truth)), truth])
+        return Predictions(ids, _numpy(said["score"]), truth, probabilities[np.arange(len(truth)), truth])
 
 
-def mistakes(said: pa.Table, answers: Answers, *, size: int, most: int) -> list[Mistake]:
+def mistakes(said: pa.Table, answers: Predictions, *, size: int, most: int) -> list[Mistake]:
     """Of the images of a block those that are wrong with the highest scores; `size` is the edge of `pixels`."""
     wrong = np.flatnonzero(~answers.right)
     worst = wrong[np.argsort(-answers.score[wrong], kind="stable")[:most]]

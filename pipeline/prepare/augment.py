@@ -15,7 +15,7 @@ from pipeline.model.preprocessing import Preprocessing
 from pipeline.preprocess import resize_and_crop
 
 
-class Change:
+class Augmentation:
     """uint8 [H, W, 3] of any size → uint8 [3, S, S], by torch's random numbers of the moment.
 
     With `crop` of (1, 1) the geometry is that of predicting; else a random crop of that share of the area and of an aspect ratio

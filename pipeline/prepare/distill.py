@@ -36,7 +36,7 @@ from pipeline.prepare.images import MAX_PIXELS, Images, seeded
 from pipeline.prepare.learner import CrossEntropy, Learner, Normalise, Objective
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.prepare.resume import checkpoint_line, checkpoints, close, finished, job_key
-from pipeline.prepare.train import Place, Result, fit
+from pipeline.prepare.train import Result, Worker, fit
 from pipeline.preprocess import Prepare
 from pipeline.start import load_source
 
@@ -49,16 +49,16 @@ def run_job(job: DistillJob, *, say: Say, command: str) -> Outcome:
         from pipeline.prepare.workers import together
 
         return together(job, say=say, command=command)
-    return train_job(job, place=Place.here(job.workers), say=say, command=command)
+    return train_job(job, worker=Worker.here(job.workers), say=say, command=command)
 
 
-def train_job(job: DistillJob, *, place: Place, say: Say, command: str) -> Outcome:
+def train_job(job: DistillJob, *, worker: Worker, say: Say, command: str) -> Outcome:
     """The part of one worker; the first one saves the student. Raises JobError when teacher and student do not go together."""
     teacher = load_source(job.teacher, field="teacher")
     start = None if job.student is None else load_source(job.student, field="student")
     parents = (teacher.digest,) if start is None else (teacher.digest, start.digest)
     key = job_key(job, list(parents))
-    if (done := finished(job, key, place)) is not None:
+    if (done := finished(job, key, worker)) is not None:
         return done
     preprocessing = seen(job, start)
     _check(job, teacher, preprocessing)
@@ -66,7 +66,9 @@ def train_job(job: DistillJob, *, place: Place, say: Say, command: str) -> Outco
     root = checkpoints(job, key)
     for line in (*data.lines, classifier_line(start, data.classes), checkpoint_line(root)):
         say(line)
-    data, known = _judged(job, data, place.broadcast(answers(teacher, data.images[1], place) if place.rank == 0 else None), say)
+    data, known = _judged(
+        job, data, worker.broadcast(answers(teacher, data.images[1], worker) if worker.rank == 0 else None), say
+    )
     architecture = architecture_of(start, job.network, len(teacher.labels))
 
     def train(name: str, objective: Objective, images: TrainingData) -> Result:
@@ -74,11 +76,11 @@ def train_job(job: DistillJob, *, place: Place, say: Say, command: str) -> Outco
         network = starting_network(start, job.network, teacher.labels, seed=job.training.seed)
         learner = Learner(network, objective, preprocessing, job.training)
         folder = root / name.replace(" ", "-")
-        return fit(learner, images.images, preprocessing=preprocessing, place=place, folder=folder, say=say)
+        return fit(learner, images.images, preprocessing=preprocessing, worker=worker, folder=folder, say=say)
 
     weights = class_weights(job, data)
-    plain = _baseline(job, data, train, CrossEntropy(job.training.label_smoothing, weights), fewest=place.world)
-    result = train("with the teacher", Distil(job, teacher, preprocessing, architecture.features, weights), data)
+    plain = _baseline(job, data, train, CrossEntropy(job.training.label_smoothing, weights), fewest=worker.world)
+    result = train("with the teacher", DistillationLoss(job, teacher, preprocessing, architecture.features, weights), data)
     numbers = _numbers(result, plain, known)
 
     def made() -> Artifact:
@@ -86,7 +88,7 @@ def train_job(job: DistillJob, *, place: Place, say: Say, command: str) -> Outco
         origin = Origin(parents, data.facts | {"job": key, **settings}, numbers, command)
         return make_artifact(architecture, result.weights, labels=teacher.labels, preprocessing=preprocessing, origin=origin)
 
-    return close(job, key, place, made=made, lines=tuple(_side_by_side(result, numbers)))
+    return close(job, key, worker, made=made, lines=tuple(_side_by_side(result, numbers)))
 
 
 def _judged(job: DistillJob, data: TrainingData, said: np.ndarray, say: Say) -> tuple[TrainingData, dict[str, float]]:
@@ -127,7 +129,7 @@ def _check(job: DistillJob, teacher: Artifact, preprocessing: Preprocessing) -> 
         raise JobError(got, need="the same size", do="Set preprocessing.size to the teacher's, or fine-tune the teacher")
 
 
-class Distil(nn.Module):
+class DistillationLoss(nn.Module):
     """alpha · T² · KL(teacher ‖ student) at temperature T, plus (1 - alpha) · cross entropy over the images that have a label,
     plus the weighted squared distance of the normalised embeddings, the student's through a linear map where lengths differ."""
 
@@ -157,11 +159,14 @@ class Distil(nn.Module):
             teacher = self.teacher[0].to(images.device)
             their_features = teacher.features(images * self.scale + self.shift)
             answers = teacher.classify(their_features)
-        heat = self.wanted.temperature
+        temperature = self.wanted.temperature
         soft = F.kl_div(
-            F.log_softmax(logits / heat, dim=1), F.log_softmax(answers / heat, dim=1), reduction="batchmean", log_target=True
+            F.log_softmax(logits / temperature, dim=1),
+            F.log_softmax(answers / temperature, dim=1),
+            reduction="batchmean",
+            log_target=True,
         )
-        loss = self.wanted.alpha * heat**2 * soft
+        loss = self.wanted.alpha * temperature**2 * soft
         if self.wanted.alpha < 1:
             loss = loss + (1 - self.wanted.alpha) * self.hard.of(logits, targets)
         if self.wanted.features:
@@ -171,9 +176,9 @@ class Distil(nn.Module):
         return loss
 
 
-def answers(teacher: Artifact, images: Images, place: Place) -> np.ndarray:
+def answers(teacher: Artifact, images: Images, worker: Worker) -> np.ndarray:
     """The teacher's best class of every image, int64 [N], in float32, on the device of the training."""
-    device = "cuda" if place.accelerator == "gpu" else "cpu"
+    device = "cuda" if worker.accelerator == "gpu" else "cpu"
     prepare, normalise = Prepare(teacher.preprocessing, MAX_PIXELS), Normalise(teacher.preprocessing).to(device)
     network = build(teacher).to(device).to(memory_format=torch.channels_last)
     best = [np.empty(0, np.int64)]

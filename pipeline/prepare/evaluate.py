@@ -23,7 +23,7 @@ from pipeline.cut import list_inputs
 from pipeline.errors import JobError, ModelError, UnfitError
 from pipeline.job.arithmetic import engine_for
 from pipeline.job.recipe import EvaluateJob, Measured
-from pipeline.prepare.answer import TRUTH, Mistake, Witness, mistakes
+from pipeline.prepare.answer import TRUTH, Evaluator, Mistake, mistakes
 from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, image_rows, label_texts
 from pipeline.prepare.evaluation import (
     VERSION,
@@ -64,7 +64,7 @@ def run_job(job: EvaluateJob, *, say: Say, command: str) -> Outcome:
     found = standing(job.output, subject)
     first = f"nothing to do: {job.name} is evaluated already" if found else f"evaluated {job.name}"
     if found is None:
-        study = Study(job, model, other)
+        study = Evaluation(job, model, other)
         study.read(say)
         found = write(
             job.output, {"version": VERSION, "name": job.name, "command": command, "subject": subject, **study.record()}
@@ -73,16 +73,16 @@ def run_job(job: EvaluateJob, *, say: Say, command: str) -> Outcome:
     return Outcome((first, *lines(found, job.output.uri)), summary(found, job.output.uri))
 
 
-class Study:
+class Evaluation:
     """The images of a job on their way past one or two models."""
 
     def __init__(self, job: EvaluateJob, model: Artifact, other: Artifact | None) -> None:
         self._job, self._labels = job, model.labels
         device = "cuda" if job.gpus else "cpu"
-        self._model = Witness(model, job.model, device=device, batch_size=job.batch_size)
-        self._other: Witness | None = None
+        self._model = Evaluator(model, job.model, device=device, batch_size=job.batch_size)
+        self._other: Evaluator | None = None
         if job.compare is not None and other is not None:
-            self._other = Witness(other, job.compare, device=device, batch_size=job.batch_size)
+            self._other = Evaluator(other, job.compare, device=device, batch_size=job.batch_size)
         self._read, self._unlabelled = 0, LeftOut()
         self._worst: list[Mistake] = []
 

@@ -42,7 +42,7 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
-class Heat:
+class HeatMap:
     """A confusion matrix: rows are the truth. Around it, in pixels, room for the names: left, above, and right of the last."""
 
     names: tuple[str, ...]
@@ -88,7 +88,7 @@ def render(record: Record) -> bytes:
     )
 
 
-def heat_map(confusion: np.ndarray, labels: Sequence[str]) -> Heat:
+def heat_map(confusion: np.ndarray, labels: Sequence[str]) -> HeatMap:
     """At most MATRIX classes, those with the most mistakes; shares are of all images of a class, shown or not."""
     picked = list(range(len(labels))) if len(labels) <= MATRIX else most_confused(confusion, MATRIX)
     cells = []
@@ -102,7 +102,7 @@ def heat_map(confusion: np.ndarray, labels: Sequence[str]) -> Heat:
     edge = max(18, min(56, 560 // len(picked)))
     longest = _LETTER * max(map(len, names))  # above the columns they stand at 50 degrees
     room = {"left": round(12 + longest), "above": round(18 + 0.77 * longest), "right": round(12 + 0.64 * longest)}
-    return Heat(names, tuple(cells), edge, **room, omitted=len(labels) - len(picked))
+    return HeatMap(names, tuple(cells), edge, **room, omitted=len(labels) - len(picked))
 
 
 def bars(reliability: Sequence[dict[str, Any]]) -> list[Bar]:

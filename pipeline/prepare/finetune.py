@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.artifact import Artifact, Origin, build, make_artifact
 from pipeline.errors import JobError
-from pipeline.job.training import DistillJob, FinetuneJob, Random
+from pipeline.job.training import DistillJob, FinetuneJob, RandomNetwork
 from pipeline.model.huggingface import Architecture, resnet, write_preprocessor
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.model.resnet import ResNet
@@ -19,7 +19,7 @@ from pipeline.prepare.images import seeded
 from pipeline.prepare.learner import CrossEntropy, Learner, balanced_weights
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.prepare.resume import checkpoint_line, checkpoints, close, finished, job_key
-from pipeline.prepare.train import Place, Result, fit
+from pipeline.prepare.train import Result, Worker, fit
 from pipeline.start import load_source
 
 
@@ -29,15 +29,15 @@ def run_job(job: FinetuneJob, *, say: Say, command: str) -> Outcome:
         from pipeline.prepare.workers import together
 
         return together(job, say=say, command=command)
-    return train_job(job, place=Place.here(job.workers), say=say, command=command)
+    return train_job(job, worker=Worker.here(job.workers), say=say, command=command)
 
 
-def train_job(job: FinetuneJob, *, place: Place, say: Say, command: str) -> Outcome:
+def train_job(job: FinetuneJob, *, worker: Worker, say: Say, command: str) -> Outcome:
     """The part of one worker; the first one saves the artifact."""
     start = None if job.model is None else load_source(job.model)
     parents = () if start is None else (start.digest,)
     key = job_key(job, list(parents))
-    if (done := finished(job, key, place)) is not None:
+    if (done := finished(job, key, worker)) is not None:
         return done
     preprocessing = seen(job, start)
     data = read_data(job.data, seed=job.training.seed, known=() if start is None else start.labels)
@@ -47,7 +47,7 @@ def train_job(job: FinetuneJob, *, place: Place, say: Say, command: str) -> Outc
     network = starting_network(start, job.network, data.classes, seed=job.training.seed)
     objective = CrossEntropy(job.training.label_smoothing, class_weights(job, data))
     learner = Learner(network, objective, preprocessing, job.training)
-    result = fit(learner, data.images, preprocessing=preprocessing, place=place, folder=folder, say=say)
+    result = fit(learner, data.images, preprocessing=preprocessing, worker=worker, folder=folder, say=say)
 
     def made() -> Artifact:
         facts = data.facts | {"job": key, "training": job.training.model_dump(mode="json")}
@@ -55,7 +55,7 @@ def train_job(job: FinetuneJob, *, place: Place, say: Say, command: str) -> Outc
         architecture = architecture_of(start, job.network, len(data.classes))
         return make_artifact(architecture, result.weights, labels=data.classes, preprocessing=preprocessing, origin=origin)
 
-    return close(job, key, place, made=made, lines=(epoch_line(result),))
+    return close(job, key, worker, made=made, lines=(epoch_line(result),))
 
 
 def class_weights(job: FinetuneJob | DistillJob, data: TrainingData) -> Tensor | None:
@@ -76,14 +76,14 @@ def seen(job: FinetuneJob | DistillJob, start: Artifact | None) -> Preprocessing
     return wanted
 
 
-def architecture_of(start: Artifact | None, wanted: Random, classes: int) -> Architecture:
+def architecture_of(start: Artifact | None, wanted: RandomNetwork, classes: int) -> Architecture:
     """Of the network to train."""
     if start is not None:
         return replace(start.architecture, classes=classes)
     return resnet(wanted.depth, classes, stem=wanted.stem)
 
 
-def starting_network(start: Artifact | None, wanted: Random, classes: tuple[str, ...], *, seed: int) -> ResNet:
+def starting_network(start: Artifact | None, wanted: RandomNetwork, classes: tuple[str, ...], *, seed: int) -> ResNet:
     """The network to train: `start` with its own classifier or a fresh one, or a random one."""
     with seeded(seed):
         if start is None:

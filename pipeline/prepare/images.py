@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Sampler
 from pipeline.decode import decode
 from pipeline.errors import JobError
 from pipeline.model.preprocessing import Preprocessing
-from pipeline.prepare.augment import Change
+from pipeline.prepare.augment import Augmentation
 from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, has_labels, image_rows, label_texts
 from pipeline.preprocess import Preprocess
 from pipeline.spec import Input, Limits
@@ -129,10 +129,10 @@ def split(images: Images, share: float, *, seed: int) -> tuple[Images, Images]:
     return images.take(np.sort(order[~held])), images.take(np.sort(order[held]))
 
 
-class Visits(Dataset[tuple[Tensor, int]]):
+class EpochDataset(Dataset[tuple[Tensor, int]]):
     """Item (epoch, index) is (pixels uint8 [3, S, S] as `change` makes them in that epoch, class)."""
 
-    def __init__(self, images: Images, change: Change, *, seed: int) -> None:
+    def __init__(self, images: Images, change: Augmentation, *, seed: int) -> None:
         self.images, self.change, self.seed = images, change, seed
 
     def __getitem__(self, visit: tuple[int, int]) -> tuple[Tensor, int]:
@@ -142,7 +142,7 @@ class Visits(Dataset[tuple[Tensor, int]]):
             return self.change(image), int(self.images.labels[index])
 
 
-class Order(Sampler[tuple[int, int]]):
+class EpochSampler(Sampler[tuple[int, int]]):
     """(epoch, index) of the visits of one worker: all images in an order of the epoch's own, dealt out to `world` workers; those
     that fill no last batch are other ones in every epoch. The trainer calls `set_epoch`."""
 

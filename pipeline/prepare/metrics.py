@@ -16,7 +16,7 @@ SMALLEST = 2.0**-24  # of float16, above 0: what a probability that was rounded 
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
+class Predictions:
     """What a model says of N images, and what they are."""
 
     ids: np.ndarray  # int [N, k], the best class first
@@ -25,7 +25,7 @@ class Answers:
     truth_score: np.ndarray  # float [N], probability of the true class
 
     @classmethod
-    def of(cls, probabilities: np.ndarray, truth: np.ndarray, *, k: int = 5) -> Answers:
+    def of(cls, probabilities: np.ndarray, truth: np.ndarray, *, k: int = 5) -> Predictions:
         """From the probabilities of all classes, [N, C]; of equal ones the lower class comes first."""
         ids = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
         rows = np.arange(len(truth))
@@ -40,9 +40,9 @@ class Answers:
         right: np.ndarray = self.ids[:, 0] == self.truth
         return right
 
-    def where(self, mask: np.ndarray) -> Answers:
+    def where(self, mask: np.ndarray) -> Predictions:
         """Those of the images that `mask`, bool [N], picks."""
-        return Answers(self.ids[mask], self.score[mask], self.truth[mask], self.truth_score[mask])
+        return Predictions(self.ids[mask], self.score[mask], self.truth[mask], self.truth_score[mask])
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Metrics:
         return _ratio(self.confusion.diagonal(), self.images)
 
 
-def measure(answers: Answers, classes: int) -> Metrics:
+def measure(answers: Predictions, classes: int) -> Metrics:
     """All of it, of one image or more."""
     bins = reliability(answers.score, answers.right)
     return Metrics(
@@ -97,7 +97,7 @@ def measure(answers: Answers, classes: int) -> Metrics:
     )
 
 
-def top_k(answers: Answers, k: int) -> float:
+def top_k(answers: Predictions, k: int) -> float:
     """Share of the images whose class is among the k best."""
     return float((answers.ids[:, :k] == answers.truth[:, None]).any(axis=1).mean())
 
@@ -126,7 +126,7 @@ def calibration_error(bins: tuple[Bin, ...]) -> float:
     return sum(part.images * abs(part.accuracy - part.confidence) for part in bins if part.images) / images
 
 
-def agreement(first: Answers, second: Answers) -> float:
+def agreement(first: Predictions, second: Predictions) -> float:
     """Share of the images to which both give the same class, right or wrong."""
     return float((first.ids[:, 0] == second.ids[:, 0]).mean())
 

@@ -24,7 +24,7 @@ from pipeline.model.preprocessing import PREPROCESSING_VERSION
 from pipeline.prepare.card import folder_name, model_card
 from pipeline.prepare.checkpoint import LAST
 from pipeline.prepare.outcome import Outcome
-from pipeline.prepare.train import Place
+from pipeline.prepare.train import Worker
 from pipeline.spec import Input
 from pipeline.storage import join, open_store
 
@@ -44,13 +44,13 @@ def _listing(wanted: Input) -> list[list[Any]]:
     return [[item.uri, item.size, item.etag] for item in list_inputs(open_store(wanted.uris[0], wanted.s3), wanted).inputs]
 
 
-def finished(job: Job, key: str, place: Place) -> Outcome | None:
+def finished(job: Job, key: str, worker: Worker) -> Outcome | None:
     """What to say when this very job is done already. The first worker looks, for all: they must not find different things.
 
     Raises JobError when something else stands in the artifact's place.
     """
-    there = _standing(job, key) if place.rank == 0 else None
-    if not place.broadcast(there is not None):
+    there = _standing(job, key) if worker.rank == 0 else None
+    if not worker.broadcast(there is not None):
         return None
     _remove(job, key)  # a kill may have left them
     return Outcome(()) if there is None else outcome(there, job, ("nothing to do: the artifact is there",))
@@ -83,14 +83,14 @@ def checkpoint_line(folder: Path) -> str:
     return f"checkpoints in {folder} until the model is saved; the same command goes on from them"
 
 
-def close(job: Job, key: str, place: Place, *, made: Callable[[], Artifact], lines: tuple[str, ...]) -> Outcome:
+def close(job: Job, key: str, worker: Worker, *, made: Callable[[], Artifact], lines: tuple[str, ...]) -> Outcome:
     """The first worker makes and saves the artifact, with its card, and says so; then all remove their checkpoints."""
     done = Outcome(())
-    if place.rank == 0:
+    if worker.rank == 0:
         artifact, uri = made(), job.output.uri
         saved = save_artifact(artifact, uri, job.output.s3, card=model_card(artifact, name=folder_name(uri)))
         done = outcome(saved, job, lines)
-    place.broadcast(None)  # on a shared disk the first worker has read from theirs until here
+    worker.broadcast(None)  # on a shared disk the first worker has read from theirs until here
     _remove(job, key)
     return done
 

@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from pipeline.errors import JobError, ModelError, UnfitError
 from pipeline.job.training import Training, Workers
 from pipeline.model.preprocessing import Preprocessing
-from pipeline.prepare.augment import Change
+from pipeline.prepare.augment import Augmentation
 from pipeline.prepare.checkpoint import BEST, LAST, Keep, OneStep, make_folder, read, replace
-from pipeline.prepare.images import MAX_PIXELS, Images, Order, Visits
+from pipeline.prepare.images import MAX_PIXELS, EpochDataset, EpochSampler, Images
 from pipeline.prepare.learner import Learner, precision_of
 from pipeline.prepare.outcome import Say
 from pipeline.preprocess import Prepare
@@ -61,7 +61,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Place:
+class Worker:
     """Where a training runs: the device, this worker among how many, and what Ray Train adds to the trainer."""
 
     accelerator: str = "cpu"
@@ -75,17 +75,17 @@ class Place:
     """What the first worker gives, on all of them."""
 
     @staticmethod
-    def here(workers: Workers) -> Place:
+    def here(workers: Workers) -> Worker:
         """This process alone. Raises UnfitError for a GPU that is not there."""
         if workers.gpus_per_worker and not torch.cuda.is_available():
             do = "Set workers.gpus_per_worker to 0, or repair the driver"
             raise UnfitError("training wants a GPU, and torch sees no CUDA device", do=do)
         if workers.cpus_per_worker is not None:
             torch.set_num_threads(workers.cpus_per_worker)
-        return Place("gpu" if workers.gpus_per_worker else "cpu", workers.loaders)
+        return Worker("gpu" if workers.gpus_per_worker else "cpu", workers.loaders)
 
 
-class _Diary(pl.Callback):
+class _EpochLog(pl.Callback):
     """Keeps the epochs, in the checkpoint too, and tells them as they end."""
 
     def __init__(self, say: Say, total: int) -> None:
@@ -117,7 +117,7 @@ class _Diary(pl.Callback):
 
 
 def fit(
-    learner: Learner, data: tuple[Images, Images], *, preprocessing: Preprocessing, place: Place, folder: Path, say: Say
+    learner: Learner, data: tuple[Images, Images], *, preprocessing: Preprocessing, worker: Worker, folder: Path, say: Say
 ) -> Result:
     """Train on (training, validation) images, or go on where `folder` says that an earlier start stopped.
 
@@ -125,40 +125,40 @@ def fit(
     `checkpoint` raises.
     """
     training = learner.training_
-    wanted = training.batch_size * place.world
+    wanted = training.batch_size * worker.world
     if len(data[0]) < wanted or not len(data[1]):
         got = f"{len(data[0]):,} images to train on and {len(data[1]):,} to validate with"
         raise JobError(got, need=f"a batch of {wanted} and one", do="Give more images or lower training.batch_size")
     make_folder(folder)
-    diary, patience = _Diary(say, training.epochs), _Patience(training)
-    state = _standing(folder, place, say)
+    log, patience = _EpochLog(say, training.epochs), _EarlyStopping(training)
+    state = _standing(folder, worker, say)
     if state is not None:
-        diary.load_state_dict(state["callbacks"][diary.state_key])
+        log.load_state_dict(state["callbacks"][log.state_key])
         patience.load_state_dict(state["callbacks"][patience.state_key])
-    resumed = len(diary.epochs)
+    resumed = len(log.epochs)
     if resumed:
         say(f"resuming: {resumed} of at most {training.epochs} epochs done")
     if resumed < training.epochs and not patience.spent:
-        loaders = _loaders(data, preprocessing, training, place, resumed=resumed)
-        trainer = _trainer(training, place, folder, [diary, patience])
+        loaders = _loaders(data, preprocessing, training, worker, resumed=resumed)
+        trainer = _trainer(training, worker, folder, [log, patience])
         with _quiet():
             trainer.fit(learner, *loaders, ckpt_path=str(folder / LAST) if resumed else None, weights_only=True)
-    best = max(diary.epochs, key=lambda epoch: (epoch.accuracy, -epoch.number))
-    kept = read(folder / BEST)["state_dict"] if place.rank == 0 else {}
+    best = max(log.epochs, key=lambda epoch: (epoch.accuracy, -epoch.number))
+    kept = read(folder / BEST)["state_dict"] if worker.rank == 0 else {}
     weights = {name.removeprefix("network."): value for name, value in kept.items() if name.startswith("network.")}
-    return Result(tuple(diary.epochs), best, weights, len(diary.epochs) < training.epochs, resumed)
+    return Result(tuple(log.epochs), best, weights, len(log.epochs) < training.epochs, resumed)
 
 
-def _standing(folder: Path, place: Place, say: Say) -> dict[str, Any] | None:
+def _standing(folder: Path, worker: Worker, say: Say) -> dict[str, Any] | None:
     """The state that an earlier start has left: the first worker's, on all of them. It is of use with the best epoch only, which
     that worker alone has."""
     last, stands = folder / LAST, False
-    if place.rank == 0 and last.exists():
+    if worker.rank == 0 and last.exists():
         stands = (folder / BEST).exists()
         if not stands:
             say(f"starting anew: {folder} holds {LAST} without {BEST}")
-    if place.world > 1:
-        content = place.broadcast(last.read_bytes() if stands else None)
+    if worker.world > 1:
+        content = worker.broadcast(last.read_bytes() if stands else None)
         stands = content is not None
         if stands and not (last.exists() and last.read_bytes() == content):
             replace(last, content)
@@ -166,19 +166,19 @@ def _standing(folder: Path, place: Place, say: Say) -> dict[str, Any] | None:
 
 
 def _loaders(
-    data: tuple[Images, Images], preprocessing: Preprocessing, training: Training, place: Place, *, resumed: int
+    data: tuple[Images, Images], preprocessing: Preprocessing, training: Training, worker: Worker, *, resumed: int
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    visits = Visits(data[0], Change(preprocessing, training.augment), seed=training.seed)
-    order = Order(len(data[0]), batch=training.batch_size, seed=training.seed, rank=place.rank, world=place.world)
+    visits = EpochDataset(data[0], Augmentation(preprocessing, training.augment), seed=training.seed)
+    order = EpochSampler(len(data[0]), batch=training.batch_size, seed=training.seed, rank=worker.rank, world=worker.world)
     order.set_epoch(resumed)  # Lightning says it too late for loaders in processes of their own, which draw ahead
-    pinned = place.accelerator == "gpu"
+    pinned = worker.accelerator == "gpu"
     train = DataLoader(
         visits,
         batch_size=training.batch_size,
         sampler=order,
-        num_workers=place.loaders,
-        multiprocessing_context="fork" if place.loaders else None,  # shares the images, any other way copies them
-        persistent_workers=place.loaders > 0,  # else 14 are forked from a process with a GPU again for every epoch
+        num_workers=worker.loaders,
+        multiprocessing_context="fork" if worker.loaders else None,  # shares the images, any other way copies them
+        persistent_workers=worker.loaders > 0,  # else 14 are forked from a process with a GPU again for every epoch
         pin_memory=pinned,
     )
     prepare, size = Prepare(preprocessing, MAX_PIXELS), preprocessing.size
@@ -189,7 +189,7 @@ def _loaders(
     return train, DataLoader(held, batch_size=2 * training.batch_size, pin_memory=pinned)
 
 
-def _trainer(training: Training, place: Place, folder: Path, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
+def _trainer(training: Training, worker: Worker, folder: Path, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
     best = Keep(
         folder,
         Path(BEST).stem,
@@ -199,17 +199,17 @@ def _trainer(training: Training, place: Place, folder: Path, callbacks: Sequence
         enable_version_counter=False,
     )
     last = Keep(folder, Path(LAST).stem, enable_version_counter=False)  # after the other: it holds the other's state
-    device = "cuda" if place.accelerator == "gpu" else "cpu"
+    device = "cuda" if worker.accelerator == "gpu" else "cpu"
     with _quiet():
         return pl.Trainer(
-            accelerator=place.accelerator,
+            accelerator=worker.accelerator,
             devices=1,
-            strategy=place.strategy(),
+            strategy=worker.strategy(),
             precision=_LIGHTNING[precision_of(training, device)],  # type: ignore[arg-type]
             max_epochs=training.epochs,
             gradient_clip_val=training.gradient_clip or None,
             callbacks=[*callbacks, best, last],
-            plugins=[OneStep(), *place.plugins],
+            plugins=[OneStep(), *worker.plugins],
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -219,7 +219,7 @@ def _trainer(training: Training, place: Place, folder: Path, callbacks: Sequence
         )
 
 
-class _Patience(EarlyStopping):
+class _EarlyStopping(EarlyStopping):
     """Stops when the accuracy has not risen for `training.patience` epochs, but not before what is frozen has been thawed."""
 
     def __init__(self, training: Training) -> None:

@@ -19,7 +19,7 @@ from pipeline.errors import JobError, NightlabelError, Temporary
 from pipeline.job.jobfile import dump_job, parse_job
 from pipeline.job.training import DistillJob, FinetuneJob, Workers
 from pipeline.prepare.outcome import Outcome, Say
-from pipeline.prepare.train import Place
+from pipeline.prepare.train import Worker
 
 _OBJECT_STORE = 128 * 2**20  # nothing but lines goes through it
 
@@ -107,7 +107,7 @@ def _worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(job.workers.cpus_per_worker or 1)
     context = ray.train.get_context()
     frozen = job.training.freeze > 0
-    place = Place(
+    worker = Worker(
         "gpu" if job.workers.gpus_per_worker else "cpu",
         job.workers.loaders,
         context.get_world_rank(),
@@ -117,14 +117,14 @@ def _worker(config: dict[str, Any]) -> None:
         _broadcast,
     )
     lines = config["lines"]
-    say: Callable[[str], None] = (lambda _: None) if place.rank else lines.put
+    say: Callable[[str], None] = (lambda _: None) if worker.rank else lines.put
     train_job = importlib.import_module(f"pipeline.prepare.{job.kind}").train_job
     try:
-        outcome = train_job(job, place=place, say=say, command=config["command"])
+        outcome = train_job(job, worker=worker, say=say, command=config["command"])
     except NightlabelError as error:
         lines.put(error)
         raise
-    if place.rank == 0:
+    if worker.rank == 0:
         lines.put(outcome)
 
 

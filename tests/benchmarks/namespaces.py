@@ -72,7 +72,7 @@ def main() -> None:
         sys.exit(f"needs root, and the photographs in {args.photos}")
     import seaweed
     from models import make_artifact
-    from raylets import Place, Raylets
+    from raylets import Raylets, Worker
 
     from pipeline.model.preprocessing import Preprocessing
 
@@ -80,7 +80,7 @@ def main() -> None:
         folder = Path(name)
         for part in ("seaweed", "home"):
             (folder / part).mkdir()
-        places = tuple(Place(f"{NET}.{number + 2}", ("ip", "netns", "exec", ns)) for number, ns in enumerate(NAMES))
+        places = tuple(Worker(f"{NET}.{number + 2}", ("ip", "netns", "exec", ns)) for number, ns in enumerate(NAMES))
         server = seaweed.start(folder / "seaweed", host=f"{NET}.1")
         cluster = Raylets(folder / "home", server.env, places=places)
         try:

@@ -33,14 +33,14 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def lease_seconds(server: seaweed.Seaweed, out: str, times: int) -> dict[str, float]:
-    from pipeline.nights.lease import Office
+    from pipeline.nights.lease import LeaseStore
     from pipeline.storage import open_store
 
     store = open_store("s3://", server.options)
     store.create(f"{out}/first", b"a client takes half a second to build")
     took, gave = [], []
     for _ in range(times):
-        seconds, lease = timed(lambda: Office(store, f"{out}/leases/products").acquire("skip", wait=0.0, say=print))
+        seconds, lease = timed(lambda: LeaseStore(store, f"{out}/leases/products").acquire("skip", wait=0.0, say=print))
         took.append(seconds)
         gave.append(timed(lease.__exit__)[0])
     return {"taken": statistics.median(took), "taken_at_most": max(took), "given_back": statistics.median(gave)}

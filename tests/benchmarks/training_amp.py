@@ -18,13 +18,13 @@ def steps(name: str, device: str, count: int) -> dict[str, float]:
     """Median images a second of five times `count` steps, and the most memory on a GPU."""
     import torch
 
-    from pipeline.job.training import Random
+    from pipeline.job.training import RandomNetwork
     from pipeline.model.preprocessing import Preprocessing
     from pipeline.prepare.finetune import starting_network
     from pipeline.prepare.learner import CrossEntropy, Normalise, decay_groups
 
     dtype, batch, cuda = getattr(torch, name), 256 if device == "cuda" else 32, device == "cuda"
-    network = starting_network(None, Random(), tuple(map(str, range(1000))), seed=0).train()
+    network = starting_network(None, RandomNetwork(), tuple(map(str, range(1000))), seed=0).train()
     network = network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(decay_groups(network, 0.05), lr=1e-3)
     scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16)
