@@ -96,10 +96,17 @@ def run_demo(out: Path, *, say: Callable[[str], None], observe: Observer) -> Out
         need = "a folder of this machine, without {, *, ? and ["
         raise JobError(f"--out is {out}", need=need, do="Give another one")
     job_file, model = out / "job.yaml", out / "model"
-    if out.exists() and any(out.iterdir()) and not job_file.exists():
-        raise JobError(f"{out} is not empty", need="a new folder or that of an earlier demo", do="Give another one with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    job_file.write_text(job_text(out))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()) and not job_file.exists():
+            raise JobError(
+                f"{out} is not empty", need="a new folder or that of an earlier demo", do="Give another one with --out"
+            )
+        job_file.write_text(job_text(out))
+    except OSError as error:
+        raise JobError(
+            f"{out}: {error.strerror}", need="a folder that can be written", do="Give another one with --out"
+        ) from error
     if not (out / "digits").exists():
         digits = pack_digits(out / "digits")
         say(f"packed  {digits.train_images} digits to train on, {digits.label_images} to label, {len(digits.broken)} broken")

@@ -113,3 +113,14 @@ def test_the_demo_refuses_what_a_job_takes_for_more_than_a_folder(name: str, tmp
     words = f"--out is {Path(name)}; required: a folder of this machine, without {{, *, ? and [. Give another one."
     assert str(caught.value) == words
     assert not list(tmp_path.iterdir())
+
+
+def test_the_demo_refuses_a_file_and_a_folder_of_something_else(tmp_path: Path):
+    (tmp_path / "mine").write_text("x")
+    for out, got in (
+        (tmp_path / "mine", "mine: File exists; required: a folder"),
+        (tmp_path, "is not empty; required: a new folder"),
+    ):
+        with pytest.raises(JobError, match=got):
+            run_demo(out, say=print, observe=lambda *_: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
