@@ -22,7 +22,7 @@ from pipeline.commands import cluster as cli_cluster
 from pipeline.commands import kube as cli_kube
 from pipeline.commands import model as cli_model
 from pipeline.commands import nightly as cli_nightly
-from pipeline.commands.options import AsJson, Date, Dates, IfRunning, JobPath, print_json, say
+from pipeline.commands.options import Again, AsJson, Date, Dates, IfRunning, JobPath, print_json, say
 from pipeline.errors import ExitCode, Interrupted, NightlabelError
 
 if TYPE_CHECKING:
@@ -51,7 +51,13 @@ def nightlabel() -> None:
 
 
 def run(
-    job: JobPath, *, date: Dates = None, if_running: IfRunning = None, as_json: AsJson = False, metrics: MetricsTo = None
+    job: JobPath,
+    *,
+    date: Dates = None,
+    if_running: IfRunning = None,
+    again: Again = False,
+    as_json: AsJson = False,
+    metrics: MetricsTo = None,
 ) -> None:
     """Do what the job says: label, finetune, distill, quantize or evaluate; go on where an earlier run stopped."""
     from pipeline.job.jobfile import asked_day, at_day, load_template
@@ -67,7 +73,7 @@ def run(
             _run_preparation(at_day(template, day, name=str(job)), as_json=as_json, command=command)
     from pipeline.nights.nightly import asked
 
-    days = asked(template, date, name=str(job))
+    days = asked(template, date, name=str(job), again=again)
     nights = cli_nightly.label_nights(template, days, if_running=if_running, telling=telling, started=STARTED)
     sys.exit(cli_nightly.print_nights(nights, as_json=as_json, path=job))
 

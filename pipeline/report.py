@@ -88,12 +88,11 @@ class Receipt:
     def lines(self) -> list[str]:
         """The receipt for a screen."""
         adds_up = f"{self.rows_in:,} in = {self.ok:,} ok + {self.failed:,} failed"
+        failed = [f"failed  {', '.join(f'{name} {number:,}' for name, number in self.failures.items())}"] if self.failures else []
         if self.run is None:
-            return [f"nothing to do: every input of {self.job} is labelled", f"where   {self.where}"]
+            return [f"nothing to do: every input of {self.job} is labelled", *failed, f"where   {self.where}"]
         state = "done" if self.exit_code in COMPLETE else "not finished"
-        lines = [f"{state}: {adds_up}, {self.units_done} of {self.units} units"]
-        if self.failures:
-            lines.append("failed  " + ", ".join(f"{name} {number:,}" for name, number in self.failures.items()))
+        lines = [f"{state}: {adds_up}, {self.units_done} of {self.units} units", *failed]
         if self.decode == "fast" or self.lane != "cpu":
             lines.append(f"decode  {self.agreement}")
         if not self.rows_in and not self.trouble:

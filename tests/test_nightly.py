@@ -198,6 +198,8 @@ def test_catch_up_labels_missed_days_and_passes_over_days_without_input(tmp_path
     assert seen == [days[0].date, days[2].date, today], "today is run whatever it has: a night without input is an error"
     assert [night.date for night in nights] == seen
     assert asked(wanted, "2026-11-01", name="j") == (Day("2026-11-01"),), "a day by its name is that day alone"
+    again = [day.again for day in asked(wanted, "today", name="j", again=True)]
+    assert again == [False, False, False, True], "a day that was labelled in another night is not this run's failure"
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,16 @@ def test_what_the_job_says_is_in_the_ray_job():
     assert spec["shutdownAfterJobFinishes"]
     assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
     assert spec["submissionMode"] == "K8sJobMode"  # which the schema takes as any text
-    assert spec["entrypoint"] == "nightlabel run /job/job.yaml --date 2026-11-01 --if-running share"
+    assert spec["entrypoint"] == "nightlabel run /job/job.yaml --date 2026-11-01 --if-running share --again"
+
+
+def test_what_kuberay_tries_again_ends_as_the_attempt_before_it():
+    once = HEAD_ONLY.replace("memory: 8GiB}", "memory: 8GiB}, kubernetes: {attempts: 1}")
+    for text, again in ((HEAD_ONLY, True), (once, False)):
+        night = with_kind(rendered(text, Wish("rayjob", image=DIGEST)), "RayJob")["spec"]
+        every_night = with_kind(rendered(text, Wish("raycronjob", image=DIGEST)), "RayCronJob")["spec"]["jobTemplate"]
+        for spec in (night, every_night):
+            assert ("--again" in spec["entrypoint"].split()) == again == (spec["backoffLimit"] > 0)
 
 
 def test_one_run_is_for_one_day_whenever_its_attempts_begin():

@@ -143,6 +143,55 @@ def test_what_could_not_be_fetched_is_labelled_in_a_new_generation(tmp_path, mod
     assert "not a unit of nightlabel" in problems(wanted)[0]
 
 
+def test_an_attempt_after_the_last_ends_as_that_one_did(tmp_path, model, monkeypatch):
+    """KubeRay tries again after every exit code but 0; too many failures must not look like success for that."""
+    without_ray(monkeypatch)
+    guard(monkeypatch)
+    loose(tmp_path / "in/2026-11-01", 20)
+    denied = tmp_path / "in/2026-11-01/03.jpg.denied"
+    denied.touch()
+    more = {"input": {"format": "images"}, "limits": {"max_failed": "4%"}}
+    wanted = job(tmp_path / "in/{date}/", model, tmp_path / "out", resources=LIGHT | {"read": {"tasks": 1}}, **more)
+    path = write(tmp_path, wanted)
+    run_it = ("run", path, "--date", "2026-11-01")
+    assert [invoke(*run_it, "--again", "--metrics", tmp_path)[0] for _ in range(2)] == [4, 4]
+    metrics = (tmp_path / "nightlabel_test.prom").read_text()
+    assert 'nightlabel_exit_code{name="test"} 4\n' in metrics
+    assert 'nightlabel_images_total{name="test",status="failed"} 1\n' in metrics, "of the first"
+    assert "last_success" not in metrics
+    before = files(tmp_path / "out")
+    assert invoke(*run_it)[0] == 0, "whoever runs it again has nothing to do"
+    code, out, err = invoke(*run_it, "--again")
+    assert (code, out.splitlines()[:2]) == (4, ["nothing to do: every input of test is labelled", "failed  FETCH_FAILED 1"]), err
+    code, out, _ = invoke(*run_it, "--again", "--json")
+    told = json.loads(out)
+    assert (code, told["exit_code"], told["rows_in"], told["ok"], told["failed"]) == (4, 4, 20, 19, 1)
+    loose(tmp_path / "in/2026-11-02", 3)
+    assert invoke("run", path, "--date", "2026-11-02", "--again")[0] == 0
+    assert invoke("run", path, "--date", "2026-11-01..2026-11-02", "--again")[0] == 4
+    assert invoke("run", path, "--date", "2026-11-02", "--again")[0] == 0, "by its own images and not by another day's"
+    assert files(tmp_path / "out").items() >= before.items()
+    for number in range(20, 40):
+        (tmp_path / f"in/2026-11-01/{number}.jpg").write_bytes(picture(number))
+    assert invoke(*run_it)[0] == 0
+    assert invoke(*run_it, "--again")[0] == 0, "as the last run over these images ended, which labelled what was new"
+
+
+def test_what_was_mended_since_is_no_failure_any_more(tmp_path, model, monkeypatch):
+    without_ray(monkeypatch)
+    guard(monkeypatch)
+    loose(tmp_path / "in", 20)
+    denied = tmp_path / "in/03.jpg.denied"
+    denied.touch()
+    more = {"input": {"format": "images"}, "limits": {"max_failed": "4%"}}
+    wanted = job(tmp_path / "in", model, tmp_path / "out", resources=LIGHT | {"read": {"tasks": 1}}, **more)
+    path = write(tmp_path, wanted)
+    assert [invoke("run", path, "--again")[0] for _ in range(2)] == [4, 4]
+    denied.unlink()
+    assert invoke("retry-failed", path, "--class", "FETCH_FAILED")[0] == 0
+    assert invoke("run", path, "--again")[0] == 0
+
+
 def test_a_poison_image_is_retried_in_careful_mode_and_a_killed_retry_goes_on(tmp_path, model, on_ray, monkeypatch):
     import poison
 

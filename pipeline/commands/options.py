@@ -19,6 +19,13 @@ IfRunning = Annotated[
         help="When another run of the job is at it: overrules schedule.if_running; share takes no lease and works beside it."
     ),
 ]
+Again = Annotated[
+    bool,
+    typer.Option(
+        "--again",
+        help="For what tries again by itself: where an earlier attempt has done it all, end as that one did, with 4 too.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

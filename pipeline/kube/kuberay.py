@@ -121,8 +121,10 @@ def attempt_seconds(job: Job, days: int) -> int | None:
 def _spec(job: Job, cluster: Cluster, site: Site, entrypoint: str, days: int) -> RayJobSpec:
     submitter = pod(site, container("ray-job-submitter", site, _SUBMITTER))
     submitter["spec"]["restartPolicy"] = "Never"
+    # KubeRay tries again after any exit code but 0, also after 4, when everything is committed and nothing is left to do.
+    again = " --again" if site.settings.attempts > 1 else ""
     spec: RayJobSpec = {
-        "entrypoint": entrypoint,
+        "entrypoint": entrypoint + again,
         "submissionMode": "K8sJobMode",
         "backoffLimit": site.settings.attempts - 1,
         "preRunningDeadlineSeconds": _nodes_seconds(job),

@@ -24,6 +24,8 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow as pa
+
 from pipeline.errors import InputMissing, JobError
 from pipeline.footer import Footer, read_footer
 from pipeline.log import Log
@@ -111,6 +113,13 @@ def read_footers(store: Store, objects: list[Object]) -> Iterator[Footer]:
     with ThreadPoolExecutor(16) as pool:
         for at in range(0, len(objects), 1000):
             yield from pool.map(lambda item: read_footer(store, item.uri), objects[at : at + 1000])
+
+
+def last_labelled(log: Log, uris: pa.Array) -> Iterator[Footer]:
+    """What the newest finished run with any of these inputs has labelled: the newest version of each of its units."""
+    runs = [run for run in log.runs(uris) if run.finished and run.parts.num_rows]
+    ids = {unit.id for unit in runs[-1].units} if runs else set()
+    return read_footers(log.store, [item for unit_id, item in newest(log).items() if unit_id in ids])
 
 
 def validate_all(log: Log) -> tuple[list[Footer], list[str]]:

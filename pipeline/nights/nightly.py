@@ -7,17 +7,23 @@ came late or was left over is taken up as well, and a day that is labelled costs
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import pyarrow as pa
 
 from pipeline.cut import list_inputs
 from pipeline.errors import COMPLETE, ExitCode, InputMissing, JobError, NightlabelError
+from pipeline.footer import totals
 from pipeline.job.jobfile import asked_days, at_day
-from pipeline.job.schedule import WAIT_S, looked_back
+from pipeline.job.quantity import exceeds
+from pipeline.job.schedule import WAIT_S, looked_back, looks_back
 from pipeline.job.uris import above_days
 from pipeline.log import Log
+from pipeline.nights.generation import last_labelled
 from pipeline.nights.lease import LeaseStore, Say
 from pipeline.nights.notify import account, tell
 from pipeline.report import Receipt
@@ -46,10 +52,12 @@ GRAVITY = (
 
 @dataclass(frozen=True)
 class Day:
-    """A day to label. `behind`: nobody asked for it, schedule.catch_up looks whether it was left over."""
+    """A day to label. `behind`: nobody asked for it, schedule.catch_up looks whether it was left over. `again`: where an earlier
+    attempt has done it all, that one's exit code is this one's too."""
 
     date: str | None
     behind: bool = False
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,14 +84,15 @@ class Night:
         return f"{self.date}  {self.exit_code:>2}  {said}{also}"
 
 
-def asked(template: Job, date: str | None, *, name: str) -> tuple[Day, ...]:
+def asked(template: Job, date: str | None, *, name: str, again: bool = False) -> tuple[Day, ...]:
     """The days that `--date` and `schedule.catch_up` name, oldest first. Raises JobError."""
     days = asked_days(template, date, name=name)
     if len(days) > 1 and not template.is_dated:
         need = "{date} in a uri of the job"
         raise JobError(f"{name}: --date {date} is {len(days)} days", need=need, do="Add it, or run without --date")
-    behind = looked_back(days[0], template.schedule) if days[0] and date in ("today", "yesterday") and template.is_dated else ()
-    return (*(Day(day, behind=True) for day in behind), *map(Day, days))
+    looks = template.is_dated and looks_back(date or "", template.schedule)
+    behind = looked_back(days[0], template.schedule) if days[0] and looks else ()
+    return (*(Day(day, behind=True) for day in behind), *(Day(day, again=again) for day in days))
 
 
 def gravest(nights: list[Night]) -> int:
@@ -153,13 +162,35 @@ def _each(template: Job, days: tuple[Day, ...], label: Label, check: Check, say:
 
 def _outcome(job: Job, label: Label, check: Check, day: Day, say: Say) -> Receipt | NightlabelError:
     try:
-        return label(job, check)
+        receipt = label(job, check)
+        return _as_it_stands(job, receipt) if day.again and receipt.run is None else receipt
     except NightlabelError as error:
         check()  # when it was told to stop, that is no failure of the day
         return error
     except Exception as error:  # a bug: whoever is to hear how a night ended hears of it too, and it goes on its way
         tell(job.notify, account(job.name, day.date, NightlabelError(f"a bug: {error!r}")), say=say)
         raise
+
+
+def _as_it_stands(job: Job, receipt: Receipt) -> Receipt:
+    """Nothing was left to do: the receipt with the counts and the exit code of the run that did it, if too many failed."""
+    inputs = list_inputs(open_store(job.input.uris[0], job.input.s3), job.input).inputs
+    log = Log(open_store(receipt.where, job.output.s3), receipt.where)
+    footers = list(last_labelled(log, pa.array([item.uri for item in inputs], pa.string())))
+    sums, failures = totals(footers), sum((Counter(footer.failures) for footer in footers), Counter[str]())
+    if not exceeds(sums["failed"], job.limits.max_failed, of=sums["in"]):
+        return receipt
+    return replace(
+        receipt,
+        units=len(footers),
+        units_done=len(footers),
+        units_before=len(footers),
+        rows_in=sums["in"],
+        ok=sums["ok"],
+        failed=sums["failed"],
+        failures=dict(sorted(failures.items())),
+        exit_code=ExitCode.TOO_MANY_FAILED,
+    )
 
 
 def _table(job: Job, outcome: Receipt | NightlabelError) -> Table:
