@@ -21,7 +21,7 @@ from pipeline.errors import Conflict, JobError, PermissionDenied, Temporary, Unf
 from pipeline.kube.apiserver import Api
 from pipeline.kube.apply import apply
 from pipeline.kube.follow import Progress
-from pipeline.kube.render import Thing, Wish, render
+from pipeline.kube.render import KubeObject, RenderOptions, render
 
 NAME = "nightly-products"
 RAYJOBS = "/apis/ray.io/v1/namespaces/labelling/rayjobs"
@@ -30,9 +30,9 @@ ENTRYPOINT = (
 )
 
 
-def things(**wish: Any) -> list[Thing]:
+def things(**wish: Any) -> list[KubeObject]:
     text, _ = GOLDEN["rayjob"]
-    asked = Wish(**{"target": "rayjob", "date": "2026-11-01", **wish})
+    asked = RenderOptions(**{"target": "rayjob", "date": "2026-11-01", **wish})
     return render(job_of(text), text, asked)
 
 
@@ -48,7 +48,7 @@ def api(cluster: ApiServer) -> Api:
     return Api(patience=20.0, pause=0.02)
 
 
-def start(api: Api, wanted: list[Thing], if_running: Any = "refuse") -> Any:
+def start(api: Api, wanted: list[KubeObject], if_running: Any = "refuse") -> Any:
     return apply(api, wanted, if_running=if_running, say=lambda text: None)
 
 
@@ -117,7 +117,7 @@ def test_the_run_of_another_day_is_another_where_the_entrypoint_keeps_the_word(m
         monkeypatch.setattr("pipeline.job.schedule.datetime", clock(day))
         (run,) = [
             thing
-            for thing in render(job_of(CATCHING_UP), CATCHING_UP, Wish("rayjob", "yesterday", DIGEST))
+            for thing in render(job_of(CATCHING_UP), CATCHING_UP, RenderOptions("rayjob", "yesterday", DIGEST))
             if thing["kind"] == "RayJob"
         ]
         assert run["spec"]["entrypoint"].split()[4] == "yesterday"
@@ -136,9 +136,9 @@ def clock(day: str) -> type[datetime]:
     return Noon
 
 
-def tick(number: int) -> list[Thing]:
+def tick(number: int) -> list[KubeObject]:
     """What the pod of a CronJob's tick wants to make, of a job without {date}: the same in every night."""
-    made = render(job_of(HEAD_ONLY), HEAD_ONLY, Wish("rayjob", image=DIGEST, tick=f"small-{number}"))
+    made = render(job_of(HEAD_ONLY), HEAD_ONLY, RenderOptions("rayjob", image=DIGEST, tick=f"small-{number}"))
     return [thing for thing in made if thing["kind"] == "RayJob"]
 
 
@@ -193,7 +193,7 @@ def test_a_finished_run_makes_room_and_the_job_file_is_the_new_one(cluster: ApiS
     start(api, things())
     cluster.status(NAME, "Failed", message=ENTRYPOINT.format(5))
     text = GOLDEN["rayjob"][0].replace("top_k: 5", "top_k: 3")
-    start(api, render(job_of(text), text, Wish("rayjob", date="2026-11-01")))
+    start(api, render(job_of(text), text, RenderOptions("rayjob", date="2026-11-01")))
     assert "status" not in cluster.objects()["rayjobs", NAME]
     assert "top_k: 3" in cluster.objects()["configmaps", NAME]["data"]["job.yaml"]
 

@@ -159,7 +159,7 @@ def test_the_readmes_first_job_fits_the_laptops_cluster(tmp_path):
 
 def test_two_nights_of_the_readmes_job_fit_the_namespace(tmp_path):
     from pipeline.job.jobfile import load_label_job
-    from pipeline.kube.render import Wish, render
+    from pipeline.kube.render import RenderOptions, render
 
     nightly = yaml.safe_load((ROOT / "jobs/nightly-products.yaml").read_text())
     for section, fields in yaml.safe_load(blocks("yaml")[1]).items():
@@ -167,7 +167,7 @@ def test_two_nights_of_the_readmes_job_fit_the_namespace(tmp_path):
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(nightly))
     job = load_label_job(path, date="2026-11-01")
-    things = render(job, path.read_text(), Wish("rayjob", "2026-11-01"))
+    things = render(job, path.read_text(), RenderOptions("rayjob", "2026-11-01"))
     assert {thing["metadata"]["namespace"] for thing in things} == {"labelling"}
     spec = things[-1]["spec"]
     groups = [spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]]

@@ -21,7 +21,7 @@ from seaweed import Seaweed
 from shards import write_tars
 from test_render import DIGEST, GOLDEN, rendered, with_kind
 
-from pipeline.kube.render import Wish
+from pipeline.kube.render import RenderOptions
 from pipeline.storage import open_store
 
 pytestmark = pytest.mark.skipif(bool(why := without_namespaces()), reason=why or "there are namespaces")
@@ -85,7 +85,7 @@ class Cluster:
 
     def pod(self) -> Pod:
         """Of a night that is one pod."""
-        (template,) = templates(with_kind(rendered(self.job, Wish("cronjob", image=DIGEST)), "CronJob"))
+        (template,) = templates(with_kind(rendered(self.job, RenderOptions("cronjob", image=DIGEST)), "CronJob"))
         return template["spec"]
 
     def labelled(self) -> dict[str, str]:
@@ -171,7 +171,7 @@ def alive(dashboard: str) -> int:
 def test_a_ray_job_of_three_pods_labels_everything(s3, stored, tmp_path):
     """Under a number that nobody on this machine has, as some clusters give them out."""
     cluster = Cluster(s3, stored, tmp_path, workers=WORKERS)
-    spec = with_kind(rendered(cluster.job, Wish("rayjob", image=DIGEST)), "RayJob")["spec"]
+    spec = with_kind(rendered(cluster.job, RenderOptions("rayjob", image=DIGEST)), "RayJob")["spec"]
     for template in templates(spec):
         template["spec"]["securityContext"]["runAsUser"] = 54321
     with kuberay(cluster, spec["rayClusterSpec"]) as address:

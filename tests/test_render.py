@@ -22,7 +22,7 @@ from kubeschema import check, check_kuberay, templates, unrestricted
 from pipeline.errors import JobError
 from pipeline.job.jobfile import load_label_template, parse_job
 from pipeline.kube.pods import object_name
-from pipeline.kube.render import Wish, render, to_yaml
+from pipeline.kube.render import RenderOptions, render, to_yaml
 from pipeline.spec import Job
 
 NIGHTLY = (ROOT / "jobs/nightly-products.yaml").read_text()
@@ -36,10 +36,10 @@ schedule: {cron: "0 2 * * *", timezone: Europe/Berlin, if_running: queue}
 """
 DIGEST = "images.example/nightlabel@sha256:" + "5" * 64
 GOLDEN = {
-    "rayjob": (NIGHTLY, Wish("rayjob", date="2026-11-01")),
-    "raycronjob": (NIGHTLY, Wish("raycronjob", date="today")),
-    "cronjob": (NIGHTLY, Wish("cronjob", date="today")),
-    "cronjob-head-only": (HEAD_ONLY, Wish("cronjob", image=DIGEST)),
+    "rayjob": (NIGHTLY, RenderOptions("rayjob", date="2026-11-01")),
+    "raycronjob": (NIGHTLY, RenderOptions("raycronjob", date="today")),
+    "cronjob": (NIGHTLY, RenderOptions("cronjob", date="today")),
+    "cronjob-head-only": (HEAD_ONLY, RenderOptions("cronjob", image=DIGEST)),
 }
 
 
@@ -49,7 +49,7 @@ def job_of(text: str, date: str | None = "2026-11-01") -> Job:
     return job
 
 
-def rendered(text: str, wish: Wish) -> list[dict[str, Any]]:
+def rendered(text: str, wish: RenderOptions) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(to_yaml(render(job_of(text), text, wish))))
 
 
@@ -131,7 +131,7 @@ def test_the_deadline_is_of_every_day_and_every_attempt(text: str, date: str, da
 
     def spec(target: Any, kind: str, text: str = text) -> dict[str, Any]:
         path.write_text(text)
-        things = render(load_label_template(path), text, Wish(target, date, DIGEST))
+        things = render(load_label_template(path), text, RenderOptions(target, date, DIGEST))
         return with_kind([dict(thing) for thing in things], kind)["spec"]
 
     last = 1800 + days * (3600 + 600)
@@ -171,8 +171,8 @@ def test_what_the_job_says_is_in_the_ray_job():
 def test_what_kuberay_tries_again_ends_as_the_attempt_before_it():
     once = HEAD_ONLY.replace("memory: 8GiB}", "memory: 8GiB}, kubernetes: {attempts: 1}")
     for text, again in ((HEAD_ONLY, True), (once, False)):
-        night = with_kind(rendered(text, Wish("rayjob", image=DIGEST)), "RayJob")["spec"]
-        every_night = with_kind(rendered(text, Wish("raycronjob", image=DIGEST)), "RayCronJob")["spec"]["jobTemplate"]
+        night = with_kind(rendered(text, RenderOptions("rayjob", image=DIGEST)), "RayJob")["spec"]
+        every_night = with_kind(rendered(text, RenderOptions("raycronjob", image=DIGEST)), "RayCronJob")["spec"]["jobTemplate"]
         for spec in (night, every_night):
             assert ("--again" in spec["entrypoint"].split()) == again == (spec["backoffLimit"] > 0)
 
@@ -180,13 +180,13 @@ def test_what_kuberay_tries_again_ends_as_the_attempt_before_it():
 def test_one_run_is_for_one_day_whenever_its_attempts_begin():
     today = datetime.now(ZoneInfo("Europe/Berlin")).date()
     for text, days in ((HEAD_ONLY, {str(today)}), (HEAD_ONLY.replace("queue}", "queue, catch_up: 3d}"), {"today"})):
-        (job,) = [thing for thing in rendered(text, Wish("rayjob", "today", DIGEST)) if thing["kind"] == "RayJob"]
+        (job,) = [thing for thing in rendered(text, RenderOptions("rayjob", "today", DIGEST)) if thing["kind"] == "RayJob"]
         assert job["spec"]["entrypoint"].split()[4] in days
 
 
 def test_secrets_reach_ray_and_nobody_else():
     text = HEAD_ONLY.replace("memory: 8GiB}", "memory: 8GiB}, kubernetes: {secrets: [s3-keys], suspend: true}")
-    job = with_kind(rendered(text, Wish("rayjob", image=DIGEST)), "RayJob")
+    job = with_kind(rendered(text, RenderOptions("rayjob", image=DIGEST)), "RayJob")
     head, submitter = (job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"], job["spec"]["submitterPodTemplate"])
     assert head["spec"]["containers"][0]["envFrom"] == [{"secretRef": {"name": "s3-keys"}}]
     assert "envFrom" not in submitter["spec"]["containers"][0]
@@ -198,22 +198,26 @@ def test_secrets_reach_ray_and_nobody_else():
 @pytest.mark.parametrize(
     ("text", "wish", "words"),
     [
-        (HEAD_ONLY, Wish("rayjob"), "no image; required: cluster.kubernetes.image or --image"),
-        (HEAD_ONLY, Wish("rayjob", image="images.example/nightlabel:latest"), "has no digest"),
-        (HEAD_ONLY.replace("s3://photos/", "photos/"), Wish("rayjob", image=DIGEST), "input.uri is photos/; required: s3://"),
-        (HEAD_ONLY.replace("8GiB", "1GiB"), Wish("rayjob", image=DIGEST), "object_store is 1 GiB of a node's 1 GiB"),
-        (HEAD_ONLY.partition("cluster")[0], Wish("rayjob", image=DIGEST), "no cluster section"),
-        (HEAD_ONLY.partition("schedule")[0], Wish("cronjob", image=DIGEST), "no schedule in the job"),
+        (HEAD_ONLY, RenderOptions("rayjob"), "no image; required: cluster.kubernetes.image or --image"),
+        (HEAD_ONLY, RenderOptions("rayjob", image="images.example/nightlabel:latest"), "has no digest"),
+        (
+            HEAD_ONLY.replace("s3://photos/", "photos/"),
+            RenderOptions("rayjob", image=DIGEST),
+            "input.uri is photos/; required: s3://",
+        ),
+        (HEAD_ONLY.replace("8GiB", "1GiB"), RenderOptions("rayjob", image=DIGEST), "object_store is 1 GiB of a node's 1 GiB"),
+        (HEAD_ONLY.partition("cluster")[0], RenderOptions("rayjob", image=DIGEST), "no cluster section"),
+        (HEAD_ONLY.partition("schedule")[0], RenderOptions("cronjob", image=DIGEST), "no schedule in the job"),
     ],
 )
-def test_refusals(text: str, wish: Wish, words: str):
+def test_refusals(text: str, wish: RenderOptions, words: str):
     with pytest.raises(JobError, match=words.replace("(", r"\(")):
         render(job_of(text), text, wish)
 
 
 def test_a_tag_is_taken_when_that_is_said():
     text = HEAD_ONLY.replace("memory: 8GiB}", "memory: 8GiB}, kubernetes: {allow_tags: true}")
-    things = rendered(text, Wish("rayjob", image="images.example/nightlabel:1"))
+    things = rendered(text, RenderOptions("rayjob", image="images.example/nightlabel:1"))
     assert with_kind(things, "RayJob")["spec"]["submitterPodTemplate"]["spec"]["containers"][0]["image"].endswith(":1")
 
 
@@ -258,7 +262,7 @@ def test_every_job_renders_valid_objects(*, name, head, workers, kubernetes, dea
     job = yaml.safe_load(HEAD_ONLY) | {"name": name, "cluster": cluster}
     job |= {"limits": {"deadline": deadline}} if deadline else {}
     text = yaml.safe_dump(job)
-    for thing in rendered(text, Wish(target, image=DIGEST)):
+    for thing in rendered(text, RenderOptions(target, image=DIGEST)):
         if thing["apiVersion"] == "ray.io/v1":
             check_kuberay(thing)
         for template in templates(thing):

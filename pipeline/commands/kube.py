@@ -18,7 +18,7 @@ from pipeline.kube.pods import Target
 if TYPE_CHECKING:
     from pipeline.kube.apiserver import Api
     from pipeline.kube.kuberay import RayJob
-    from pipeline.kube.render import Thing, Wish
+    from pipeline.kube.render import KubeObject, RenderOptions
     from pipeline.spec import Job
 
 AsTarget = Annotated[
@@ -34,9 +34,9 @@ _LOOK_S = 2.0
 
 def render(job: JobPath, *, target: AsTarget = "rayjob", date: Dates = None, image: Image = None) -> None:
     """Print the job as Kubernetes objects in YAML, for `kubectl apply` or a repository. Starts nothing."""
-    from pipeline.kube.render import Wish, to_yaml
+    from pipeline.kube.render import RenderOptions, to_yaml
 
-    typer.echo(to_yaml(_things(_load(job, date), job, Wish(target, date, image))), nl=False)
+    typer.echo(to_yaml(_things(_load(job, date), job, RenderOptions(target, date, image))), nl=False)
 
 
 def apply(
@@ -57,10 +57,10 @@ def apply(
     from pipeline.kube.apiserver import Api
     from pipeline.kube.apply import apply as make
     from pipeline.kube.cronjob import TICK
-    from pipeline.kube.render import Wish
+    from pipeline.kube.render import RenderOptions
 
     loaded = _load(job, date)
-    things = _things(loaded, job, Wish(target, date, image, tick=os.environ.get(TICK) if scheduled else None))
+    things = _things(loaded, job, RenderOptions(target, date, image, tick=os.environ.get(TICK) if scheduled else None))
     things = [thing for thing in things if not scheduled or thing["kind"] == "RayJob"]
     api = Api()
     policy = loaded.schedule.if_running if scheduled and loaded.schedule else "refuse"
@@ -115,7 +115,7 @@ def _load(path: Path, date: str | None) -> Job:
     return job
 
 
-def _things(job: Job, path: Path, wish: Wish) -> list[Thing]:
+def _things(job: Job, path: Path, options: RenderOptions) -> list[KubeObject]:
     from pipeline.kube.render import render as objects
 
-    return objects(job, path.read_text(encoding="utf-8"), wish)
+    return objects(job, path.read_text(encoding="utf-8"), options)

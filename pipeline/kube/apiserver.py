@@ -20,7 +20,7 @@ from urllib3.exceptions import HTTPError
 from pipeline.errors import Conflict, JobError, NightlabelError, PermissionDenied, Temporary, UnfitError, UnitsLeft, first_line
 from pipeline.kube.follow import Progress, progress_of
 from pipeline.kube.kuberay import RayJob
-from pipeline.kube.render import Thing
+from pipeline.kube.render import KubeObject
 
 PATIENCE_S = 600.0  # an API server that is being upgraded is away for some minutes
 _PAUSE_S = 1.0
@@ -43,7 +43,7 @@ class Api:
             raise UnfitError(f"no way to a Kubernetes cluster ({first_line(error)})", need=need, do="Set KUBECONFIG") from None
         self._core, self._custom = client.CoreV1Api(), client.CustomObjectsApi()
 
-    def find(self, thing: Thing) -> dict[str, Any] | None:
+    def find(self, thing: KubeObject) -> dict[str, Any] | None:
         """What stands under the thing's name. Raises Conflict when it is not ours."""
         try:
             with _explained(f"look for {title(thing)}"):
@@ -55,7 +55,7 @@ class Api:
             raise Conflict(f"{title(thing)} stands there and is not of nightlabel", need="a free name", do=do)
         return standing
 
-    def put(self, thing: Thing) -> str:
+    def put(self, thing: KubeObject) -> str:
         """Make it, or make what stands there like it; fields that others have set beside ours stay. Says which it was."""
         if self.create(thing):
             return "made"
@@ -67,7 +67,7 @@ class Api:
                 self._call("replace", thing, thing["metadata"]["name"], {**standing, **thing, "metadata": meta})
         return "updated"
 
-    def create(self, thing: Thing) -> bool:
+    def create(self, thing: KubeObject) -> bool:
         """False when something stands there."""
         try:
             with _explained(f"make {title(thing)}"):
@@ -143,7 +143,7 @@ class Api:
                 for line in watch.Watch().stream(self._core.read_namespaced_pod_log, name=name, namespace=meta["namespace"]):
                     yield name, line
 
-    def _call(self, verb: str, thing: Thing, *rest: Any, **more: Any) -> dict[str, Any]:
+    def _call(self, verb: str, thing: KubeObject, *rest: Any, **more: Any) -> dict[str, Any]:
         noun = _NOUNS.get(thing["kind"])
         if noun is None:
             call = getattr(self._custom, f"{verb}_namespaced_custom_object")
@@ -199,16 +199,16 @@ def _reason(doing: str, error: ApiException) -> NightlabelError:
     return Temporary(got, do="Try again")
 
 
-def _nowhere(thing: Thing, error: _Absent) -> NightlabelError:
+def _nowhere(thing: KubeObject, error: _Absent) -> NightlabelError:
     if "namespace" in error.got:
         return UnfitError(error.got, do=f"kubectl create namespace {thing['metadata']['namespace']}, or name another one")
     return UnfitError(error.got, need=f"a cluster that knows {thing['kind']}", do="Install KubeRay, or take --target cronjob")
 
 
-def _path(thing: Thing) -> tuple[str, str, str, str]:
+def _path(thing: KubeObject) -> tuple[str, str, str, str]:
     group, _, version = thing["apiVersion"].partition("/")
     return group, version, thing["metadata"]["namespace"], _PLURALS[thing["kind"]]
 
 
-def title(thing: Thing) -> str:
+def title(thing: KubeObject) -> str:
     return f"{thing['kind']} {thing['metadata']['namespace']}/{thing['metadata']['name']}"

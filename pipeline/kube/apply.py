@@ -13,13 +13,13 @@ from pipeline.errors import Conflict, Temporary, UnitsLeft
 from pipeline.kube.apiserver import Api, title
 from pipeline.kube.follow import progress_of
 from pipeline.kube.kuberay import RayJob
-from pipeline.kube.render import Thing
+from pipeline.kube.render import KubeObject
 
 Policy = Literal["refuse", "skip", "queue", "replace"]
 Say = Callable[[str], None]
 
 
-def apply(api: Api, things: list[Thing], *, if_running: Policy, say: Say) -> RayJob | None:
+def apply(api: Api, things: list[KubeObject], *, if_running: Policy, say: Say) -> RayJob | None:
     """Make everything; the RayJob to follow, where there is one and nothing forbids it. Raises Conflict when another run of that
     name is under way and the policy is to refuse; None when it is to skip."""
     run = next((thing for thing in things if thing["kind"] == "RayJob"), None)

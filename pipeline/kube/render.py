@@ -19,11 +19,11 @@ from pipeline.kube.pods import JOB_FILE, Site, Target, object_name
 from pipeline.kube.types import ConfigMap, ServiceAccount
 from pipeline.spec import Job
 
-Thing = RayJob | RayCronJob | CronJob | ConfigMap | ServiceAccount | Role | RoleBinding
+KubeObject = RayJob | RayCronJob | CronJob | ConfigMap | ServiceAccount | Role | RoleBinding
 
 
 @dataclass(frozen=True)
-class Wish:
+class RenderOptions:
     """What is asked for beside the job: with which image, for which date, `today` and `yesterday` included; by which tick of a
     schedule."""
 
@@ -33,31 +33,31 @@ class Wish:
     tick: str | None = None
 
 
-def render(job: Job, text: str, wish: Wish) -> list[Thing]:
+def render(job: Job, text: str, options: RenderOptions) -> list[KubeObject]:
     """The objects of a job; `text` is its file, which goes into the cluster as it is. Raises JobError."""
     cluster = _cluster(job)
-    site = Site(object_name(job.name), _image(cluster, wish), cluster.kubernetes)
-    return [*_account(site), _job_file(site, text), *_runs(job, text, site, wish)]
+    site = Site(object_name(job.name), _image(cluster, options), cluster.kubernetes)
+    return [*_account(site), _job_file(site, text), *_runs(job, text, site, options)]
 
 
-def _runs(job: Job, text: str, site: Site, wish: Wish) -> list[Thing]:
-    cluster, asked = _cluster(job), asked_days(job, wish.date)
-    day = wish.date and (settled(wish.date, asked, job.schedule) if wish.target == "rayjob" else wish.date)
+def _runs(job: Job, text: str, site: Site, options: RenderOptions) -> list[KubeObject]:
+    cluster, asked = _cluster(job), asked_days(job, options.date)
+    day = options.date and (settled(options.date, asked, job.schedule) if options.target == "rayjob" else options.date)
     date = ["--date", day] if day else []
-    run, days = ["nightlabel", "run", JOB_FILE, *date], _days(job, wish, asked)
+    run, days = ["nightlabel", "run", JOB_FILE, *date], _days(job, options, asked)
     # The name of a RayJob and the policy of a CronJob keep runs apart, so their drivers need no lease, which an attempt whose
     # cluster was lost would leave behind for the next one to respect.
     share = ["--if-running", "share"] if job.schedule else []
-    if wish.target == "rayjob":
+    if options.target == "rayjob":
         made = ray_job(job, cluster, site, entrypoint=" ".join([*run, *share]), days=days)
         # `apply` knows by it whether the run under way is this one. The days too, of which the entrypoint may say the word only.
         wanted = json.dumps([text, made["spec"], asked]).encode()
         made["metadata"]["annotations"] = {"nightlabel/asked": hashlib.sha256(wanted).hexdigest()[:16]}
-        if wish.tick:
-            made["metadata"]["annotations"]["nightlabel/tick"] = wish.tick
+        if options.tick:
+            made["metadata"]["annotations"]["nightlabel/tick"] = options.tick
         return [made]
-    schedule = _schedule(job, wish)
-    if wish.target == "raycronjob":
+    schedule = _schedule(job, options)
+    if options.target == "raycronjob":
         return [ray_cron_job(job, cluster, site, entrypoint=" ".join(run), schedule=schedule, days=days)]
     if cluster.workers is None:
         command = run if schedule.if_running == "queue" else [*run, *share]
@@ -66,10 +66,10 @@ def _runs(job: Job, text: str, site: Site, wish: Wish) -> list[Thing]:
     return [*apply_cron_job(job, site, command=apply, schedule=schedule, days=days)]
 
 
-def _days(job: Job, wish: Wish, asked: tuple[str | None, ...]) -> int:
+def _days(job: Job, options: RenderOptions, asked: tuple[str | None, ...]) -> int:
     """How many days the run may have to label: limits.deadline is of each."""
     first = asked[0]
-    back = looked_back(first, job.schedule) if first and job.is_dated and looks_back(wish.date or "", job.schedule) else ()
+    back = looked_back(first, job.schedule) if first and job.is_dated and looks_back(options.date or "", job.schedule) else ()
     return len(back) + len(asked)
 
 
@@ -92,15 +92,15 @@ def _cluster(job: Job) -> Cluster:
     return cluster
 
 
-def _schedule(job: Job, wish: Wish) -> Schedule:
+def _schedule(job: Job, options: RenderOptions) -> Schedule:
     if job.schedule is None:
         do = "Add it, or take --target rayjob for one run"
-        raise JobError(f"--target {wish.target} and no schedule in the job", need="schedule.cron", do=do)
+        raise JobError(f"--target {options.target} and no schedule in the job", need="schedule.cron", do=do)
     return job.schedule
 
 
-def _image(cluster: Cluster, wish: Wish) -> str:
-    image = wish.image or cluster.kubernetes.image
+def _image(cluster: Cluster, options: RenderOptions) -> str:
+    image = options.image or cluster.kubernetes.image
     if image is None:
         raise JobError("no image", need="cluster.kubernetes.image or --image, name@sha256:…", do="Name the image of your build")
     if "@sha256:" not in image and not cluster.kubernetes.allow_tags:
@@ -135,6 +135,6 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _text)
 
 
-def to_yaml(things: list[Thing]) -> str:
+def to_yaml(things: list[KubeObject]) -> str:
     """A stream of YAML documents, for `kubectl apply -f -`."""
     return yaml.dump_all(things, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=130, explicit_start=True)

@@ -41,7 +41,7 @@ RESOURCES = {
 }
 #: Codes with which a run may end while things break; 70 is a bug, 2, 3 and 6 would be lies.
 ALLOWED = {0, 5, 75, 143, -signal.SIGKILL}
-ACTIONS = ("kill a driver", "kill a driver", "kill a worker", "kill a worker", "kill a node", "SIGTERM")
+ACTIONS = ("kill a driver", "kill a worker", "kill a node", "SIGTERM")
 BROKEN = 12  # one image of so many
 
 
