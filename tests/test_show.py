@@ -33,12 +33,12 @@ def counted(architecture: Architecture, size: int) -> int:
         each = module.in_features if isinstance(module, nn.Linear) else module.weight[0].numel()
         macs += each * out.numel()
 
-    with torch.device("meta"):
-        model = ResNet(architecture).eval()
-        for module in model.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                module.register_forward_hook(count)
-        model(torch.empty(1, 3, size, size))
+    model = ResNet(architecture).eval()
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(count)
+    with torch.inference_mode():
+        model(torch.zeros(1, 3, size, size))
     return macs
 
 
