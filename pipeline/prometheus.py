@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from pipeline.errors import ExitCode, Interrupted, JobError, NightlabelError
-from pipeline.job.cron import longest_gap
+from pipeline.job.schedule import longest_gap
 from pipeline.spec import Job
 
 if TYPE_CHECKING:

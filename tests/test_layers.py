@@ -14,7 +14,7 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 #: Top to bottom. A name stands for pipeline/<name>.py or, with a dot, for a module of a sub-package.
 ROWS = """
 errors environment names job.arithmetic job.quantity job.fields job.placement job.resources job.demand rows
-model.preprocessing job.cron job.schedule job.uris spec
+model.preprocessing job.schedule job.uris spec
 job.recipe job.training job.complaints job.jobfile job.reference storage s3_errors s3
 model.modeling_small_stem model.huggingface model.resnet artifact model.describe
 unit footer log plan cut tar samples read orientation decode careful preprocess lanes
@@ -54,6 +54,7 @@ KEEPERS = {
     "cupy": {"engines.gpu_decode"},
     "nvidia": {"engines.gpu_decode"},
     "transformers": {"model.modeling_small_stem"},
+    "cronsim": {"job.schedule"},
 }
 
 

@@ -22,7 +22,7 @@ from shards import write_tars
 
 from pipeline import prometheus
 from pipeline.errors import Conflict, Interrupted, JobError
-from pipeline.job.cron import longest_gap
+from pipeline.job.schedule import longest_gap
 from pipeline.prometheus import Account, Metrics
 from pipeline.spec import Job
 
@@ -92,10 +92,10 @@ def gateway() -> Iterator[Gateway]:
         ("0 0 29 2 *", 1461 * 24),
         ("59 23/2 * * 4/2", 5 * 24),  # Thursday and Saturday
         ("0 2 31 2 *", None),
-        ("0 2 * * 1#1", None),
-        ("0 2 L * *", None),
+        ("0 2 * * 1#1", 35 * 24),  # the first Monday of a month
+        ("0 2 L * *", 31 * 24),
         ("0 25 * * *", None),
-        ("0 2 * * 7", None),
+        ("0 2 * * 7", 7 * 24),
         ("0-999999999999 2 * * *", None),
         ("*/0 2 * * *", None),
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, date, datetime, timedelta, tzinfo
+from itertools import islice, pairwise, takewhile
 from typing import Annotated, Literal
 from zoneinfo import ZoneInfo
 
@@ -18,6 +19,7 @@ from pipeline.job.quantity import Model, Seconds, between, in_seconds
 
 IfRunning = Literal["skip", "queue", "replace"]
 WAIT_S = 6 * 3600.0
+_TICKS, _YEARS = 3_000, 9  # looked at: two days of minutes, or two 29ths of February
 FORMS = "YYYY-MM-DD, today, yesterday, or two of them with .. between"
 
 
@@ -90,3 +92,19 @@ def looked_back(day: str, schedule: Schedule | None) -> tuple[str, ...]:
     days = int((schedule.catch_up or 0.0) // 86_400) if schedule else 0
     last = date.fromisoformat(day)
     return tuple((last - timedelta(number)).isoformat() for number in range(days, 0, -1))
+
+
+def longest_gap(cron: str) -> float | None:
+    """Seconds between the two neighbouring ticks that lie farthest apart, summer time left out. None: it never ticks twice, or is
+    no cron."""
+    from cronsim import CronSim, CronSimError  # not above: workers read jobs too, and ask nothing of a schedule
+
+    first = datetime(2024, 1, 1)
+    try:
+        ticks = takewhile(
+            lambda tick: tick.year < first.year + _YEARS, CronSim(cron.replace("?", "*"), first)
+        )  # in Kubernetes ? is *
+        seen = list(islice(ticks, _TICKS))
+    except CronSimError:
+        return None
+    return max(((later - earlier).total_seconds() for earlier, later in pairwise(seen)), default=None)
