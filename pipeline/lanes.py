@@ -26,7 +26,7 @@ from pipeline.rows import COMPARED_EVERY, pixels_array
 Stage = Callable[[pa.Table], pa.Table]
 #: What was done: (images, seconds) by kind.
 Measurements = dict[str, tuple[int, float]]
-#: Measurements that, it says which share of the plain JPEGs is the GPU's.
+#: Which share of the plain JPEGs is the GPU's, given what was measured since it was last asked.
 Share = Callable[[Measurements], float]
 
 START: Final = 0.5  # of the plain JPEGs, before anything is measured
@@ -83,21 +83,21 @@ class Lanes:
 
     def __init__(self, preprocess: Stage, preprocessing: Preprocessing, max_pixels: int, share: Share) -> None:
         self.preprocess, self.preprocessing, self.max_pixels, self.share = preprocess, preprocessing, max_pixels, share
-        self._told: Measurements = {}
+        self._measured: Measurements = {}
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """As `preprocess` puts it out, rows in another order, with the columns `bytes` and `exact` besides."""
         since = time.perf_counter()
         sizes = self._sizes(batch)
         able = np.flatnonzero([size is not None for size in sizes])
-        taken = able[: math.ceil(self.share(self._told) * len(able))]
+        taken = able[: math.ceil(self.share(self._measured) * len(able))]
         passed = time.perf_counter() - since
         taken, exact = self._compared(batch, taken)
         mask = np.zeros(batch.num_rows, bool)
         mask[taken] = True
         since = time.perf_counter()
         decoded = self.preprocess(batch.filter(pa.array(~mask)))
-        self._told = {"pass": (batch.num_rows, passed), "decode": (decoded.num_rows, time.perf_counter() - since)}
+        self._measured = {"pass": (batch.num_rows, passed), "decode": (decoded.num_rows, time.perf_counter() - since)}
         encoded = batch.filter(pa.array(mask)).append_column("pixels", pa.nulls(len(taken), pa.large_binary()))
         for axis, name in enumerate(("width", "height")):
             encoded = encoded.append_column(name, pa.array([(sizes[row] or (0, 0))[axis] for row in taken.tolist()], pa.int32()))
@@ -137,7 +137,7 @@ class GpuLane:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """What `predict` makes of what `Lanes` puts out."""
-        encoded, told = pc.is_valid(batch["bytes"]), Measurements()
+        encoded, measured = pc.is_valid(batch["bytes"]), Measurements()
         rows = batch.drop_columns("bytes")
         tables, waiting = [rows.filter(pc.invert(encoded))], rows.filter(encoded)
         if waiting.num_rows:
@@ -146,11 +146,14 @@ class GpuLane:
             tables += self._decoded(waiting, data)
             with self._timing:
                 now = time.perf_counter()
-                told["gpu"] = waiting.num_rows, now - max(since, self._decoded_at)  # without the time that it waited for others
+                measured["gpu"] = (
+                    waiting.num_rows,
+                    now - max(since, self._decoded_at),
+                )  # without the time that it waited for others
                 self._decoded_at = now
         with self._labelling:
             out = self.predict(pa.concat_tables(tables))
-        self.share(told)
+        self.share(measured)
         return out
 
     def _decoded(self, waiting: pa.Table, data: pa.LargeBinaryArray) -> list[pa.Table]:
@@ -182,16 +185,17 @@ def all_on_gpu(_: Measurements) -> float:
 
 class Split:
     """How many of the plain JPEGs the GPU should take so that both sides are done at the same time, by what each has measured.
-    `actors`: of preprocess for each of predict. Measurements by both, it answers the first; a Ray actor of a pass."""
+    `actors`: of preprocess for each of predict. Both kinds tell it what they have measured, the first
+    asks for the share; it is a Ray actor of a pass."""
 
     def __init__(self, actors: float) -> None:
         self._actors = actors
         self._images: dict[str, float] = defaultdict(float)
         self._seconds: dict[str, float] = defaultdict(float)
 
-    def share(self, told: Measurements) -> float:
-        """Add what was done to what is known; up to 1."""
-        for kind, (images, seconds) in told.items():
+    def share(self, measured: Measurements) -> float:
+        """Adds what was measured to what is known; up to 1."""
+        for kind, (images, seconds) in measured.items():
             fade = 0.5 ** (images / _MEMORY)
             self._images[kind] = self._images[kind] * fade + images
             self._seconds[kind] = self._seconds[kind] * fade + seconds

@@ -126,12 +126,12 @@ def _share(job: Job) -> Share | None:
     pools = job.resources
     actors = pools.preprocess.actors / pools.predict.actors
     split = ray.remote(Split).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(actors)
-    return partial(_told, split)
+    return partial(_ask, split)
 
 
-def _told(split: Any, told: Measurements) -> float:
+def _ask(split: Any, measured: Measurements) -> float:
     try:
-        share: float = ray.get(split.share.remote(told))
+        share: float = ray.get(split.share.remote(measured))
     except ray.exceptions.RayError:  # it only steers: no block is lost for it
         return START
     return share

@@ -143,16 +143,23 @@ def test_what_could_not_be_fetched_is_labelled_in_a_new_generation(tmp_path, mod
     assert "not a unit of nightlabel" in problems(wanted)[0]
 
 
-def test_an_attempt_after_the_last_ends_as_that_one_did(tmp_path, model, monkeypatch):
-    """KubeRay tries again after every exit code but 0; too many failures must not look like success for that."""
-    without_ray(monkeypatch)
-    guard(monkeypatch)
-    loose(tmp_path / "in/2026-11-01", 20)
-    denied = tmp_path / "in/2026-11-01/03.jpg.denied"
+def with_too_many_failed(uri: str, folder: Path, model: str, patch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """(a job of 20 loose images in `uri` below the folder, of which 4 % may fail and one cannot be fetched, the file that denies
+    it)."""
+    without_ray(patch)
+    guard(patch)
+    images = folder / uri.replace("{date}", "2026-11-01")
+    loose(images, 20)
+    denied = images / "03.jpg.denied"
     denied.touch()
     more = {"input": {"format": "images"}, "limits": {"max_failed": "4%"}}
-    wanted = job(tmp_path / "in/{date}/", model, tmp_path / "out", resources=LIGHT | {"read": {"tasks": 1}}, **more)
-    path = write(tmp_path, wanted)
+    wanted = job(folder / uri, model, folder / "out", resources=LIGHT | {"read": {"tasks": 1}}, **more)
+    return write(folder, wanted), denied
+
+
+def test_an_attempt_after_the_last_ends_as_that_one_did(tmp_path, model, monkeypatch):
+    """KubeRay tries again after every exit code but 0; too many failures must not look like success for that."""
+    path, _ = with_too_many_failed("in/{date}", tmp_path, model, monkeypatch)
     run_it = ("run", path, "--date", "2026-11-01")
     assert [invoke(*run_it, "--again", "--metrics", tmp_path)[0] for _ in range(2)] == [4, 4]
     metrics = (tmp_path / "nightlabel_test.prom").read_text()
@@ -178,14 +185,7 @@ def test_an_attempt_after_the_last_ends_as_that_one_did(tmp_path, model, monkeyp
 
 
 def test_what_was_mended_since_is_no_failure_any_more(tmp_path, model, monkeypatch):
-    without_ray(monkeypatch)
-    guard(monkeypatch)
-    loose(tmp_path / "in", 20)
-    denied = tmp_path / "in/03.jpg.denied"
-    denied.touch()
-    more = {"input": {"format": "images"}, "limits": {"max_failed": "4%"}}
-    wanted = job(tmp_path / "in", model, tmp_path / "out", resources=LIGHT | {"read": {"tasks": 1}}, **more)
-    path = write(tmp_path, wanted)
+    path, denied = with_too_many_failed("in", tmp_path, model, monkeypatch)
     assert [invoke("run", path, "--again")[0] for _ in range(2)] == [4, 4]
     denied.unlink()
     assert invoke("retry-failed", path, "--class", "FETCH_FAILED")[0] == 0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import time
 from html import unescape
 
 import pytest
+from programs import wait_for
 
 from pipeline import screen as screens
 from pipeline.report import Receipt, UnitTrouble
@@ -69,8 +69,7 @@ def test_a_line_comes_by_and_by_where_there_is_no_terminal(monkeypatch, capsys):
     monkeypatch.setattr(screens, "EVERY_S", 0.01)
     with screen() as shown:
         rows(shown, 7)
-        time.sleep(0.2)
-    assert "7 images" in capsys.readouterr().err
+        assert wait_for(lambda: "7 images" in capsys.readouterr().err)
 
 
 def receipt(**other: object) -> Receipt:

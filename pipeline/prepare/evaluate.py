@@ -64,10 +64,10 @@ def run_job(job: EvaluateJob, *, say: Say, command: str) -> Outcome:
     found = standing(job.output, subject)
     first = f"nothing to do: {job.name} is evaluated already" if found else f"evaluated {job.name}"
     if found is None:
-        study = Evaluation(job, model, other)
-        study.read(say)
+        evaluation = Evaluation(job, model, other)
+        evaluation.read(say)
         found = write(
-            job.output, {"version": VERSION, "name": job.name, "command": command, "subject": subject, **study.record()}
+            job.output, {"version": VERSION, "name": job.name, "command": command, "subject": subject, **evaluation.record()}
         )
     write_page(job.output, partial(render, found))
     return Outcome((first, *lines(found, job.output.uri)), summary(found, job.output.uri))

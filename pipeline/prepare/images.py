@@ -130,16 +130,16 @@ def split(images: Images, share: float, *, seed: int) -> tuple[Images, Images]:
 
 
 class EpochDataset(Dataset[tuple[Tensor, int]]):
-    """Item (epoch, index) is (pixels uint8 [3, S, S] as `change` makes them in that epoch, class)."""
+    """Item (epoch, index) is (pixels uint8 [3, S, S] as `augmentation` makes them in that epoch, class)."""
 
-    def __init__(self, images: Images, change: Augmentation, *, seed: int) -> None:
-        self.images, self.change, self.seed = images, change, seed
+    def __init__(self, images: Images, augmentation: Augmentation, *, seed: int) -> None:
+        self.images, self.augmentation, self.seed = images, augmentation, seed
 
     def __getitem__(self, visit: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = visit
         image = decode(memoryview(self.images.encoded[index].as_buffer()), max_pixels=MAX_PIXELS)
         with seeded(self.seed, epoch, index):
-            return self.change(image), int(self.images.labels[index])
+            return self.augmentation(image), int(self.images.labels[index])
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

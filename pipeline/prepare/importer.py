@@ -11,6 +11,7 @@ import io
 import math
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -189,9 +190,11 @@ def _parameters(data: bytes, where: str) -> dict[str, Tensor]:
     try:
         if where.endswith(".safetensors"):
             return load(data)
-        found: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch asks users to report odd pickles to it; ours are told in a sentence
+            found: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        need = "required: a pickle of nothing but tensors, since any other can run code"
+        need = "a pickle of nothing but tensors, since any other can run code"
         raise ModelError(f"{where}: {_first(error)}", need=need, do="Save model.state_dict() alone") from error
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise ModelError(f"{where}: cannot be read ({_first(error)})", do="Fetch or export the file again") from error
