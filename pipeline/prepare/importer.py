@@ -98,19 +98,19 @@ def to_huggingface(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]
 def infer_architecture(state: Mapping[str, Tensor], where: str) -> Architecture:
     """The architecture of parameters with Hugging Face's names, from the names and shapes. Strides leave no trace: torchvision's
     are assumed. Raises ModelError when stem, stages or classifier are missing."""
-    for name in (_STEM, _HEAD):
-        if name not in state:
-            raise ModelError(f"{where}: has no {name}", need="a whole ResNet", do="Give the weights with the classifier")
     places = [tuple(int(number) for number in found.groups()) for name in state if (found := _LAYER.fullmatch(name))]
     last = max(k for _, _, k in places)
     depths = tuple(
         1 + max((j for i, j, _ in places if i == stage), default=0) for stage in range(1 + max(i for i, _, _ in places))
     )
-    ends = [state.get(f"resnet.encoder.stages.{i}.layers.0.layer.{last}.convolution.weight") for i in range(len(depths))]
+    ends = [f"resnet.encoder.stages.{i}.layers.0.layer.{last}.convolution.weight" for i in range(len(depths))]
+    for name in (_STEM, _HEAD, *ends):
+        if name not in state:
+            raise ModelError(f"{where}: has no {name}", need="a whole ResNet", do="Give the weights with the classifier")
     return Architecture(
         layer_type="bottleneck" if last == 2 else "basic",
         depths=depths,
-        hidden_sizes=tuple(len(end) if end is not None else 0 for end in ends),
+        hidden_sizes=tuple(len(state[name]) for name in ends),
         classes=len(state[_HEAD]),
         embedding_size=len(state[_STEM]),
         stem="small" if state[_STEM].shape[-1] == 3 else "standard",
