@@ -23,7 +23,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
-from limit import DEFAULT_PHOTOS, read_tar  # noqa: E402
+from photos import add_photos, read_tar, repeated  # noqa: E402
 from result import write_result  # noqa: E402
 
 #: Fits one CPU, so that the same job runs on one raylet.
@@ -36,14 +36,10 @@ RESOURCES = {
 
 def upload(server: Any, bucket: str, photos: Path, copies: int) -> int:
     """Every tar `copies` times under other keys; the number of images."""
-    from shards import tar_bytes
-
     images = 0
-    for tar in sorted(photos.glob("*.tar")):
-        for copy in range(copies):
-            members = {f"c{copy}-{name}": data for name, data in read_tar(tar)}
-            server.put(f"s3://{bucket}/in/{copy}-{tar.name}", tar_bytes(members))
-            images += sum(name.endswith(".jpg") for name in members)
+    for name, data, count in repeated(photos, copies):
+        server.put(f"s3://{bucket}/in/{name}", data)
+        images += count
     return images
 
 
@@ -134,12 +130,10 @@ def measure(args: argparse.Namespace, server: Any, folder: Path) -> list[dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, default=DEFAULT_PHOTOS)
+    add_photos(parser)
     parser.add_argument("--copies", type=int, default=5)
     parser.add_argument("--raylets", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args()
-    if not args.photos.is_dir():
-        sys.exit(f"{args.photos} is absent: give a folder of WebDataset tars with --photos")
     import seaweed
 
     with tempfile.TemporaryDirectory() as name:

@@ -25,8 +25,8 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
-from limit import DEFAULT_PHOTOS, photographs  # noqa: E402
 from models import make_artifact  # noqa: E402
+from photos import add_photos, photographs  # noqa: E402
 from result import write_result  # noqa: E402
 
 from pipeline.artifact import load_artifact  # noqa: E402
@@ -73,13 +73,11 @@ def compared(images: list[bytes], engine: OnnxEngine, runs: int) -> dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, default=DEFAULT_PHOTOS, help="a folder of WebDataset tars")
+    add_photos(parser)
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--scale", type=int, default=4)
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
-    if not args.photos.is_dir():
-        sys.exit(f"{args.photos} is absent: give a folder of WebDataset tars with --photos")
     photos = photographs(args.photos, args.images)
     with tempfile.TemporaryDirectory() as name:
         artifact = load_artifact(make_artifact(Path(name), photos, preprocessing=Preprocessing()))

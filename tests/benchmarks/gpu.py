@@ -41,7 +41,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 from gpu_decode import on_cores, on_gpu  # noqa: E402
-from limit import DEFAULT_PHOTOS, ours, photographs, read_tar  # noqa: E402
+from limit import ours  # noqa: E402
+from photos import add_photos, photographs, read_tar  # noqa: E402
 from result import write_result  # noqa: E402
 
 from pipeline.model.preprocessing import Preprocessing  # noqa: E402
@@ -264,7 +265,7 @@ def limit(bench: Bench, precision: str, which: str) -> float | None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, default=DEFAULT_PHOTOS, help="a folder of WebDataset tars")
+    add_photos(parser)
     parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--lanes", default=",".join(LANES), help="of the pipeline's runs; a CPU has just the first")
     parser.add_argument("--copies", type=int, default=None, help="every photograph so often in the pipeline's run")
@@ -275,8 +276,6 @@ def parse() -> argparse.Namespace:
     args.sections, args.lanes = args.sections.split(","), args.lanes.split(",") if args.device == "cuda" else ["cpu"]
     if unknown := set(args.sections) - set(SECTIONS):
         sys.exit(f"--sections: {', '.join(sorted(unknown))}; required: some of {','.join(SECTIONS)}")
-    if not args.photos.is_dir():
-        sys.exit(f"{args.photos} is absent: give a folder of WebDataset tars with --photos")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("torch sees no CUDA device; required: one. Rehearse with --device cpu")
     return args

@@ -21,7 +21,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from limit import DEFAULT_PHOTOS, read_tar  # noqa: E402
+from photos import add_photos, read_tar  # noqa: E402
 from result import write_result  # noqa: E402
 
 NUMBERS = ("accuracy", "agreement", "images_per_second", "speedup")
@@ -92,12 +92,10 @@ def show(rows: list[dict[str, Any]], threads: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, default=DEFAULT_PHOTOS)
+    add_photos(parser)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, len(os.sched_getaffinity(0))])
     args = parser.parse_args()
-    if not args.photos.is_dir():
-        sys.exit(f"{args.photos} is absent: give a folder of WebDataset tars with --photos")
     from models import make_artifact
 
     from pipeline.errors import ModelError

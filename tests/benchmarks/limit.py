@@ -12,7 +12,6 @@ limit-int8.json.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import os
@@ -27,38 +26,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from photos import add_photos, copy_tars, photographs, read_tar  # noqa: E402
 from result import write_result  # noqa: E402
-
-DEFAULT_PHOTOS = HERE.parents[2] / "shared" / "data" / "photos"
-
-
-def copy_tars(photos: Path, folder: Path, copies: int) -> int:
-    """Every tar `copies` times under other keys; the number of images."""
-    from shards import tar_bytes
-
-    images = 0
-    folder.mkdir()
-    for tar in sorted(photos.glob("*.tar")):
-        for copy in range(copies):
-            members = {f"c{copy}-{name}": data for name, data in read_tar(tar)}
-            (folder / f"{copy}-{tar.name}").write_bytes(tar_bytes(members))
-            images += sum(name.endswith(".jpg") for name in members)
-    return images
-
-
-def read_tar(path: Path) -> list[tuple[str, bytes]]:
-    from pipeline.storage import Disk
-    from pipeline.tar import Stream, members
-
-    store = Disk()
-    with Stream(store, store.head(str(path))) as stream:
-        return [(member.name, bytes(member.read())) for member in members(stream)]
-
-
-def photographs(folder: Path, most: int | None = None) -> list[bytes]:
-    """The encoded images of a folder of tars, the first `most` of them."""
-    found = (data for tar in sorted(folder.glob("*.tar")) for name, data in read_tar(tar) if name.endswith(".jpg"))
-    return list(itertools.islice(found, most))
 
 
 def quantized(model: str, images: list[bytes], out: Path) -> str:
@@ -130,14 +99,12 @@ def ours(job: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, default=DEFAULT_PHOTOS)
+    add_photos(parser)
     parser.add_argument("--copies", type=int, default=3)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--resources", default=None, help="JSON of the job's resources; default those of jobs/photos-2cpu.yaml")
     args = parser.parse_args()
-    if not args.photos.is_dir():
-        sys.exit(f"{args.photos} is absent: give a folder of WebDataset tars with --photos")
     import yaml
     from models import make_artifact
 

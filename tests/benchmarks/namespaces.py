@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 from cluster import RESOURCES, outcome, upload  # noqa: E402
-from limit import DEFAULT_PHOTOS, read_tar  # noqa: E402
+from photos import add_photos, read_tar  # noqa: E402
 
 NET = "10.231.77"
 NAMES = ("nightlabel-head", "nightlabel-a", "nightlabel-b")
@@ -66,10 +66,10 @@ def listing(server: Any, bucket: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, default=DEFAULT_PHOTOS)
+    add_photos(parser)
     args = parser.parse_args()
-    if os.geteuid() != 0 or not args.photos.is_dir():
-        sys.exit(f"needs root, and the photographs in {args.photos}")
+    if os.geteuid() != 0:
+        sys.exit("it makes network namespaces; required: root. Run it with sudo")
     import seaweed
     from models import make_artifact
     from raylets import Raylets, Worker

@@ -36,7 +36,8 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
-from limit import DEFAULT_PHOTOS, copy_tars, limit, photographs, quantized, read_tar  # noqa: E402
+from limit import limit, quantized  # noqa: E402
+from photos import DEFAULT_PHOTOS, copy_tars, photographs, read_tar  # noqa: E402
 from result import write_result  # noqa: E402
 from seams import seams  # noqa: E402
 

@@ -22,7 +22,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
-from limit import DEFAULT_PHOTOS, photographs, quantized  # noqa: E402
+from limit import quantized  # noqa: E402
+from photos import add_photos, photographs  # noqa: E402
 from result import write_result  # noqa: E402
 
 STEPS = ("read", "decode", "resize", "pack", "model", "answer", "commit")
@@ -109,13 +110,11 @@ def seams(tars: list[Path], source: dict[str, str], batch: int, runs: int = 1) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, default=DEFAULT_PHOTOS, help="a folder of WebDataset tars")
+    add_photos(parser)
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
-    if not args.photos.is_dir():
-        sys.exit(f"{args.photos} is absent: give a folder of WebDataset tars with --photos")
     from models import make_artifact
 
     from pipeline.model.preprocessing import Preprocessing

@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 from faults import Fault, FaultProxy  # noqa: E402
-from limit import DEFAULT_PHOTOS, photographs, read_tar  # noqa: E402
+from photos import add_photos, photographs, repeated  # noqa: E402
 from result import write_result  # noqa: E402
 
 RESOURCES = {
@@ -64,14 +64,10 @@ class Weather(FaultProxy):
 
 def fill(server: Any, bucket: str, photos: Path, copies: int, rng: random.Random) -> int:
     """Every tar `copies` times under other keys, some images broken; the number of images."""
-    from shards import tar_bytes
-
     images = 0
-    for tar in sorted(photos.glob("*.tar")):
-        for copy in range(copies):
-            members = {f"c{copy}-{name}": damaged(data, rng) for name, data in read_tar(tar) if name.endswith(".jpg")}
-            server.put(f"s3://{bucket}/in/{copy}-{tar.name}", tar_bytes(members))
-            images += len(members)
+    for name, data, count in repeated(photos, copies, lambda image: damaged(image, rng)):
+        server.put(f"s3://{bucket}/in/{name}", data)
+        images += count
     return images
 
 
@@ -202,14 +198,12 @@ def soak(args: argparse.Namespace, it: Soak, model: str) -> list[dict[str, Any]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, default=DEFAULT_PHOTOS)
+    add_photos(parser)
     parser.add_argument("--copies", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=float, default=0.03)
     args = parser.parse_args()
-    if not args.photos.is_dir():
-        sys.exit(f"{args.photos} is absent: give a folder of WebDataset tars with --photos")
     import seaweed
     from models import make_artifact
     from raylets import Raylets
