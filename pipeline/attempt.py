@@ -27,6 +27,7 @@ from pipeline.spec import Job
 from pipeline.unit import Unit
 
 Observer = Callable[[str, dict[str, Any]], None]
+_STEADY_S = 1.0
 
 
 @dataclass
@@ -54,8 +55,9 @@ class Attempt:
 
     @property
     def steady_rate(self) -> float | None:
-        """Images a second from the end of the first block to that of the last; None when there is only one."""
-        if self.first is None or self.last <= self.first:
+        """Images a second from the end of the first block to that of the last; None when these lie too near to each other: two
+        actors that end their only blocks together would make thousands."""
+        if self.first is None or self.last - self.first < _STEADY_S:
             return None
         return max(0, self.arrived - self.first_rows) / (self.last - self.first)
 

@@ -25,6 +25,7 @@ from models import small_artifact
 from shards import picture, tar_bytes, write_parquet
 
 from pipeline import cli, label, run, start
+from pipeline.attempt import Attempt
 from pipeline.commit import Provenance, UnitBuffer, commit_unit
 from pipeline.committer import Committer
 from pipeline.errors import Interrupted, Stalled, StoreError, Temporary, UnitsLeft
@@ -547,3 +548,9 @@ def test_workers_whose_credentials_are_not_taken_cost_no_image_its_label_and_no_
     assert receipts[0].units == receipts[1].units < 12, "joined units keep their shape"
     assert {item.error_class for item in receipts[0].trouble} == {"UNIDENTIFIED"}
     assert "RequestTimeTooSkewed" in receipts[0].trouble[0].error
+
+
+@pytest.mark.parametrize(("seconds", "rate"), [(0.04, None), (2.0, 50.0)])
+def test_blocks_that_end_together_make_no_rate(seconds: float, rate: float | None):
+    attempt = Attempt(0.0, lambda event, fields: None, first=10.0, last=10.0 + seconds, first_rows=20, arrived=120)
+    assert attempt.steady_rate == (rate and pytest.approx(rate))
