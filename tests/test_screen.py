@@ -131,6 +131,7 @@ def test_the_page_of_a_run_that_is_not_done_names_what_is_left():
     assert "the 25 most frequent of 40" in text
     assert "class 15 16" in text
     assert "class 14 15" not in text
+    assert "Time per seam" not in seen(receipt(seam_seconds={}).page()), "of an attempt without a pass"
 
 
 def test_the_page_says_how_many_labels_another_decoding_left_as_they_were():
