@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from threading import Lock
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.orientation import jpeg_orientation
-from pipeline.rows import COMPARED_EVERY, pixels_array
+from pipeline.rows import COMPARED_EVERY
 
 Stage = Callable[[pa.Table], pa.Table]
 #: What was done: (images, seconds) by kind.
@@ -35,13 +35,20 @@ _LONGEST: Final = 2**20  # bytes: the walk takes some 0.2 s for so many, and a b
 _SOF: Final = (0xC0, 0xC1)  # sequential, Huffman
 _SKIPPED: Final = frozenset({0xC4, 0xDB, 0xDD, 0xEE, 0xFE, *range(0xE0, 0xF0)})
 _SAMPLINGS: Final = ((1, 1), (2, 1), (2, 2))  # of the first component, the others are 1 × 1: 4:4:4, 4:2:2, 4:2:0
+_SLICES: Final = 32  # of a table; each is a chunk of every column, some 20 us for Ray
 _LEAST: Final = 0.02  # of the plain JPEGs for the GPU, or a slow first block would leave nothing to measure it by again
 
 
 class Decoder(Protocol):
     """What `engines.gpu_decode.GpuDecoder` is."""
 
-    def __call__(self, encoded: pa.LargeBinaryArray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+    def __call__(self, encoded: pa.ChunkedArray, sizes: np.ndarray) -> tuple[Any, np.ndarray]: ...
+
+
+class Predicting(Protocol):
+    """What `predict.Predict` is."""
+
+    def __call__(self, batch: pa.Table, on_device: Any = None) -> pa.Table: ...
 
 
 def plain(data: memoryview, preprocessing: Preprocessing, max_pixels: int) -> tuple[int, int] | None:
@@ -96,9 +103,9 @@ class Lanes:
         mask = np.zeros(batch.num_rows, bool)
         mask[taken] = True
         since = time.perf_counter()
-        decoded = self.preprocess(batch.filter(pa.array(~mask)))
+        decoded = self.preprocess(_where(batch, ~mask))
         self._measured = {"pass": (batch.num_rows, passed), "decode": (decoded.num_rows, time.perf_counter() - since)}
-        encoded = batch.filter(pa.array(mask)).append_column("pixels", pa.nulls(len(taken), pa.large_binary()))
+        encoded = _where(batch, mask).append_column("pixels", pa.nulls(len(taken), pa.large_binary()))
         for axis, name in enumerate(("width", "height")):
             encoded = encoded.append_column(name, pa.array([(sizes[row] or (0, 0))[axis] for row in taken.tolist()], pa.int32()))
         encoded = encoded.append_column("exact", pa.array(exact, pa.large_binary()))
@@ -117,9 +124,8 @@ class Lanes:
     def _compared(self, batch: pa.Table, taken: np.ndarray) -> tuple[np.ndarray, list[bytes | None]]:
         """Every 64th image of the rows `taken` is decoded on the CPU too. Returns the rows that the GPU keeps, which are all but
         those that the CPU could not decode, and for each of them the CPU's crop, None where it was not looked at."""
-        rows = batch.take(pa.array(taken))
-        looked = np.flatnonzero(rows["index"].to_numpy() % COMPARED_EVERY == 0)
-        seen = self.preprocess(rows.take(pa.array(looked)))
+        looked = np.flatnonzero(batch["index"].to_numpy()[taken] % COMPARED_EVERY == 0)
+        seen = self.preprocess(batch.take(pa.array(taken[looked])))
         exact = pc.coalesce(seen["exact"], seen["pixels"]) if "exact" in seen.column_names else seen["pixels"]
         crops = dict(zip(looked.tolist(), exact.to_pylist(), strict=True))
         stay = [row for row in range(len(taken)) if crops.get(row, b"") is not None]
@@ -130,44 +136,49 @@ class GpuLane:
     """The predict stage of a job with a GPU lane: what comes encoded is decoded by `decoder`, or by `preprocess` where that does
     not vouch for it, and `predict` labels it all. For several threads: while one labels a block others decode the next."""
 
-    def __init__(self, decoder: Decoder, preprocess: Stage, predict: Stage, share: Share) -> None:
+    def __init__(self, decoder: Decoder, preprocess: Stage, predict: Predicting, share: Share) -> None:
         self.decoder, self.preprocess, self.predict, self.share = decoder, preprocess, predict, share
         self._labelling, self._repairing, self._timing = Lock(), Lock(), Lock()
         self._decoded_at = 0.0
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """What `predict` makes of what `Lanes` puts out."""
-        encoded, measured = pc.is_valid(batch["bytes"]), Measurements()
-        rows = batch.drop_columns("bytes")
-        tables, waiting = [rows.filter(pc.invert(encoded))], rows.filter(encoded)
+        encoded = np.asarray(batch["bytes"].is_valid())
+        ready, waiting = _where(batch, ~encoded).drop_columns("bytes"), _where(batch, encoded)
+        parts: list[tuple[pa.Table, Any]] = [(ready, None)]
+        measured = Measurements()
         if waiting.num_rows:
-            data = batch["bytes"].drop_null().combine_chunks()
             since = time.perf_counter()
-            tables += self._decoded(waiting, data)
+            done, pixels, repaired = self._decoded(waiting)
             with self._timing:
                 now = time.perf_counter()
-                measured["gpu"] = (
-                    waiting.num_rows,
-                    now - max(since, self._decoded_at),
-                )  # without the time that it waited for others
+                # Without the time that it waited for others.
+                measured["gpu"] = waiting.num_rows, now - max(since, self._decoded_at)
                 self._decoded_at = now
+            parts = [(done, pixels), (pa.concat_tables([ready, *repaired]), None)]
         with self._labelling:
-            out = self.predict(pa.concat_tables(tables))
+            tables = [self.predict(rows, pixels) for rows, pixels in parts if rows.num_rows or len(parts) == 1]
         self.share(measured)
-        return out
+        return pa.concat_tables(tables)
 
-    def _decoded(self, waiting: pa.Table, data: pa.LargeBinaryArray) -> list[pa.Table]:
+    def _decoded(self, waiting: pa.Table) -> tuple[pa.Table, Any, list[pa.Table]]:
+        """The rows that the GPU vouches for, their pixels on it, and the others as `preprocess` puts them out."""
         sizes = np.stack([waiting[name].to_numpy() for name in ("width", "height")], axis=1).astype(np.int64)
-        pixels, vouched = self.decoder(data, sizes)
-        done = waiting.filter(pa.array(vouched))
-        place = done.schema.get_field_index("pixels")
-        done = done.set_column(place, "pixels", pixels_array(pixels, np.ones(len(pixels), bool)))
+        pixels, vouched = self.decoder(waiting["bytes"], sizes)
+        done = _where(waiting, vouched).drop_columns("bytes")
         if vouched.all():
-            return [done]
-        doubted = pa.array(~vouched)
-        rest = waiting.drop_columns(["pixels", "width", "height", "exact"]).append_column("bytes", data).filter(doubted)
+            return done, pixels, []
+        rest = _where(waiting, ~vouched).drop_columns(["pixels", "width", "height", "exact"])
         with self._repairing:  # one image at a time in a process, see `decode`
-            return [done, _completed(self.preprocess(rest), done.schema)]
+            return done, pixels, [_completed(self.preprocess(rest), done.schema)]
+
+
+def _where(table: pa.Table, mask: np.ndarray) -> pa.Table:
+    """The rows that are true in `mask`; as slices, where most lie side by side: Arrow's filter copies, 100 MB of a block."""
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
+    if len(edges) > _SLICES:
+        return table.filter(pa.array(mask))
+    return pa.concat_tables([table.slice(start, end - start) for start, end in edges.tolist()] or [table.slice(0, 0)])
 
 
 def _completed(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -7,6 +7,8 @@ The arithmetic is in `torch_engine`, `onnx_engine` and `openvino_engine`; only t
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -37,10 +39,15 @@ class Predict:
         wanted = Wanted(self.top_k, output.embeddings, output.probabilities)
         self.engine = _engine(artifact, source, wanted, device=device, batch_size=batch_size, threads=threads)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def __call__(self, batch: pa.Table, on_device: Any = None) -> pa.Table:
         """`unit`, the columns of rows.PREDICTION (status null in rows that end a unit), `embedding` and `probabilities` when the
-        output wants them, then the kept columns untouched; rows.SAME_LABEL where `exact` pixels came with the others."""
-        scores, at = self._scores(batch.column("pixels"))
+        output wants them, then the kept columns untouched; rows.SAME_LABEL where `exact` pixels came with the others. With
+        `on_device`, that has the pixels of every row, uint8 [N, 3, S, S] on the torch engine's device."""
+        if on_device is None:
+            scores, at = self._scores(batch.column("pixels"))
+        else:
+            scores = self.engine.on_device(on_device)  # type: ignore[attr-defined]  # torch's has it, and no other runs on a GPU
+            at = np.arange(batch.num_rows)
         scored = np.zeros(batch.num_rows, dtype=bool)
         scored[at] = scores.finite
         broken = np.zeros(batch.num_rows, dtype=bool)

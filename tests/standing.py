@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 
@@ -17,7 +19,9 @@ class Standing:
     def __init__(self, doubted: slice = slice(0)) -> None:
         self.doubted, self.seen = doubted, 0
 
-    def __call__(self, encoded: pa.Array, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, encoded: pa.ChunkedArray, sizes: np.ndarray) -> tuple[Any, np.ndarray]:
+        import torch
+
         from pipeline.decode import BadImage
         from pipeline.preprocess import Prepare
 
@@ -32,7 +36,7 @@ class Standing:
                 continue
             assert size == sizes[row].tolist()
             crops += [pixels] if vouched[row] else []
-        return np.stack(crops) if crops else np.empty((0, 3, 32, 32), np.uint8), vouched
+        return torch.from_numpy(np.stack(crops) if crops else np.empty((0, 3, 32, 32), np.uint8)), vouched
 
 
 def make_predict(job, digest, share):

@@ -8,6 +8,7 @@ import struct
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from models import small_artifact
 from PIL import Image
 from shards import picture
@@ -112,9 +113,9 @@ def test_both_lanes_give_the_same_rows(predict: Predict, share: float, doubted: 
 
 def test_a_label_that_differs_is_counted(predict: Predict) -> None:
     class Grey(Standing):
-        def __call__(self, encoded: pa.Array, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def __call__(self, encoded: pa.ChunkedArray, sizes: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
             pixels, vouched = super().__call__(encoded, sizes)
-            return np.full_like(pixels, 128), vouched
+            return torch.full_like(pixels, 128), vouched
 
     out = chain(1.0, Grey(), predict).sort_by("index")
     assert out[SAME_LABEL].to_pylist()[0] is False

@@ -297,8 +297,9 @@ def test_images_that_take_two_lanes_are_rows_once(tmp_path, model, on_ray, monke
     (tmp_path / "in/odd.tar").write_bytes(tar_bytes(odd))
     one = label(job(tmp_path / "in", model, tmp_path / "one"))
     monkeypatch.setattr(run, "make_predict", standing.make_predict)
-    both = job(tmp_path / "in", model, tmp_path / "out", resources=APART).model_copy(update={"decode_lane": lane})
-    receipt = label(both)  # no GPU is asked for, which a job file cannot say
+    both = job(tmp_path / "in", model, tmp_path / "out", resources=APART)
+    there = both.model.model_copy(update={"engine": "torch"})  # as on a GPU; none is asked for, which a job file cannot say
+    receipt = label(both.model_copy(update={"decode_lane": lane, "model": there}))
     assert (receipt.exit_code, receipt.rows_in, receipt.ok, receipt.passes) == (0, 213, 211, 1)
     assert (receipt.failures, receipt.lane) == (one.failures, lane)
     rows, expected = (table(where).sort_by("key") for where in (receipt.where, one.where))

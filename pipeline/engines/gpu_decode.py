@@ -11,7 +11,8 @@ from __future__ import annotations
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from threading import Lock, local
+from queue import SimpleQueue
+from threading import local
 from typing import Any, Final
 
 import numpy as np
@@ -23,8 +24,16 @@ from pipeline.model.preprocessing import Preprocessing
 _PIXELS: Final = 2**28  # decoded at a time, 800 MB
 _IMAGES: Final = 2**15  # decoded at a time; a grid has 65,535 rows
 _THREADS: Final = 256
+_DECODERS: Final = 2  # one reads its files while the other's are decoded
 _CPU_THREADS: Final = 2  # nvImageCodec's own; more only wait faster: 8,254, 9,586 and 11,173 img/s with 1, 2 and 16
 SOUND: Final = 0
+
+
+class _Streams(local):
+    """Of each thread its own: for the walk, and for the decoding that goes on beside it."""
+
+    def __init__(self, cupy: Any) -> None:
+        self.walking, self.decoding = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
 
 
 class GpuDecoder:
@@ -34,16 +43,18 @@ class GpuDecoder:
     def __init__(self, preprocessing: Preprocessing) -> None:
         try:
             import cupy
-            import cupyx
+            import torch
             from nvidia import nvimgcodec
         except ImportError as error:
             do = "Install nightlabel[gpu-decode], or set decode_lane to cpu"
             raise ModelError(f"decode_lane: {error}", need="nvImageCodec and CuPy", do=do) from None
-        self._cupy, self._pinned, self._codec = cupy, cupyx.empty_pinned, nvimgcodec
+        self._cupy, self._torch, self._codec = cupy, torch, nvimgcodec
         self.preprocessing = preprocessing
         try:
             hardware = [nvimgcodec.Backend(nvimgcodec.BackendKind.HW_GPU_ONLY)]
-            self._decoder = nvimgcodec.Decoder(backends=hardware, max_num_cpu_threads=_CPU_THREADS)
+            self._decoders = SimpleQueue[Any]()
+            for _ in range(_DECODERS):
+                self._decoders.put(nvimgcodec.Decoder(backends=hardware, max_num_cpu_threads=_CPU_THREADS))
         except RuntimeError as error:
             got = f"decode_lane: this GPU decodes no JPEG ({first_line(error)})"
             raise ModelError(got, need="one with a JPEG engine, A100, H100 or newer", do="Set decode_lane to cpu") from error
@@ -56,54 +67,66 @@ class GpuDecoder:
             raise ModelError(
                 got, need="NVRTC of CUDA 13", do="Install nightlabel[gpu-decode], or set decode_lane to cpu"
             ) from error
-        self._stream, self._threads, self._decoding = cupy.cuda.Stream(non_blocking=True), local(), Lock()
+        self._streams = _Streams(cupy)
 
-    def __call__(self, encoded: pa.LargeBinaryArray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(pixels uint8 [K, 3, S, S], which of the images these are, bool [N]) of N JPEGs of int64 [N, 2] width and height, as
-        `lanes.plain` takes them. Those left out are for the CPU to decode: damaged, or odd."""
+    def __call__(self, encoded: pa.ChunkedArray, sizes: np.ndarray) -> tuple[Any, np.ndarray]:
+        """(pixels uint8 [K, 3, S, S], a tensor on the GPU; which of the images these are, bool [N]) of N JPEGs of int64 [N, 2]
+        width and height, as `lanes.plain` takes them. Those left out are for the CPU to decode: damaged, or odd."""
         groups = _groups(np.maximum(sizes.prod(axis=1), _PIXELS // _IMAGES), _PIXELS)
-        done = [self._some(encoded.slice(at, end - at), sizes[at:end]) for at, end in groups]
-        pixels, ok = ([part[which] for part in done] for which in (0, 1))
-        return pixels[0] if len(done) == 1 else np.concatenate(pixels), np.concatenate(ok)
+        done: list[tuple[Any, np.ndarray]] = [self._some(encoded.slice(at, end - at), sizes[at:end]) for at, end in groups]
+        pixels = [part for part, _ in done]
+        return pixels[0] if len(pixels) == 1 else self._torch.cat(pixels), np.concatenate([ok for _, ok in done])
 
-    def _some(self, encoded: pa.LargeBinaryArray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        cupy, codec = self._cupy, self._codec
-        starts = np.frombuffer(encoded.buffers()[1], np.int64, len(encoded) + 1, 8 * encoded.offset)
-        data = np.frombuffer(encoded.buffers()[2], np.uint8)[starts[0] : starts[-1]]
-        places = starts - starts[0]
-        if not hasattr(self._threads, "walking"):
-            self._threads.walking = cupy.cuda.Stream(non_blocking=True)
-        with self._threads.walking:
-            there, verdicts = cupy.empty(len(data) + 8, np.uint8), cupy.full(len(encoded), 255, np.uint8)  # whole words are read
-            there[: len(data)].set(data)
+    def _some(self, encoded: pa.ChunkedArray, sizes: np.ndarray) -> tuple[Any, np.ndarray]:
+        cupy, streams = self._cupy, self._streams
+        pieces = [piece for chunk in encoded.chunks if len(chunk) for piece in [_bytes_of(chunk)]]
+        ends = np.cumsum([0, *(len(data) for data, _ in pieces)])
+        places = np.concatenate([[0], *(end + starts[1:] for end, (_, starts) in zip(ends, pieces, strict=False))])
+        with streams.walking:
+            there, verdicts = (
+                cupy.empty(int(ends[-1]) + 8, np.uint8),
+                cupy.full(len(encoded), 255, np.uint8),
+            )  # whole words are read
+            for end, (data, _) in zip(ends.tolist(), pieces, strict=False):
+                there[end : end + len(data)].set(data)
             self._judge((len(encoded),), (32,), (there, cupy.asarray(places), verdicts))
-        files = [codec.CodeStream(data[at:end]) for at, end in pairwise(places.tolist())]
-        with self._decoding, self._stream:  # meanwhile, others walk: the largest of a block takes 90 ms, whatever else is in it
-            images = self._decoder.decode(files, params=self._wanted, cuda_stream=self._stream.ptr)
-            ok = verdicts.get(stream=self._threads.walking) == SOUND
+        files = [self._codec.CodeStream(data[at:end]) for data, starts in pieces for at, end in pairwise(starts.tolist())]
+        decoder = self._decoders.get()
+        try:  # meanwhile, others walk: the largest of a block takes 90 ms, whatever else is in it
+            images = decoder.decode(files, params=self._wanted, cuda_stream=streams.decoding.ptr)
+        finally:
+            self._decoders.put(decoder)
+        ok = verdicts.get(stream=streams.walking) == SOUND
+        with streams.decoding:
             return self._kept(images, sizes, ok), ok
 
-    def _kept(self, images: list[Any], sizes: np.ndarray, ok: np.ndarray) -> np.ndarray:
+    def _kept(self, images: list[Any], sizes: np.ndarray, ok: np.ndarray) -> Any:
         """The crops of those that are `ok`, and of the size that they say; the others are not any more."""
         shapes = [None if image is None else tuple(image.shape) for image in images]
         ok &= [shape == (height, width, 3) for shape, (width, height) in zip(shapes, sizes.tolist(), strict=True)]
         kept = np.flatnonzero(ok)
-        return self._resized([images[row] for row in kept.tolist()], sizes[kept])
+        return self._torch.as_tensor(self._resized([images[row] for row in kept.tolist()], sizes[kept]), device="cuda")
 
-    def _resized(self, images: list[Any], sizes: np.ndarray) -> np.ndarray:
+    def _resized(self, images: list[Any], sizes: np.ndarray) -> Any:
         cupy, size = self._cupy, self.preprocessing.size
+        out = cupy.empty((len(images), 3, size, size), np.uint8)
         if not images:
-            return np.empty((0, 3, size, size), np.uint8)
-        pixels: np.ndarray = self._pinned((len(images), 3, size, size), np.uint8)
+            return out
         addresses = [image.__cuda_array_interface__["data"][0] for image in images]
         plan, axes, needed = plan_resize(addresses, sizes, self.preprocessing)
-        out, middle = cupy.empty(pixels.shape, np.uint8), cupy.empty(needed, np.uint8)
-        plan_there, axes_there, rows = cupy.asarray(plan), cupy.asarray(axes), int(plan[:, 3].max())
+        middle, plan_there, axes_there = cupy.empty(needed, np.uint8), cupy.asarray(plan), cupy.asarray(axes)
+        rows = int(plan[:, 3].max())
         for kernel, buffers, items in ((self._rows, (middle,), rows * size), (self._columns, (middle, out), size * size)):
             grid = (-(-items // _THREADS), len(images))
             kernel(grid, (_THREADS,), (plan_there, axes_there, *buffers, np.int32(size)))
-        out.get(out=pixels)  # waits for all of it, so what nvJPEG decoded into may go
-        return pixels
+        cupy.cuda.get_current_stream().synchronize()  # what nvJPEG decoded into may go, and any stream may read what there is
+        return out
+
+
+def _bytes_of(array: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
+    """(the values of an array without nulls, one behind the other; where each begins and the last one ends), views."""
+    starts = np.frombuffer(array.buffers()[1], np.int64, len(array) + 1, 8 * array.offset)
+    return np.frombuffer(array.buffers()[2], np.uint8)[starts[0] : starts[-1]], starts - starts[0]
 
 
 def plan_resize(addresses: list[int], sizes: np.ndarray, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray, int]:

@@ -9,7 +9,8 @@
 * decode: photographs → crops in plain processes, on one core and on all.
 * nvjpeg: photographs → pixels, without the resize, where nvImageCodec is installed; how far these are from libjpeg's, and how
   many of the damaged photographs that our decoder refuses come through.
-* lane: photographs → crops in the host's memory as the GPU's lane makes them, walked, decoded and resized, in one thread.
+* lane: photographs → crops on the GPU as its lane makes them, walked, decoded and resized; and what a predict actor makes of
+  them, by threads.
 * pipeline: `nightlabel run` on tars on the local disk for each of `--lanes`. Images for 12 s of the limit, or `--copies` of the
   photographs. R / R_limit is its steady rate over the smallest ceiling that it can meet: the engine, or what decodes, which is
   all cores, or nvJPEG's hardware, or the sum of both; it needs these sections in the same run.
@@ -29,8 +30,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,30 +189,40 @@ def shards(photos: Path, folder: Path, images: int) -> int:
     return copies * each
 
 
-def lane(bench: Bench, images: list[bytes]) -> None:
-    """The GPU's lane in one thread, on blocks of 512 and 891."""
+def lane(bench: Bench, artifact: Any, images: list[bytes]) -> None:
+    """The GPU's lane on blocks of photographs: decoding alone, in one thread, and with the labelling, in several."""
     import pyarrow as pa
 
     from pipeline.engines.gpu_decode import GpuDecoder
     from pipeline.errors import ModelError
-    from pipeline.lanes import plain
+    from pipeline.lanes import GpuLane, Lanes, all_on_gpu
+    from pipeline.predict import Predict
+    from pipeline.preprocess import Preprocess
+    from pipeline.rows import IMAGE
+    from pipeline.spec import ModelSource, Output
 
-    preprocessing = Preprocessing()
-    found = [(image, plain(memoryview(image), preprocessing, 10**8)) for image in images]
-    fit = [(image, size) for image, size in found if size is not None]
     try:
-        decoder = GpuDecoder(preprocessing)
+        decoder = GpuDecoder(artifact.preprocessing)
     except ModelError as error:
         print(f"{'lane':44} -  ({error})")
         return
-    name = f"lane: {len(fit)} of {len(images)} are plain"
-    for count in (512, BLOCK):
-        many = list(itertools.islice(itertools.cycle(fit), count))
-        encoded, sizes = pa.array([image for image, _ in many], pa.large_binary()), np.array([size for _, size in many])
-        left = count - int(decoder(encoded, sizes)[1].sum())
-        if left:
-            print(f"{'':44} {left} of {count} whole photographs are left to the CPU")
-        bench.measure(f"{name}, blocks of {count}", count, partial(decoder, encoded, sizes))
+    many = list(itertools.islice(itertools.cycle(images), BLOCK))
+    rows = [{"unit": "u", "index": at, "key": str(at), "source": "s", "bytes": image} for at, image in enumerate(many)]
+    preprocess = Preprocess(artifact.preprocessing, max_pixels=10**8)
+    routed = Lanes(preprocess, artifact.preprocessing, 10**8, all_on_gpu)(pa.Table.from_pylist(rows, schema=IMAGE))
+    plain = routed.filter(routed["bytes"].is_valid())
+    sizes = np.stack([plain["width"].to_numpy(), plain["height"].to_numpy()], axis=1).astype(np.int64)
+    left = len(sizes) - int(decoder(plain["bytes"], sizes)[1].sum())
+    print(f"{'':44} {len(sizes)} of {BLOCK} are plain, {left} of them are left to the CPU")
+    bench.measure("lane: decode and resize, one thread", len(sizes), lambda: decoder(plain["bytes"], sizes))
+    source = ModelSource(uri="unused", precision="float16", engine="torch")
+    predict = Predict(artifact, source, device="cuda", batch_size=896, output=Output(uri="unused"), threads=1)
+    whole = GpuLane(decoder, preprocess, predict, all_on_gpu)
+    for threads in (1, 3, 5):
+        with ThreadPoolExecutor(threads) as pool:
+            blocks = 2 * threads
+            name = f"lane: all of predict, {threads} threads"
+            bench.measure(name, BLOCK * blocks, lambda pool=pool, blocks=blocks: list(pool.map(whole, [routed] * blocks)))
 
 
 def resources(bench: Bench, which: str) -> dict[str, Any]:
@@ -288,7 +299,7 @@ def run(args: argparse.Namespace, bench: Bench, folder: Path) -> None:
     from pipeline.artifact import load_artifact
 
     images = photographs(args.photos, 200)
-    if {"model", "engine", "pipeline"} & set(args.sections):
+    if {"model", "engine", "lane", "pipeline"} & set(args.sections):
         model = make_artifact(folder, images[:50], preprocessing=Preprocessing())
     if "model" in args.sections:
         models(bench, load_artifact(model))
@@ -300,7 +311,7 @@ def run(args: argparse.Namespace, bench: Bench, folder: Path) -> None:
     if "nvjpeg" in args.sections and bench.cuda:
         bench.found["nvjpeg"] = on_gpu(bench.measure, images)
     if "lane" in args.sections and bench.cuda:
-        lane(bench, images)
+        lane(bench, load_artifact(model), images)
     if "pipeline" in args.sections:
         precision = args.precision or ("float16" if bench.cuda else "bfloat16")
         guess = 700.0 * len(os.sched_getaffinity(0))
