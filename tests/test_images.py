@@ -190,6 +190,24 @@ def test_a_flip_mirrors_half_and_a_crop_moves(tmp_path: Path):
     assert len(edges) > 4
 
 
+def test_a_rectangle_is_painted_over_in_the_mean_colour_of_as_many_images_as_are_wanted():
+    image = np.full((24, 24, 3), 250, np.uint8)
+    seen = Preprocessing(size=24, crop_pct=1.0, mean=(0.2, 0.4, 0.6))
+    erased = Augmentation(seen, Augment(crop=(1, 1), flip=False, erase=0.5))
+    covered = []
+    for seed in range(100):
+        with seeded(seed):
+            found = erased(image).numpy()
+        hole = (found != 250).all(axis=0)
+        assert (found[:, ~hole] == 250).all()
+        assert (found[:, hole] == np.array([[51], [102], [153]])).all()
+        rows, columns = np.flatnonzero(hole.any(axis=1)), np.flatnonzero(hole.any(axis=0))
+        assert hole.sum() == len(rows) * len(columns)
+        covered.append(hole.mean())
+    assert 30 < np.count_nonzero(covered) < 70
+    assert max(covered) < 0.4
+
+
 def test_a_shift_moves_the_picture_over_black():
     seen = Preprocessing(size=24)
     image = np.random.default_rng(0).integers(1, 256, (40, 30, 3), dtype=np.uint8)  # nothing of it is black

@@ -23,6 +23,7 @@ from pipeline.model.preprocessing import Preprocessing
 
 _PIXELS: Final = 2**28  # decoded at a time, 800 MB
 _IMAGES: Final = 2**15  # decoded at a time; a grid has 65,535 rows
+_KEPT: Final = 2**32  # bytes of nvImageCodec's images that CUDA keeps for the next; else it unmaps all at every wait for anything
 _THREADS: Final = 256
 _DECODERS: Final = 2  # one reads its files while the other's are decoded
 _CPU_THREADS: Final = 2  # nvImageCodec's own; more only wait faster: 8,254, 9,586 and 11,173 img/s with 1, 2 and 16
@@ -58,6 +59,9 @@ class GpuDecoder:
         except RuntimeError as error:
             got = f"decode_lane: this GPU decodes no JPEG ({first_line(error)})"
             raise ModelError(got, need="one with a JPEG engine, A100, H100 or newer", do="Set decode_lane to cpu") from error
+        runtime = cupy.cuda.runtime
+        pool = runtime.deviceGetDefaultMemPool(runtime.getDevice())
+        runtime.memPoolSetAttribute(pool, runtime.cudaMemPoolAttrReleaseThreshold, _KEPT)
         self._wanted = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
         kernels = cupy.RawModule(code=(Path(__file__).with_name("jpeg.cu")).read_text())
         try:
@@ -96,6 +100,7 @@ class GpuDecoder:
             images = decoder.decode(files, params=self._wanted, cuda_stream=streams.decoding.ptr)
         finally:
             self._decoders.put(decoder)
+        streams.walking.synchronize()  # first, or a copy that waits keeps back those of other threads
         ok = verdicts.get(stream=streams.walking) == SOUND
         with streams.decoding:
             return self._kept(images, sizes, ok), ok

@@ -71,6 +71,8 @@ class Augment(Model):
     """Mirror half of the images left to right; wrong for digits, letters and signs."""
     jitter: Part = 0.0
     """Strength of random changes of brightness, contrast and saturation."""
+    erase: Part = 0.0
+    """Share of the images in which a random rectangle, 2 to 33 % of the area, is painted over in the mean colour."""
 
 
 class Training(Model):

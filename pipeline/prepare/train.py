@@ -207,6 +207,7 @@ def _trainer(training: Training, worker: Worker, folder: Path, callbacks: Sequen
             strategy=worker.strategy(),
             precision=_LIGHTNING[precision_of(training, device)],  # type: ignore[arg-type]
             max_epochs=training.epochs,
+            benchmark=worker.accelerator == "gpu",  # batches of one size: cuDNN tries its kernels once
             gradient_clip_val=training.gradient_clip or None,
             callbacks=[*callbacks, best, last],
             plugins=[OneStep(), *worker.plugins],
