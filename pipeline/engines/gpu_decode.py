@@ -11,8 +11,7 @@ from __future__ import annotations
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from queue import SimpleQueue
-from threading import local
+from threading import Lock, local
 from typing import Any, Final
 
 import numpy as np
@@ -23,9 +22,7 @@ from pipeline.model.preprocessing import Preprocessing
 
 _PIXELS: Final = 2**28  # decoded at a time, 800 MB
 _IMAGES: Final = 2**15  # decoded at a time; a grid has 65,535 rows
-_KEPT: Final = 2**32  # bytes of nvImageCodec's images that CUDA keeps for the next; else it unmaps all at every wait for anything
 _THREADS: Final = 256
-_DECODERS: Final = 2  # one reads its files while the other's are decoded
 _CPU_THREADS: Final = 2  # nvImageCodec's own; more only wait faster: 8,254, 9,586 and 11,173 img/s with 1, 2 and 16
 SOUND: Final = 0
 
@@ -53,15 +50,10 @@ class GpuDecoder:
         self.preprocessing = preprocessing
         try:
             hardware = [nvimgcodec.Backend(nvimgcodec.BackendKind.HW_GPU_ONLY)]
-            self._decoders = SimpleQueue[Any]()
-            for _ in range(_DECODERS):
-                self._decoders.put(nvimgcodec.Decoder(backends=hardware, max_num_cpu_threads=_CPU_THREADS))
+            self._decoder = nvimgcodec.Decoder(backends=hardware, max_num_cpu_threads=_CPU_THREADS)
         except RuntimeError as error:
             got = f"decode_lane: this GPU decodes no JPEG ({first_line(error)})"
             raise ModelError(got, need="one with a JPEG engine, A100, H100 or newer", do="Set decode_lane to cpu") from error
-        runtime = cupy.cuda.runtime
-        pool = runtime.deviceGetDefaultMemPool(runtime.getDevice())
-        runtime.memPoolSetAttribute(pool, runtime.cudaMemPoolAttrReleaseThreshold, _KEPT)
         self._wanted = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
         kernels = cupy.RawModule(code=(Path(__file__).with_name("jpeg.cu")).read_text())
         try:
@@ -71,7 +63,7 @@ class GpuDecoder:
             raise ModelError(
                 got, need="NVRTC of CUDA 13", do="Install nightlabel[gpu-decode], or set decode_lane to cpu"
             ) from error
-        self._streams = _Streams(cupy)
+        self._streams, self._decoding = _Streams(cupy), Lock()
 
     def __call__(self, encoded: pa.ChunkedArray, sizes: np.ndarray) -> tuple[Any, np.ndarray]:
         """(pixels uint8 [K, 3, S, S], a tensor on the GPU; which of the images these are, bool [N]) of N JPEGs of int64 [N, 2]
@@ -87,20 +79,14 @@ class GpuDecoder:
         ends = np.cumsum([0, *(len(data) for data, _ in pieces)])
         places = np.concatenate([[0], *(end + starts[1:] for end, (_, starts) in zip(ends, pieces, strict=False))])
         with streams.walking:
-            there, verdicts = (
-                cupy.empty(int(ends[-1]) + 8, np.uint8),
-                cupy.full(len(encoded), 255, np.uint8),
-            )  # whole words are read
+            there = cupy.empty(int(ends[-1]) + 8, np.uint8)  # whole words are read
+            verdicts = cupy.full(len(encoded), 255, np.uint8)
             for end, (data, _) in zip(ends.tolist(), pieces, strict=False):
                 there[end : end + len(data)].set(data)
             self._judge((len(encoded),), (32,), (there, cupy.asarray(places), verdicts))
         files = [self._codec.CodeStream(data[at:end]) for data, starts in pieces for at, end in pairwise(starts.tolist())]
-        decoder = self._decoders.get()
-        try:  # meanwhile, others walk: the largest of a block takes 90 ms, whatever else is in it
-            images = decoder.decode(files, params=self._wanted, cuda_stream=streams.decoding.ptr)
-        finally:
-            self._decoders.put(decoder)
-        streams.walking.synchronize()  # first, or a copy that waits keeps back those of other threads
+        with self._decoding:  # meanwhile, others bring their files and label
+            images = self._decoder.decode(files, params=self._wanted, cuda_stream=streams.decoding.ptr)
         ok = verdicts.get(stream=streams.walking) == SOUND
         with streams.decoding:
             return self._kept(images, sizes, ok), ok

@@ -30,7 +30,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 from gpu_decode import on_cores, on_gpu  # noqa: E402
+from gpu_lane import lane  # noqa: E402
 from limit import ours  # noqa: E402
 from photos import add_photos, photographs, read_tar  # noqa: E402
 from result import write_result  # noqa: E402
@@ -189,42 +189,6 @@ def shards(photos: Path, folder: Path, images: int) -> int:
     return copies * each
 
 
-def lane(bench: Bench, artifact: Any, images: list[bytes]) -> None:
-    """The GPU's lane on blocks of photographs: decoding alone, in one thread, and with the labelling, in several."""
-    import pyarrow as pa
-
-    from pipeline.engines.gpu_decode import GpuDecoder
-    from pipeline.errors import ModelError
-    from pipeline.lanes import GpuLane, Lanes, all_on_gpu
-    from pipeline.predict import Predict
-    from pipeline.preprocess import Preprocess
-    from pipeline.rows import IMAGE
-    from pipeline.spec import ModelSource, Output
-
-    try:
-        decoder = GpuDecoder(artifact.preprocessing)
-    except ModelError as error:
-        print(f"{'lane':44} -  ({error})")
-        return
-    many = list(itertools.islice(itertools.cycle(images), BLOCK))
-    rows = [{"unit": "u", "index": at, "key": str(at), "source": "s", "bytes": image} for at, image in enumerate(many)]
-    preprocess = Preprocess(artifact.preprocessing, max_pixels=10**8)
-    routed = Lanes(preprocess, artifact.preprocessing, 10**8, all_on_gpu)(pa.Table.from_pylist(rows, schema=IMAGE))
-    plain = routed.filter(routed["bytes"].is_valid())
-    sizes = np.stack([plain["width"].to_numpy(), plain["height"].to_numpy()], axis=1).astype(np.int64)
-    left = len(sizes) - int(decoder(plain["bytes"], sizes)[1].sum())
-    print(f"{'':44} {len(sizes)} of {BLOCK} are plain, {left} of them are left to the CPU")
-    bench.measure("lane: decode and resize, one thread", len(sizes), lambda: decoder(plain["bytes"], sizes))
-    source = ModelSource(uri="unused", precision="float16", engine="torch")
-    predict = Predict(artifact, source, device="cuda", batch_size=896, output=Output(uri="unused"), threads=1)
-    whole = GpuLane(decoder, preprocess, predict, all_on_gpu)
-    for threads in (1, 3, 5):
-        with ThreadPoolExecutor(threads) as pool:
-            blocks = 2 * threads
-            name = f"lane: all of predict, {threads} threads"
-            bench.measure(name, BLOCK * blocks, lambda pool=pool, blocks=blocks: list(pool.map(whole, [routed] * blocks)))
-
-
 def resources(bench: Bench, which: str) -> dict[str, Any]:
     cores, cuda = len(os.sched_getaffinity(0)), bench.cuda
     half = max(1, cores // 2)
@@ -311,7 +275,7 @@ def run(args: argparse.Namespace, bench: Bench, folder: Path) -> None:
     if "nvjpeg" in args.sections and bench.cuda:
         bench.found["nvjpeg"] = on_gpu(bench.measure, images)
     if "lane" in args.sections and bench.cuda:
-        lane(bench, load_artifact(model), images)
+        lane(bench, load_artifact(model), images, BLOCK)
     if "pipeline" in args.sections:
         precision = args.precision or ("float16" if bench.cuda else "bfloat16")
         guess = 700.0 * len(os.sched_getaffinity(0))
