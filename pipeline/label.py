@@ -22,7 +22,7 @@ from pipeline.attempt import Attempt, Observer
 from pipeline.commit import Provenance, UnitBuffer
 from pipeline.committer import Committer
 from pipeline.environment import set_ray_environment
-from pipeline.errors import Conflict, Stalled, Temporary, Unidentified, UnitsLeft
+from pipeline.errors import Conflict, PermissionDenied, Stalled, Temporary, UnfitError, Unidentified, UnitsLeft
 from pipeline.job.jobfile import dump_job
 from pipeline.log import Log
 from pipeline.plan import Plan
@@ -37,6 +37,7 @@ _REPLANS = 20  # of an attempt: enough to find any culprit, and an end where an 
 _AT_ONCE = 20_000  # units of a pass: each is put into Ray's store by itself before the first block can come
 _LOST = "LOST"
 _PASSING = frozenset({_LOST, Temporary.error_class, Unidentified.error_class})  # another pass may fare better
+_ANYBODYS = frozenset({UnfitError.error_class, PermissionDenied.error_class})  # may be said of one input or of a whole store
 
 #: A pass over units: prediction rows as they arrive, None when nothing did for a second. Why blocks were lost goes into `lost`.
 RunPass = Callable[..., Generator[pa.Table | None, None, None]]
@@ -122,16 +123,19 @@ class Driver:
         return plan
 
     def _stuck(self, plan: Plan, committer: Committer) -> list[Unit]:
-        """Units of several inputs that will not come through as they are, by the fault of an input: not of a store that is away
-        or full, which must not cost every unit its shape, nor of workers that lose whatever they get. Where nothing has come
-        through since they were first tried, one is split for a probe: when a piece of it does, so may those of the others."""
+        """Units of several inputs that will not come through as they are, by the fault of an input: not of a store that is away,
+        full or not ours to read, which must not cost every unit its shape, nor of workers that lose whatever they get. Where that
+        is open and nothing has come through since they were first tried, one is split for a probe: when a piece of it does, so
+        may those of the others."""
         joined = [unit for unit in plan.todo if len(unit.parts) > 1 and unit.id not in committer.refused]
-        stuck = [unit for unit in joined if self._is_hopeless(unit)]
+        hopeless = [unit for unit in joined if self._is_hopeless(unit)]
+        sure = [unit for unit in hopeless if self.attempt.trouble[unit.id].error_class not in _ANYBODYS]
         used_up = [unit for unit in joined if self._is_lost(unit) and self.tries[unit.id] >= TRIES]
-        lost = [unit for unit in used_up if len(committer.committed) > self.moved[unit.id]]
-        if used_up and not lost and not self.probed:
-            self.probed, lost = True, used_up[:1]
-        return stuck + lost
+        open_ = [unit for unit in hopeless if unit not in sure] + used_up
+        split = [unit for unit in open_ if len(committer.committed) > self.moved[unit.id]]
+        if open_ and not split and not self.probed:
+            self.probed, split = True, open_[:1]
+        return sure + split
 
     def _is_lost(self, unit: Unit) -> bool:
         trouble = self.attempt.trouble.get(unit.id)

@@ -60,7 +60,13 @@ class S3Store:
         bucket, key = _split(uri)
 
         async def attempt(client: Any) -> Object:
-            answer = await client.head_object(Bucket=bucket, Key=key, **self._payer)
+            wanted = {"Bucket": bucket, "Key": key, **self._payer}
+            try:
+                answer = await client.head_object(**wanted)
+            except sdk.ClientError as error:
+                if status(error) == 400:  # what a HEAD is answered has no body, so none of S3's words; a GET is told them
+                    await client.get_object(**wanted, Range="bytes=0-0")
+                raise
             return Object(uri, answer["ContentLength"], answer["ETag"].strip('"'))
 
         return self._retry(attempt, uri)

@@ -106,7 +106,8 @@ class FaultProxy:
             answer = await self._forward(request)
         elif kind == "status":
             body = ERROR % fault.code.encode()
-            answer = b"HTTP/1.1 %d x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (fault.status, len(body)) + body
+            answer = b"HTTP/1.1 %d x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (fault.status, len(body))
+            answer += b"" if request.startswith(b"HEAD ") else body
         elif kind == "delay":
             await asyncio.sleep(fault.seconds)
             answer = await self._forward(request)

@@ -429,6 +429,14 @@ def test_an_outage_costs_one_try(begin):
     assert (receipt.exit_code, receipt.rows_in, passes.careful) == (0, 40 * ROWS, [False, False])
 
 
+@pytest.mark.parametrize(("error_class", "code"), [("UNFIT", 2), ("PERMISSION_DENIED", 77)])
+def test_a_store_that_is_not_ours_to_read_costs_one_unit_its_shape_for_a_probe(begin, error_class, code):
+    driver, log, plan = begin(160)
+    receipt = finish(driver, log, plan, Passes(lambda unit: (error_class, "another region")))
+    assert (receipt.exit_code, receipt.passes, receipt.rows_in) == (code, 2, 0)
+    assert len(log.objects()) == 1
+
+
 def test_where_nothing_arrives_one_unit_is_split_for_a_probe_and_no_more(begin):
     driver, log, plan = begin(160)
     receipt = finish(driver, log, plan, Passes(lose=lambda unit: True, because="ModuleNotFoundError"))

@@ -344,6 +344,17 @@ def test_a_refused_create_is_not_tried_again(
     assert len(proxy.requests) == 1
 
 
+def test_what_a_head_cannot_say_is_asked_again(s3: Seaweed, proxy: FaultProxy, hurried: S3Store, blob: Object) -> None:
+    refused = Fault("status", "HEAD", status=400, code="ExpiredToken")
+    proxy.script(refused, refused, dataclasses.replace(refused, method="GET"))  # the SDK asks by HEAD where the bucket is, too
+    with pytest.raises(Unidentified, match="ExpiredToken"):
+        hurried.head(blob.uri)
+    assert [request.partition(" ")[0] for request in proxy.requests] == ["HEAD", "HEAD", "GET"]
+    proxy.script(refused, refused)
+    with pytest.raises(StoreError, match="400, Bad Request"):
+        hurried.head(blob.uri)
+
+
 def test_an_unreachable_endpoint_is_temporary(s3: Seaweed) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
