@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import count
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -98,8 +99,26 @@ def _numbered(table: pa.Table, unit_id: str, numbers: Sequence[int], only: list[
 
 
 def _table(rows: list[Row], keep: tuple[str, ...]) -> pa.Table:
-    schema = pa.schema([*IMAGE, *(pa.field(name, pa.string()) for name in keep)])
-    return pa.Table.from_pylist([{"unit": "", "index": 0, **row} for row in rows], schema=schema)
+    fields = [*IMAGE, *(pa.field(name, pa.string()) for name in keep)]
+    columns = [
+        _joined(rows) if field.name == "bytes" else pa.array([row.get(field.name) for row in rows], field.type)
+        for field in fields
+    ]
+    return pa.Table.from_arrays(columns, schema=pa.schema(fields))
+
+
+def _joined(rows: list[Row]) -> pa.Array:
+    """Their `bytes` as one column, copied once: Arrow's own way grows its memory and copies it by and by, 84 us an image
+    of 110 kB instead of 29."""
+    parts = [data if isinstance(data := row.get("bytes"), (bytes, memoryview)) else None for row in rows]
+    ends = np.cumsum([0, *(0 if part is None else len(part) for part in parts)], dtype=np.int64)
+    valid = pa.array([part is not None for part in parts], pa.bool_())
+    data = pa.allocate_buffer(int(ends[-1]))
+    there = memoryview(data).cast("B")
+    for part, start, stop in zip(parts, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        if part:
+            there[start:stop] = part
+    return pa.Array.from_buffers(pa.large_binary(), len(rows), [valid.buffers()[1], pa.py_buffer(ends), data])
 
 
 def _batches(rows: Iterator[Row], keep: tuple[str, ...]) -> Iterator[pa.Table]:

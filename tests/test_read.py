@@ -60,6 +60,23 @@ def test_members_equal_tarfile(tmp_path, tar_format, chunk):
 TAR = tar_bytes({"a.jpg": b"1" * 700, "b.jpg": b"2" * 100, "c.jpg": b"3" * 1024})
 
 
+def test_headers_of_old_tars(tmp_path):
+    """Sums of signed bytes, a folder that is a file with a slash at the end, and a path in two fields."""
+    folder = tarfile.TarInfo("b/")
+    folder.type = tarfile.AREGTYPE
+    long = tarfile.TarInfo("x" * 90 + "/" + "y" * 90 + ".jpg")
+    signed = bytearray(tarfile.TarInfo("caf\udce9.jpg").tobuf(tarfile.USTAR_FORMAT, "utf-8"))
+    assert bytes(signed[:4]) == b"caf\xe9"
+    signed[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(signed))[1]
+    plain, rest = tarfile.TarInfo("a.jpg").tobuf(), folder.tobuf() + long.tobuf(tarfile.USTAR_FORMAT) + bytes(1024)
+    path = tmp_path / "a.tar"
+    path.write_bytes(plain + signed + rest)
+    assert [row["key"] for row in rows_of(path)[0]] == ["a", "caf\\xe9", long.name[:-4]]
+    signed[150] ^= 1
+    path.write_bytes(plain + signed + rest)
+    assert rows_of(path)[1]["error_class"] == "TAR_CORRUPT"
+
+
 @settings(deadline=None, max_examples=150)
 @given(st.integers(min_value=0, max_value=len(TAR) - 1))
 def test_a_tar_cut_anywhere_is_an_error_or_complete(tmp_path_factory, cut_at: int):
