@@ -128,13 +128,15 @@ class Driver:
         is open and nothing has come through since they were first tried, one is split for a probe: when a piece of it does, so
         may those of the others."""
         joined = [unit for unit in plan.todo if len(unit.parts) > 1 and unit.id not in committer.refused]
-        hopeless = [unit for unit in joined if self._is_hopeless(unit)]
-        sure = [unit for unit in hopeless if self.attempt.trouble[unit.id].error_class not in _ANYBODYS]
-        used_up = [unit for unit in joined if self._is_lost(unit) and self.tries[unit.id] >= TRIES]
-        open_ = [unit for unit in hopeless if unit not in sure] + used_up
-        split = [unit for unit in open_ if len(committer.committed) > self.moved[unit.id]]
-        if open_ and not split and not self.probed:
-            self.probed, split = True, open_[:1]
+        sure, unsure = list[Unit](), list[Unit]()
+        for unit in joined:
+            if self._is_hopeless(unit):
+                (unsure if self.attempt.trouble[unit.id].error_class in _ANYBODYS else sure).append(unit)
+            elif self._is_lost(unit) and self.tries[unit.id] >= TRIES:
+                unsure.append(unit)
+        split = [unit for unit in unsure if len(committer.committed) > self.moved[unit.id]]
+        if unsure and not split and not self.probed:
+            self.probed, split = True, unsure[:1]
         return sure + split
 
     def _is_lost(self, unit: Unit) -> bool:
