@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline.errors import JobError
 from pipeline.job.jobfile import asked_days, at_day, dump_job
 from pipeline.job.schedule import settled
-from pipeline.job.uris import absolute, with_uris
+from pipeline.job.uris import absolute, absolute_input, with_uris
 from pipeline.spec import Job
 
 MAX_BYTES = 100 * 2**20  # what Ray's dashboard accepts as the body of a request
@@ -67,6 +67,8 @@ def _anchored(job: Job, *, file: str, loopback: bool) -> Job:
             raise JobError(f"{file}: {uri} is a path in this folder, which the cluster does not see", need=need, do="Change it")
         return absolute(uri)
 
+    for uri in job.input.uris:
+        absolute_input(uri)
     return with_uris(job, settle)
 
 

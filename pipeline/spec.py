@@ -17,7 +17,7 @@ from pipeline.job.fields import Digest, Endpoint, Name, Region, Uri, Uris, Webho
 from pipeline.job.quantity import Bytes, Count, Fraction, Model, Pixels, Seconds, between, in_bytes, in_pixels, in_seconds
 from pipeline.job.resources import Cluster, Resources
 from pipeline.job.schedule import Schedule
-from pipeline.job.uris import above_days, absolute, holds
+from pipeline.job.uris import above_days, absolute, absolute_input, holds
 from pipeline.rows import RESERVED
 
 
@@ -212,9 +212,9 @@ class Job(Model):
         return any("{date}" in uri for uri in (*self.input.uris, self.model.uri, self.output.uri))
 
     def from_root(self) -> Job:
-        """The job with every local path absolute: what goes to workers."""
+        """The job with every local path absolute: what goes to workers. Raises JobError for an input that cannot be."""
         sections: dict[str, Model] = {
-            "input": self.input.model_copy(update={"uri": tuple(map(absolute, self.input.uris))}),
+            "input": self.input.model_copy(update={"uri": tuple(map(absolute_input, self.input.uris))}),
             "model": self.model.model_copy(update={"uri": absolute(self.model.uri)}),
             "output": self.output.model_copy(update={"uri": absolute(self.output.uri)}),
         }

@@ -185,6 +185,15 @@ def test_paths_are_absolute_before_they_travel(tmp_path, monkeypatch):
     assert (away.model.uri, away.output.uri) == (f"{tmp_path}/model/", "s3://bucket/labels/")
 
 
+def test_a_working_folder_that_reads_as_a_glob_is_a_sentence(tmp_path, monkeypatch):
+    odd = tmp_path / "a[b]"
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    with pytest.raises(JobError, match=r"input.uri is photos/, in .*a\[b\]; required: a working folder without"):
+        parse_job(SIX_LINES).from_root()
+    assert parse_job(SIX_LINES.replace(b"photos/", b"/data/*.tar")).from_root().input.uris == ("/data/*.tar",)
+
+
 def test_loose_images_cannot_be_measured_with():
     text = b"kind: evaluate\nname: x\nmodel: {uri: m}\ndata: {input: {uri: a, format: images}}\noutput: {uri: o}\n"
     assert "data: loose images carry no labels; required: webdataset or parquet" in refusal(b"", text)

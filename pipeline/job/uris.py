@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from pipeline.names import glob_matcher, glob_prefix
+from pipeline.errors import JobError
+from pipeline.names import WILDCARD, glob_matcher, glob_prefix
 
 Filled = TypeVar("Filled", bound=BaseModel)
 
@@ -33,6 +34,15 @@ def absolute(uri: str) -> str:
         return uri
     path = os.path.abspath(uri.removeprefix("file://"))
     return f"{path}/" if uri.endswith("/") and path != "/" else path
+
+
+def absolute_input(uri: str) -> str:
+    """The same of what may be a glob. Raises JobError where the working folder's own name would be read as one."""
+    path, folder = absolute(uri), os.getcwd()
+    if path.startswith(f"{folder}/") and not uri.removeprefix("file://").startswith("/") and WILDCARD.search(folder):
+        need = "a working folder without *, ? and [ in its name, or a path from the root with [[] for ["
+        raise JobError(f"input.uri is {uri}, in {folder}", need=need, do="Run from another folder")
+    return path
 
 
 def above_days(folder: str) -> str:
