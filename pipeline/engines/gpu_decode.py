@@ -75,7 +75,7 @@ class GpuDecoder:
 
     def _some(self, encoded: pa.ChunkedArray, sizes: np.ndarray) -> tuple[Any, np.ndarray]:
         cupy, streams = self._cupy, self._streams
-        pieces = [piece for chunk in encoded.chunks if len(chunk) for piece in [_bytes_of(chunk)]]
+        pieces = [_bytes_of(chunk) for chunk in encoded.chunks if len(chunk)]
         ends = np.cumsum([0, *(len(data) for data, _ in pieces)])
         places = np.concatenate([[0], *(end + starts[1:] for end, (_, starts) in zip(ends, pieces, strict=False))])
         with streams.walking:
