@@ -319,7 +319,9 @@ def test_what_steers_two_lanes_may_die(tmp_path, model, on_ray):
         measured = {"pass": (100, 0.01), "decode": (100, 1.0), "gpu": (100, 0.1)}
         assert share(measured) == pytest.approx(0.92, abs=0.01)
         ray.kill(share.args[0])
-        assert share(measured) == 0.5
+        end = time.monotonic() + 60
+        while share(measured) != 0.5:  # it may answer once more before it dies
+            assert time.monotonic() < end
     finally:
         ray.shutdown()
 
