@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, InputMissing, JobError, NightlabelError, PermissionDenied, Unidentified
+from pipeline.job.uris import absolute_input
 from pipeline.names import glob_prefix
 from pipeline.spec import Input
 from pipeline.storage import Object, RangeFile, Store
@@ -55,14 +56,15 @@ def root_of(uri: str) -> str:
 
 
 def list_inputs(store: Store, wanted: Input) -> Listing:
-    """Every input once. Raises InputMissing: a prefix that is absent or holds nothing of the format."""
+    """Every input once. Raises InputMissing: a prefix that is absent or holds nothing of the format; JobError: see
+    `absolute_input`."""
     found: dict[str, Object] = {}
     others: dict[str, Object] = {}
     suffixes = _SUFFIX[wanted.format]
     for uri in wanted.uris:
         fitting: dict[str, Object] = {}
         other: dict[str, Object] = {}
-        for item in store.list(uri):
+        for item in store.list(absolute_input(uri)):
             (fitting if _suffix(item.uri) in suffixes else other)[item.uri] = item
         if not fitting:
             there = f"{count_suffixes(_by_suffix(other))}, no {wanted.format}" if other else "nothing there"

@@ -10,6 +10,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.cut import list_inputs
 from pipeline.errors import JobError
 from pipeline.job.demand import Node, check_demand
 from pipeline.job.jobfile import dump_job, load_job, parse_job
@@ -18,6 +19,7 @@ from pipeline.job.reference import _FILES, json_schema, reference
 from pipeline.job.resources import Resources
 from pipeline.job.training import FinetuneJob
 from pipeline.report import exit_code
+from pipeline.storage import Disk
 
 SIX_LINES = b"""
 kind: label
@@ -189,8 +191,11 @@ def test_a_working_folder_that_reads_as_a_glob_is_a_sentence(tmp_path, monkeypat
     odd = tmp_path / "a[b]"
     odd.mkdir()
     monkeypatch.chdir(odd)
-    with pytest.raises(JobError, match=r"input.uri is photos/, in .*a\[b\]; required: a working folder without"):
+    with pytest.raises(JobError, match=r"photos/: lies in .*a\[b\], which reads as a glob; required: a working folder without"):
         parse_job(SIX_LINES).from_root()
+    (odd / "photos").mkdir()
+    with pytest.raises(JobError, match="reads as a glob"):
+        list_inputs(Disk(), parse_job(SIX_LINES).input)
     assert parse_job(SIX_LINES.replace(b"photos/", b"/data/*.tar")).from_root().input.uris == ("/data/*.tar",)
 
 

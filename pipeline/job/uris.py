@@ -41,7 +41,7 @@ def absolute_input(uri: str) -> str:
     path, folder = absolute(uri), os.getcwd()
     if path.startswith(f"{folder}/") and not uri.removeprefix("file://").startswith("/") and WILDCARD.search(folder):
         need = "a working folder without *, ? and [ in its name, or a path from the root with [[] for ["
-        raise JobError(f"input.uri is {uri}, in {folder}", need=need, do="Run from another folder")
+        raise JobError(f"{uri}: lies in {folder}, which reads as a glob", need=need, do="Run from another folder")
     return path
 
 
