@@ -144,6 +144,11 @@ def test_checkpoints_that_are_damaged_gone_or_cannot_be_written_are_one_sentence
     with pytest.raises(Temporary, match=r"best\.ckpt: somebody has removed it\. Run again: either another run"):
         read(tmp_path / "best.ckpt")
     trained(tmp_path, settings)
+    (tmp_path / "folder.ckpt").mkdir()
+    with pytest.raises(
+        Temporary, match=r"folder\.ckpt: .*Is a directory.*\. Check the rights, the disk and the memory; the same"
+    ):
+        read(tmp_path / "folder.ckpt")
     (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:5000])
     with pytest.raises(StoreError, match=r"last\.ckpt: cannot be read \(.*\); required: a checkpoint as .* Remove /.* and begin"):
         trained(tmp_path, settings)

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from pipeline.errors import StoreError, Temporary
+from pipeline.errors import StoreError, Temporary, first_line
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -59,12 +59,18 @@ def replace(path: Path, content: bytes | memoryview) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint, its tensors on the CPU. Raises StoreError when it cannot be read, Temporary when it is gone."""
+    """A checkpoint, its tensors on the CPU. Raises StoreError when it is damaged, Temporary when it is gone, or when the
+    machine does not let it be read."""
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content = path.read_bytes()
     except FileNotFoundError as error:
         do = "Run again: either another run of this job has finished and its model is there, or the training starts anew"
         raise Temporary(f"{path}: somebody has removed it", do=do) from error
+    except (OSError, MemoryError) as error:  # it may be sound, so nobody is told to remove it
+        do = "Check the rights, the disk and the memory; the same command goes on from it"
+        raise Temporary(f"{path}: {first_line(error)}", do=do) from error
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle trips the unpickler up in any way
         got = f"{path}: cannot be read ({str(error).partition('. ')[0]})"
         raise StoreError(got, need="a checkpoint as it was written", do=f"Remove {path.parent} and begin anew") from error
