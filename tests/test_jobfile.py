@@ -18,6 +18,7 @@ from pipeline.job.quantity import _BYTES, _percent, in_percent, quantity, text
 from pipeline.job.reference import _FILES, json_schema, reference
 from pipeline.job.resources import Resources
 from pipeline.job.training import FinetuneJob
+from pipeline.job.uris import absolute_input
 from pipeline.report import exit_code
 from pipeline.storage import Disk
 
@@ -193,6 +194,7 @@ def test_a_working_folder_that_reads_as_a_glob_is_a_sentence(tmp_path, monkeypat
     monkeypatch.chdir(odd)
     with pytest.raises(JobError, match=r"photos/: lies in .*a\[b\], which reads as a glob; required: a working folder without"):
         parse_job(SIX_LINES).from_root()
+    assert absolute_input("../x/*.tar") == f"{tmp_path}/x/*.tar"
     (odd / "photos").mkdir()
     with pytest.raises(JobError, match="reads as a glob"):
         list_inputs(Disk(), parse_job(SIX_LINES).input)

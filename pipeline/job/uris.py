@@ -39,7 +39,7 @@ def absolute(uri: str) -> str:
 def absolute_input(uri: str) -> str:
     """The same of what may be a glob. Raises JobError where the working folder's own name would be read as one."""
     path, folder = absolute(uri), os.getcwd()
-    if path.startswith(f"{folder}/") and not uri.removeprefix("file://").startswith("/") and WILDCARD.search(folder):
+    if len(WILDCARD.findall(path)) > len(WILDCARD.findall(uri)):
         need = "a working folder without *, ? and [ in its name, or a path from the root with [[] for ["
         raise JobError(f"{uri}: lies in {folder}, which reads as a glob", need=need, do="Run from another folder")
     return path
