@@ -37,7 +37,7 @@ _REPLANS = 20  # of an attempt: enough to find any culprit, and an end where an 
 _AT_ONCE = 20_000  # units of a pass: each is put into Ray's store by itself before the first block can come
 _LOST = "LOST"
 _PASSING = frozenset({_LOST, Temporary.error_class, Unidentified.error_class})  # another pass may fare better
-_ANYBODYS = frozenset({UnfitError.error_class, PermissionDenied.error_class})  # may be said of one input or of a whole store
+_OPEN = frozenset({UnfitError.error_class, PermissionDenied.error_class})  # may be said of one input or of a whole store
 
 #: A pass over units: prediction rows as they arrive, None when nothing did for a second. Why blocks were lost goes into `lost`.
 RunPass = Callable[..., Generator[pa.Table | None, None, None]]
@@ -131,7 +131,7 @@ class Driver:
         sure, unsure = list[Unit](), list[Unit]()
         for unit in joined:
             if self._is_hopeless(unit):
-                (unsure if self.attempt.trouble[unit.id].error_class in _ANYBODYS else sure).append(unit)
+                (unsure if self.attempt.trouble[unit.id].error_class in _OPEN else sure).append(unit)
             elif self._is_lost(unit) and self.tries[unit.id] >= TRIES:
                 unsure.append(unit)
         split = [unit for unit in unsure if len(committer.committed) > self.moved[unit.id]]

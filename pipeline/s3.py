@@ -65,7 +65,7 @@ class S3Store:
                 answer = await client.head_object(**wanted)
             except sdk.ClientError as error:
                 if status(error) == 400:  # what a HEAD is answered has no body, so none of S3's words; a GET is told them
-                    await client.get_object(**wanted, Range="bytes=0-0")
+                    (await client.get_object(**wanted, Range="bytes=0-0"))["Body"].close()
                 raise
             return Object(uri, answer["ContentLength"], answer["ETag"].strip('"'))
 
