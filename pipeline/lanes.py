@@ -31,7 +31,7 @@ Share = Callable[[Measurements], float]
 
 START: Final = 0.5  # of the plain JPEGs, before anything is measured
 _MEMORY: Final = 5_000.0  # images after which a measurement counts half as much
-_LONGEST: Final = 2**20  # bytes: the walk takes some 0.2 s for so many, and a block waits for its longest
+_LONGEST: Final = 2**20  # bytes: where one thread has to walk so many, it takes some 0.2 s, and a block waits for its longest
 _SOF: Final = (0xC0, 0xC1)  # sequential, Huffman
 _SKIPPED: Final = frozenset({0xC4, 0xDB, 0xDD, 0xEE, 0xFE, *range(0xE0, 0xF0)})
 _SAMPLINGS: Final = ((1, 1), (2, 1), (2, 2))  # of the first component, the others are 1 × 1: 4:4:4, 4:2:2, 4:2:0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import io
 import random
 import shutil
@@ -46,12 +47,21 @@ extern "C" void resize(const i64 *images, const int *axes, u8 *middle, u8 *out, 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels as plain C++, one thread that does all blocks."""
+    return build(tmp_path_factory.mktemp("jpeg"))
+
+
+@pytest.fixture(scope="module")
+def in_one_piece(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The same, and every scan is walked from its first bit to its last."""
+    return build(tmp_path_factory.mktemp("jpeg"), "-DPIECES=1")
+
+
+def build(folder: Path, *flags: str) -> ctypes.CDLL:
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler is installed")
-    folder = tmp_path_factory.mktemp("jpeg")
     (folder / "around.cpp").write_text(AROUND % SOURCE)
-    command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(folder / "jpeg.so"), str(folder / "around.cpp")]
+    command = [compiler, "-O2", "-shared", "-fPIC", *flags, "-o", str(folder / "jpeg.so"), str(folder / "around.cpp")]
     subprocess.run(command, check=True)
     library = ctypes.CDLL(str(folder / "jpeg.so"))
     library.verdict.argtypes = [ctypes.c_char_p, ctypes.c_longlong]
@@ -120,6 +130,18 @@ def test_sound_is_what_the_decoder_finds_whole(built: ctypes.CDLL, kind: str) ->
     assert refused or kind == "a bit"
 
 
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_the_pieces_of_a_scan_come_to_what_it_is(built: ctypes.CDLL, in_one_piece: ctypes.CDLL, kind: str) -> None:
+    rng = random.Random(kind)
+    kinds = ({}, {"subsampling": 0}, {"subsampling": 1}, {"optimize": True}, {"quality": 30, "subsampling": 0}, {"quality": 100})
+    rough = [encode(Image.fromarray(noise(400, 301, number)), "JPEG", **each) for number in range(2) for each in kinds]
+    flat = [encode(Image.new("RGB", (3000, 1500), (40, 90, 200)), "JPEG", **each) for each in kinds]
+    for data in rough + flat:
+        assert verdict(built, data) == 0
+        for broken in (DAMAGE[kind](data, rng) for _ in range(4)):
+            assert (verdict(built, broken) == 0) == (verdict(in_one_piece, broken) == 0)
+
+
 def test_what_is_not_plain_is_odd(built: ctypes.CDLL) -> None:
     image = Image.fromarray(noise(40, 30))
     grey, inks = image.convert("L"), image.convert("CMYK")
@@ -136,6 +158,24 @@ def test_the_corpora(built: ctypes.CDLL, shared_data: Path) -> None:
     sound = [data for data in images if plain(memoryview(data), Preprocessing(), MAX_PIXELS) and verdict(built, data) == 0]
     assert len(sound) > 350
     assert all(map(is_decoded, sound))
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
+def test_it_is_cuda(chip: str) -> None:
+    package = importlib.util.find_spec("nvidia")
+    found = [
+        path for folder in (package and package.submodule_search_locations) or [] for path in Path(folder).rglob("libnvrtc.so.*")
+    ]
+    if not found:
+        pytest.skip("no NVRTC is installed: it comes with torch for CUDA")
+    compiler, program = ctypes.CDLL(str(found[0])), ctypes.c_void_p()
+    assert compiler.nvrtcCreateProgram(ctypes.byref(program), SOURCE.read_bytes(), b"jpeg.cu", 0, None, None) == 0
+    options = (ctypes.c_char_p * 1)(f"--gpu-architecture={chip}".encode())
+    failed, size = compiler.nvrtcCompileProgram(program, 1, options), ctypes.c_size_t()
+    compiler.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    said = ctypes.create_string_buffer(size.value)
+    compiler.nvrtcGetProgramLog(program, said)
+    assert not failed, said.value.decode()
 
 
 def pointer(array: np.ndarray) -> ctypes.c_void_p:

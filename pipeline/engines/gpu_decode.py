@@ -23,6 +23,7 @@ from pipeline.model.preprocessing import Preprocessing
 _PIXELS: Final = 2**28  # decoded at a time, 800 MB
 _IMAGES: Final = 2**15  # decoded at a time; a grid has 65,535 rows
 _THREADS: Final = 256
+_WALKERS: Final = 64  # threads an image: jpeg.cu's PIECES
 _CPU_THREADS: Final = 2  # nvImageCodec's own; more only wait faster: 8,254, 9,586 and 11,173 img/s with 1, 2 and 16
 SOUND: Final = 0
 
@@ -83,7 +84,7 @@ class GpuDecoder:
             verdicts = cupy.full(len(encoded), 255, np.uint8)
             for end, (data, _) in zip(ends.tolist(), pieces, strict=False):
                 there[end : end + len(data)].set(data)
-            self._judge((len(encoded),), (32,), (there, cupy.asarray(places), verdicts))
+            self._judge((len(encoded),), (_WALKERS,), (there, cupy.asarray(places), verdicts))
         files = [self._codec.CodeStream(data[at:end]) for data, starts in pieces for at, end in pairwise(starts.tolist())]
         with self._decoding:  # meanwhile, others bring their files and label
             images = self._decoder.decode(files, params=self._wanted, cuda_stream=streams.decoding.ptr)
