@@ -35,6 +35,10 @@ from pipeline.spec import Input
 STILL = Augment(crop=(1, 1), flip=False)
 
 
+def picture_of_noise() -> np.ndarray:
+    return np.random.default_rng(0).integers(60, 200, (24, 24, 3), dtype=np.uint8)
+
+
 def some(folder: Path, count: int, *, classes: int = 2) -> Images:
     found = read_images(Input(uri=write_shards(folder, count, classes=classes)), label="cls")
     return labelled(found, tuple(str(number) for number in range(classes)), where="x")
@@ -206,6 +210,21 @@ def test_a_rectangle_is_painted_over_in_the_mean_colour_of_as_many_images_as_are
         covered.append(hole.mean())
     assert 30 < np.count_nonzero(covered) < 70
     assert max(covered) < 0.4
+
+
+def test_trivial_is_one_change_more_of_colour_or_of_shape():
+    image, seen = picture_of_noise(), Preprocessing(size=24, crop_pct=1.0, mean=(0.2, 0.4, 0.6))
+    still, changed = Augmentation(seen, STILL)(image), Augmentation(seen, STILL.model_copy(update={"trivial": True}))
+    found = []
+    for seed in range(60):
+        with seeded(seed):
+            found.append(changed(image))
+    assert {(pixels.dtype, tuple(pixels.shape)) for pixels in found} == {(torch.uint8, (3, 24, 24))}
+    assert len({pixels.numpy().tobytes() for pixels in found}) > 40
+    fill = torch.tensor([[51], [102], [153]], dtype=torch.uint8)
+    turned = [pixels for pixels in found if (pixels[:, 0, 0:1] == fill).all() or (pixels[:, -1, -1:] == fill).all()]
+    assert 5 < len(turned) < 40, "shapes leave corners in the mean colour"
+    assert 0 < sum(torch.equal(pixels, still) for pixels in found) < 15
 
 
 def test_a_shift_moves_the_picture_over_black():

@@ -16,6 +16,7 @@ from trainings import SMALL, accuracy, picture, tiny_network
 
 from pipeline.errors import JobError, ModelError, StoreError, Temporary, UnfitError
 from pipeline.job.training import Augment, Training, Workers
+from pipeline.model.preprocessing import Preprocessing
 from pipeline.model.resnet import ResNet
 from pipeline.prepare.checkpoint import read, replace
 from pipeline.prepare.images import Images
@@ -80,7 +81,8 @@ def test_loss_falls_the_model_learns_and_the_epochs_are_told(tmp_path: Path):
 
 
 def test_same_seed_same_weights_and_another_seed_others(tmp_path: Path):
-    changed = QUICK.model_copy(update={"augment": Augment(crop=(0.5, 1), jitter=0.2), "mixup": 0.2, "epochs": 2})
+    drawn = {"augment": Augment(crop=(0.5, 1), jitter=0.2, trivial=True, erase=0.5), "mixup": 0.2, "cutmix": 1.0}
+    changed = QUICK.model_copy(update={**drawn, "epochs": 2})
     first, again = (trained(tmp_path / name, changed)[0] for name in "ab")
     other = trained(tmp_path / "c", changed.model_copy(update={"seed": 6}))[0]
     assert same(first, again)
@@ -98,7 +100,8 @@ def test_loaders_are_started_once_and_change_nothing(tmp_path: Path, monkeypatch
 
 
 def test_a_kill_costs_an_epoch_and_changes_nothing(tmp_path: Path):
-    longer = QUICK.model_copy(update={"epochs": 5, "augment": Augment(crop=(0.5, 1)), "mixup": 0.2})
+    drawn = {"augment": Augment(crop=(0.5, 1), trivial=True), "mixup": 0.2, "cutmix": 1.0}
+    longer = QUICK.model_copy(update={**drawn, "epochs": 5})
     undisturbed, _ = trained(tmp_path / "a", longer)
 
     with pytest.raises(Killed):
@@ -194,6 +197,29 @@ def test_a_mixed_image_without_a_label_counts_for_the_share_of_the_other():
         assert objective.of(logits, half).item() == pytest.approx(objective.of(logits, target).item() / 2)
 
 
+@pytest.mark.parametrize("wanted", [{"mixup": 1.0}, {"cutmix": 1.0}, {"mixup": 1.0, "cutmix": 1.0}])
+def test_images_are_mixed_as_their_targets_are(wanted: dict[str, float]):
+    """Every image is all of one level, that of its class, so levels tell shares and whole pixels tell mixup from CutMix."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def objective(network: ResNet, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen.append((images, targets))
+        return torch.zeros(())
+
+    learner = Learner(
+        tiny_network(), objective, Preprocessing(size=16, mean=(0, 0, 0), std=(1, 1, 1)), QUICK.model_copy(update=wanted)
+    )
+    labels = torch.arange(8) % 2
+    pixels = (255 * labels).to(torch.uint8).reshape(8, 1, 1, 1).expand(8, 3, 16, 16).contiguous()
+    for number in range(40):
+        learner.training_step((pixels, labels), number)
+    whole = [bool(((images == 0) | (images == 1)).all()) for images, _ in seen if (images != seen[0][0]).any()]
+    assert set(whole) == {name == "cutmix" for name in wanted}
+    assert len({round(float(targets[0, 0]), 3) for _, targets in seen}) > 10
+    for images, targets in seen:
+        torch.testing.assert_close(images.mean(dim=(1, 2, 3)), targets[:, 1], atol=1e-5, rtol=0)
+
+
 def test_logits_are_float32_in_half_precision(tmp_path: Path):
     """In bfloat16's 8 bits classes tie, and the validation would not judge what is labelled with."""
     logits: list[torch.Tensor] = []
@@ -229,7 +255,9 @@ def test_stops_early_and_keeps_the_best_epoch(tmp_path: Path):
     assert accuracy(network, wrong) == pytest.approx(result.best.accuracy)
 
 
-@pytest.mark.parametrize("changes", [{"precision": "bfloat16"}, {"optimizer": "sgd", "learning_rate": 0.05}, {"mixup": 0.2}])
+@pytest.mark.parametrize(
+    "changes", [{"precision": "bfloat16"}, {"optimizer": "sgd", "learning_rate": 0.05}, {"mixup": 0.2}, {"cutmix": 1.0}]
+)
 def test_other_ways_of_training_learn_too(tmp_path: Path, changes: dict[str, object]):
     assert trained(tmp_path, Training.model_validate(QUICK.model_dump() | {"epochs": 5, **changes}))[0].best.accuracy > 0.9
 

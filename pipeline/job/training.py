@@ -71,6 +71,9 @@ class Augment(Model):
     """Mirror half of the images left to right; wrong for digits, letters and signs."""
     jitter: Part = 0.0
     """Strength of random changes of brightness, contrast and saturation."""
+    trivial: bool = False
+    """One change more, drawn with its strength from fourteen of colour and shape, turns by up to 135° among them
+    (TrivialAugment, arXiv 2103.10158)."""
     erase: Part = 0.0
     """Share of the images in which a random rectangle, 2 to 33 % of the area, is painted over in the mean colour."""
 
@@ -94,6 +97,8 @@ class Training(Model):
     """Share of the target spread over all classes."""
     mixup: NotNegative = 0.0
     """Alpha of mixup (arXiv 1710.09412); 0 is off, 0.2 is usual."""
+    cutmix: NotNegative = 0.0
+    """Alpha of CutMix (arXiv 1905.04899); 0 is off, 1 is usual. With mixup too, every batch has one of them, by lot."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: a class counts in inverse proportion to its images."""
     gradient_clip: NotNegative = 1.0

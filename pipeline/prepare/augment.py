@@ -38,8 +38,11 @@ class Augmentation:
             steps.append(v2.RandomHorizontalFlip())
         if wanted.jitter:
             steps.append(v2.ColorJitter(brightness=wanted.jitter, contrast=wanted.jitter, saturation=wanted.jitter))
+        fill = [round(255 * level) for level in preprocessing.mean]
+        if wanted.trivial:
+            steps.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR, fill=fill))
         if wanted.erase:  # arXiv 1708.04896
-            steps.append(v2.RandomErasing(wanted.erase, value=[round(255 * level) for level in preprocessing.mean]))
+            steps.append(v2.RandomErasing(wanted.erase, value=fill))
         self._change = v2.Compose(steps) if steps else torch.nn.Identity()
 
     def __call__(self, image: np.ndarray) -> Tensor:

@@ -86,7 +86,9 @@ class Learner(pl.LightningModule):
         self.classes: int = network.classifier[1].out_features  # type: ignore[assignment]
         self.accuracy = MulticlassAccuracy(self.classes, average="micro")
         self.validation_loss, self.loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
-        self.mixup = v2.MixUp(alpha=training.mixup, num_classes=self.classes) if training.mixup else None
+        mixers = ((v2.MixUp, training.mixup), (v2.CutMix, training.cutmix))
+        ways = [mixer(alpha=alpha, num_classes=self.classes) for mixer, alpha in mixers if alpha]
+        self.mix = v2.RandomChoice(ways) if ways else None
 
     def on_train_epoch_start(self) -> None:
         """Freeze, thaw. A frozen part keeps the statistics of its norms too."""
@@ -99,9 +101,9 @@ class Learner(pl.LightningModule):
         pixels, labels = batch
         images = self.normalise(pixels)
         targets = F.one_hot(labels.clamp(min=0), self.classes).float() * (labels >= 0).unsqueeze(1)
-        if self.mixup is not None:
+        if self.mix is not None:
             with seeded(self.training_.seed, self.current_epoch, number, self.global_rank):
-                images, targets = self.mixup(images, targets)
+                images, targets = self.mix(images, targets)
         loss: Tensor = self.objective(self.network, images, targets)
         self.loss.update(loss.detach())
         return loss
