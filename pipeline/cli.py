@@ -22,7 +22,7 @@ from pipeline.commands import cluster as cli_cluster
 from pipeline.commands import kube as cli_kube
 from pipeline.commands import model as cli_model
 from pipeline.commands import nightly as cli_nightly
-from pipeline.commands.options import Again, AsJson, Date, Dates, IfRunning, JobPath, print_json, say
+from pipeline.commands.options import Again, AsJson, Date, Dates, IfRunning, JobPath, outlive_readers, print_json, say
 from pipeline.errors import ExitCode, Interrupted, NightlabelError
 
 if TYPE_CHECKING:
@@ -219,6 +219,8 @@ def main() -> None:
     """Entry point of `nightlabel`: exit codes as in the README, one sentence for what a user can act on."""
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
+    if "logs" not in sys.argv[1:2]:  # which has nothing else to do
+        outlive_readers()
     try:
         app()
     except (NightlabelError, Interrupted) as error:

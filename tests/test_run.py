@@ -441,6 +441,19 @@ def test_a_signal_stops_the_run_and_says_how_to_go_on(tmp_path, model, on_ray, n
     assert "Traceback" not in err
 
 
+def test_a_run_outlives_who_reads_what_it_says(tmp_path, model, on_ray):
+    keys = write_tars(tmp_path / "in", shards=2, images=10)
+    (tmp_path / "job.yaml").write_text(job_text(tmp_path, model))
+    process = start_cli("run", tmp_path / "job.yaml")
+    assert "run 000001" in process.stderr.readline()
+    process.stderr.close()
+    process.stdout.close()
+    assert process.wait(timeout=200) == 0
+    (where,) = (tmp_path / "out").iterdir()
+    assert sorted(table(where).column("key").to_pylist()) == sorted(keys)
+    assert (where / "runs/000001/manifest.json").exists()
+
+
 def test_deadline_stops_resumably(tmp_path, model, on_ray):
     write_tars(tmp_path / "in", shards=4, images=4)
     with pytest.raises(UnitsLeft, match="deadline") as caught:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +31,33 @@ Again = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+class _Unheard(io.FileIO):
+    """A descriptor to write to, whatever becomes of who reads there."""
+
+    def write(self, data: Any) -> int:
+        """As FileIO's, but once the pipe is broken or the terminal gone, what is written here or by children goes nowhere."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+        return memoryview(data).nbytes
+
+
+def outlive_readers() -> None:
+    """From now on nothing fails because nobody reads what it prints: hours of labelling do not end with a `| head`, and the exit
+    code says what was done."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        old = getattr(sys, name)
+        if old is not None and old is getattr(sys, f"__{name}__"):  # None: closed from the start
+            raw = io.BufferedWriter(_Unheard(number, "w", closefd=False))
+            new = io.TextIOWrapper(raw, old.encoding, old.errors, line_buffering=old.line_buffering)
+            setattr(sys, name, new)
 
 
 def print_json(value: dict[str, Any]) -> None:
