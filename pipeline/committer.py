@@ -35,6 +35,7 @@ class Committer:
         self.log, self.provenance, self.attempt = log, provenance, attempt
         self.committed: set[str] = set()
         self.refused: set[str] = set()  # by the store, for its own reasons or a stranger's object: no fault of an input
+        self.broken: set[str] = set()  # arrived with what its reader failed of, and may not next time
         self._pool = ThreadPoolExecutor(_THREADS)
         self._flying: deque[tuple[Unit, UnitBuffer, Future[_Outcome]]] = deque()
         self._failures = 0  # in a row
@@ -48,12 +49,15 @@ class Committer:
     def begin(self, units: Iterable[Unit]) -> None:
         """A new pass over these units: what the last one failed of is over, until it comes again."""
         self._failures = 0
-        self.refused.difference_update(unit.id for unit in units)
+        for before in (self.refused, self.broken):
+            before.difference_update(unit.id for unit in units)
 
     def take(self, unit: Unit, buffer: UnitBuffer) -> None:
         """Commits the unit, or blames it for the error that it arrived with. Raises Temporary when so many creates have failed
         in a row that the store is at fault, and the work of this pass would be for nothing."""
         if buffer.error is not None:
+            if buffer.error[0] == Temporary.error_class:
+                self.broken.add(unit.id)
             self.attempt.blame(unit, *buffer.error, buffer=buffer)
             return
         self._flying.append((unit, buffer, self._pool.submit(self._commit, unit, buffer)))

@@ -49,7 +49,7 @@ class Driver:
     def __init__(self, job: Job, *, observe: Observer, started: float) -> None:
         self.job, self.attempt = job.from_root(), Attempt(started, observe)
         self.tries: Counter[str] = Counter()
-        self.moved: dict[str, int] = {}  # how many units were committed when one was first tried
+        self.moved: dict[str, int] = {}  # how many units were committed when one was last tried
         self.probed = False
         self.artifact: Artifact
 
@@ -125,14 +125,14 @@ class Driver:
     def _stuck(self, plan: Plan, committer: Committer) -> list[Unit]:
         """Units of several inputs that will not come through as they are, by the fault of an input: not of a store that is away,
         full or not ours to read, which must not cost every unit its shape, nor of workers that lose whatever they get. Where that
-        is open and nothing has come through since they were first tried, one is split for a probe: when a piece of it does, so
+        is open and nothing has come through since they were last tried, one is split for a probe: when a piece of it does, so
         may those of the others."""
         joined = [unit for unit in plan.todo if len(unit.parts) > 1 and unit.id not in committer.refused]
         sure, unsure = list[Unit](), list[Unit]()
         for unit in joined:
             if self._is_hopeless(unit):
                 (unsure if self.attempt.trouble[unit.id].error_class in _OPEN else sure).append(unit)
-            elif self._is_lost(unit) and self.tries[unit.id] >= TRIES:
+            elif self.tries[unit.id] >= TRIES and (self._is_lost(unit) or (committer.committed and unit.id in committer.broken)):
                 unsure.append(unit)
         split = [unit for unit in unsure if len(committer.committed) > self.moved[unit.id]]
         if unsure and not split and not self.probed:
@@ -150,7 +150,7 @@ class Driver:
         waiting = {unit.id: unit for unit in todo}
         buffers: dict[str, UnitBuffer] = {}
         self.tries.update(waiting.keys())
-        self.moved = {unit_id: len(committer.committed) for unit_id in waiting} | self.moved
+        self.moved |= dict.fromkeys(waiting, len(committer.committed))
         committer.begin(todo)
         lost: list[str] = []
         error_class, reason = _LOST, ""

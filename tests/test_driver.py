@@ -454,6 +454,28 @@ def test_a_probe_that_comes_through_frees_the_neighbours_of_all_that_is_bad(begi
     assert sorted(Path(item.inputs[0]).name for item in receipt.trouble) == ["1.tar", "3.tar"]
 
 
+def test_an_input_that_its_store_never_hands_out_holds_no_neighbour_back(begin):
+    driver, log, plan = begin()
+    bad = {"1.tar", "3.tar"}
+
+    def answer(unit: Unit) -> tuple[str, str] | None:
+        return ("TEMPORARY", "500") if bad & {Path(part.uri).name for part in unit.parts} else None
+
+    receipt = finish(driver, log, plan, Passes(answer))
+    assert (receipt.exit_code, receipt.rows_in) == (75, 6 * ROWS)
+    assert {Path(item.inputs[0]).name for item in receipt.trouble} == bad
+    assert all(len(item.inputs) == 1 for item in receipt.trouble)
+
+
+def test_a_store_that_goes_away_half_way_costs_one_unit_its_shape_for_a_probe(begin):
+    driver, log, plan = begin(160)
+    gone = {unit.id for unit in plan.units[1:]}
+    receipt = finish(driver, log, plan, Passes(lambda unit: ("TEMPORARY", "no answer") if unit.id != plan.units[0].id else None))
+    assert (receipt.exit_code, receipt.passes) == (75, 2 * TRIES)
+    assert len(tombstones(log)) == 1
+    assert tombstones(log) < gone
+
+
 def test_inputs_that_are_written_over_all_the_time_are_left_in_the_end(begin):
     """So many that what they leave free is joined again, into units that nobody has tried."""
     driver, log, plan = begin()
