@@ -38,6 +38,9 @@ def cluster(job: Job, *, tell: Tell) -> Iterator[None]:
     Raises JobError when it cannot hold what the job asks for, and Temporary when it does not come to hold it in `cluster.wait`,
     which `tell` was told of; there is no silent waiting and no fall back from GPU to CPU.
     """
+    most = Node(os.cpu_count() or 1, gpus=1000)  # of a Ray here, which takes 5 s to come up and say what it has
+    if not os.environ.get("RAY_ADDRESS") and (missing := _missing(job, [most])):
+        raise JobError(missing)
     try:
         connect(job)
         _make_room(job, tell)
@@ -174,7 +177,10 @@ def _stderr_closed() -> Iterator[None]:
 def missing_from_cluster(job: Job) -> str | None:
     """What the job asks for and the cluster as it stands does not have, in a sentence."""
     alive = [(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    nodes = [Node(have.get("CPU", 0), have.get("GPU", 0), have.get("memory", 0), labels) for have, labels in alive]
+    return _missing(job, [Node(have.get("CPU", 0), have.get("GPU", 0), have.get("memory", 0), labels) for have, labels in alive])
+
+
+def _missing(job: Job, nodes: list[Node]) -> str | None:
     try:
         check_demand(job.resources, nodes, where="this machine" if len(nodes) == 1 else f"{len(nodes)} nodes")
     except ValueError as error:
