@@ -130,7 +130,10 @@ def test_a_folder_of_2022_opens(tmp_path: Path) -> None:
     (tmp_path / "artifact.json").unlink()
     old = {"crop_pct": 0.875, "feature_extractor_type": "ConvNextFeatureExtractor", "resample": 3, "size": 224}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**old, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
-    assert load_artifact(str(tmp_path)).preprocessing.resize_edge == 256
+    opened = load_artifact(str(tmp_path)).preprocessing
+    assert opened.resize_edge == 256
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**old, "crop_pct": None, "image_mean": 0.5, "image_std": 0.5}))
+    assert load_artifact(str(tmp_path)).preprocessing == opened, "as transformers reads one number and null"
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
@@ -267,6 +270,9 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
         ("empty.pth", "cannot be read"),
         ("other.pt", "has no layer1.0.conv1.weight"),
         ("headless.pt", "has no classifier.1.weight"),
+        ("two.ckpt", r"holds 2 ResNets, under 'teacher\.', 'student\.'; required: one"),
+        ("nan.pt", r"classifier\.1\.bias holds numbers that are not finite"),
+        ("unprepared", r"preprocessor_config\.json: not found\. Restore it, or say .* with --preprocessing"),
         ("grouped.pt", "has shape"),
     ],
 )
@@ -275,6 +281,11 @@ def test_what_is_no_resnet_is_not_imported(tmp_path: Path, source: str, sentence
     (tmp_path / "empty.pth").write_bytes(b"")
     torch.save({"weight": torch.ones(3)}, tmp_path / "other.pt")
     torch.save({name: t for name, t in state.items() if "classifier" not in name}, tmp_path / "headless.pt")
+    both = {f"{prefix}.{name}": tensor for prefix in ("teacher", "student") for name, tensor in state.items()}
+    torch.save({"state_dict": both}, tmp_path / "two.ckpt")
+    torch.save({**state, "classifier.1.bias": torch.full((3,), math.nan)}, tmp_path / "nan.pt")
+    save_artifact(made(), str(tmp_path / "unprepared"))
+    (tmp_path / "unprepared/preprocessor_config.json").unlink()
     grouped = "resnet.encoder.stages.0.layers.0.layer.1.convolution.weight"
     torch.save({**state, grouped: state[grouped][:, :2].clone()}, tmp_path / "grouped.pt")
     with pytest.raises(ModelError, match=sentence):
@@ -353,8 +364,15 @@ def broken(folder: Path, name: str, **fields: object) -> None:
             "image_processor_type is 'ViTImageProcessor'",
         ),
         ("preprocessor_config.json", {"size": {"shortest_edge": 384}}, "warps instead of cropping; required: below 384"),
-        ("preprocessor_config.json", {"size": {"height": 224}}, "size is 0"),
-        ("preprocessor_config.json", {"size": math.inf}, "cannot convert float infinity"),
+        ("preprocessor_config.json", {"size": {"height": 224}}, "the shortest edge is None; required: a whole number over 0"),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 224.9}}, "the shortest edge is 224.9; required"),
+        ("preprocessor_config.json", {"size": math.inf}, "the shortest edge is inf; required"),
+        (
+            "preprocessor_config.json",
+            {"do_center_crop": True, "crop_size": 200},
+            "do_center_crop is True; required",
+        ),
+        ("preprocessor_config.json", {"image_mean": [123.675, 116.28, 103.53]}, "on the scale 0 to 1; divide those of 0 to 255"),
         ("preprocessor_config.json", {"crop_pct": 1e-320}, "images are resized to inf pixels, required: at most"),
         ("preprocessor_config.json", {"resample": 0}, "resample is 0"),
         ("preprocessor_config.json", {"do_rescale": False}, "do_rescale is False"),

@@ -83,6 +83,7 @@ def test_a_student_learns_from_unlabelled_images(tmp_path: Path, teacher: str, s
     numbers = load_artifact(str(tmp_path / "out")).origin.metrics
     assert numbers["accuracy"] > 0.9
     assert "baseline_accuracy" not in numbers
+    assert "no student without the teacher: 0 images have a label, and a batch has 8" in said
     with pytest.raises(JobError, match=r"no image has a label; required: labelled images .* or set data\.label to null"):
         run_job(distill_job(train, tmp_path / "other", teacher, student={"uri": student}), say=said.append, command="x")
 

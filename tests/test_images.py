@@ -121,9 +121,20 @@ def test_split_is_a_partition_with_a_share_of_every_class(count: int, classes: i
     kept, held = split(images, share, seed=seed)
     assert sorted([*kept.encoded.to_pylist(), *held.encoded.to_pylist()]) == sorted(images.encoded.to_pylist())
     assert len(held) >= 1
+    assert abs(len(held) - count * share) <= 1 + classes
     for value in range(classes):
-        expected = round(int((images.labels == value).sum()) * share)
-        assert int((held.labels == value).sum()) in (expected, expected + 1)
+        mine, taken = int((images.labels == value).sum()), int((held.labels == value).sum())
+        assert abs(taken - mine * share) < 1.5 or taken == mine - 1
+
+
+@pytest.mark.parametrize(
+    ("classes", "each", "share", "held"), [(100, 4, 0.1, 40), (2, 2, 0.8, 2), (10, 5, 0.1, 5), (3, 1, 0.9, 1)]
+)
+def test_small_classes_are_held_back_by_turns(classes: int, each: int, share: float, held: int):
+    labels = np.repeat(np.arange(classes), each)
+    kept, chosen = split(Images(pa.array([b"x"] * len(labels), pa.large_binary()), labels), share, seed=0)
+    assert len(chosen) == held
+    assert each == 1 or len(np.unique(kept.labels)) == classes, "a class has nothing to train on"
 
 
 def test_a_list_of_what_is_left_out_is_bounded():

@@ -27,7 +27,7 @@ nights.retried nights.retry
 ship submit
 prepare.extras prepare.outcome prepare.data prepare.metrics prepare.card
 prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate
-prepare.importer prepare.augment prepare.images prepare.learner prepare.checkpoint prepare.train
+prepare.importer prepare.augment prepare.images prepare.learner prepare.checkpoint prepare.epochs prepare.train
 prepare.workers prepare.dataset prepare.resume prepare.finetune prepare.distill prepare.digits
 prepare.onnx_export prepare.calibrate prepare.gate prepare.quantize
 kube.types kube.pods kube.kuberay kube.cronjob kube.render kube.follow kube.apiserver kube.apply
@@ -40,7 +40,7 @@ KEEPERS = {
     "ray": {"cluster", "keep", "run", "submit", "prepare.workers"},
     "requests": {"submit"},
     "kubernetes": {"kube.apiserver"},
-    "lightning": {"prepare.checkpoint", "prepare.learner", "prepare.train"},
+    "lightning": {"prepare.checkpoint", "prepare.epochs", "prepare.learner", "prepare.train"},
     "fsspec": {"storage", "s3"},
     "s3fs": {"storage", "s3"},
     "typer": {"cli", "commands.cluster", "commands.kube", "commands.model", "commands.nightly", "commands.options"},

@@ -271,7 +271,8 @@ def test_another_objective_is_used(tmp_path: Path):
     assert result.epochs[-1].accuracy == 0.5
 
 
-def test_frozen_parts_stay_until_they_are_thawed(tmp_path: Path):
+@pytest.mark.parametrize("optimizer", [{"optimizer": "adamw"}, {"optimizer": "sgd", "learning_rate": 0.05}])
+def test_frozen_parts_stay_until_they_are_thawed(tmp_path: Path, optimizer: dict[str, object]):
     before = tiny_network().state_dict()
 
     def moved(folder: Path) -> set[str]:
@@ -280,9 +281,10 @@ def test_frozen_parts_stay_until_they_are_thawed(tmp_path: Path):
         names = {name for name in before if not torch.equal(before[name], state[f"network.{name}"])}
         return {"".join(re.findall(r"embedder|stages\.\d|classifier", name)[:1]) for name in names}
 
-    trained(tmp_path / "a", QUICK.model_copy(update={"freeze": 2}))
+    how = QUICK.model_copy(update=optimizer)
+    trained(tmp_path / "a", how.model_copy(update={"freeze": 2}))
     assert moved(tmp_path / "a") == {"stages.1", "classifier"}
-    trained(tmp_path / "b", QUICK.model_copy(update={"freeze": 2, "unfreeze_epoch": 2}))
+    trained(tmp_path / "b", how.model_copy(update={"freeze": 2, "unfreeze_epoch": 2}))
     assert moved(tmp_path / "b") == {"embedder", "stages.0", "stages.1", "classifier"}
 
 
@@ -323,7 +325,15 @@ def test_fewer_images_than_a_batch(tmp_path: Path):
 
 
 def test_settings_refuse_what_cannot_be():
-    for wrong in ({"epochs": 0}, {"batch_size": 1}, {"label_smoothing": 1.0}, {"epoch": 3}, {"augment": {"crop": [0.1, 2]}}):
+    for wrong in (
+        {"epochs": 0},
+        {"batch_size": 1},
+        {"label_smoothing": 1.0},
+        {"epoch": 3},
+        {"augment": {"crop": [0.1, 2]}},
+        {"unfreeze_epoch": 2},
+        {"freeze": 1, "unfreeze_epoch": 9, "epochs": 8},
+    ):
         with pytest.raises(ValidationError):
             Training.model_validate(wrong)
 

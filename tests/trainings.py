@@ -47,13 +47,23 @@ def write_shards(folder: Path, count: int, *, classes: int = 2, label: str = "nu
     return str(folder)
 
 
-def accuracy(network: ResNet, images: Images, preprocessing: Preprocessing = SMALL) -> float:
-    """Share of the images whose best class is the label's."""
+def logits_of(network: ResNet, images: Images, preprocessing: Preprocessing) -> torch.Tensor:
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     crops = [resize_and_crop(decode(image.as_buffer(), max_pixels=10**6), preprocessing) for image in images.encoded]
     pixels = torch.stack([(torch.tensor(crop) / 255 - mean) / std for crop in crops])
     with torch.inference_mode():
-        return float((network.eval()(pixels).argmax(dim=1).numpy() == images.labels).mean())
+        return network.eval()(pixels)
+
+
+def accuracy(network: ResNet, images: Images, preprocessing: Preprocessing = SMALL) -> float:
+    """Share of the images whose best class is the label's."""
+    return float((logits_of(network, images, preprocessing).argmax(dim=1).numpy() == images.labels).mean())
+
+
+def loss_of(network: ResNet, images: Images, preprocessing: Preprocessing = SMALL) -> float:
+    """Mean cross entropy."""
+    logits = logits_of(network, images, preprocessing)
+    return float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(images.labels)))
 
 
 def tiny_network(classes: int = 2, *, seed: int = 0) -> ResNet:

@@ -58,7 +58,7 @@ def import_(
     """Import a ResNet as an artifact: one folder with weights, preprocessing and labels, named by its digest."""
     wanted = _preprocessing(preprocessing, size)
     from pipeline.model.describe import architecture_name, millions, numbers, preprocessing_text
-    from pipeline.prepare.importer import import_model
+    from pipeline.prepare.importer import WEIGHTS_FILES, import_model
 
     words = ["nightlabel", "prepare", "import", source, out]
     for name, value in (("labels", labels), ("preprocessing", preprocessing), ("size", size)):
@@ -74,6 +74,9 @@ def import_(
     typer.echo(f"digest  {artifact.digest}")
     typer.echo(f"sees    {preprocessing_text(artifact.preprocessing)}{_known(artifact.preprocessing)}")
     typer.echo(f"        not what it was trained with? Import into another folder with --preprocessing {_CHOICE}")
+    if source.endswith(WEIGHTS_FILES):
+        stem = "a 3 × 3 stem of stride 1 without pooling" if artifact.architecture.stem == "small" else "a plain ResNet's"
+        typer.echo(f"assumed {stem}: strides, pooling and blur cannot be told from weights")
     typer.echo(f"next    nightlabel model show {shlex.quote(out)}")
 
 
@@ -96,8 +99,8 @@ def _known(preprocessing: Preprocessing) -> str:
 
 def _labels(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else text.splitlines()
+        text = path.read_text(encoding="utf-8-sig")  # Windows writes a mark in front
+        values = json.loads(text) if path.suffix == ".json" else text.rstrip().splitlines()
     except (OSError, ValueError) as error:
         raise JobError(f"{path}: {error}", need="a label a line, or a JSON list of labels", do="Check the file") from error
     if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):

@@ -96,7 +96,7 @@ class QuantizeJob(Preparation):
     gate: Gate = Gate()
     """What must be reached."""
     threads: Count | None = None
-    """Threads of ONNX Runtime while measuring; absent: all CPUs."""
+    """Threads of ONNX Runtime while measuring; absent: all CPUs, or what OMP_NUM_THREADS says."""
 
 
 class EvaluateJob(Preparation):

@@ -116,6 +116,16 @@ class Training(Model):
     augment: Augment = Augment()
     """Random changes of the training images."""
 
+    @model_validator(mode="after")
+    def _thaws(self) -> Self:
+        if self.unfreeze_epoch is not None and not self.freeze:
+            raise ValueError(
+                "unfreeze_epoch is set and freeze is 0; required: 1 to 5, what is to thaw. Set freeze, or leave it out"
+            )
+        if self.unfreeze_epoch is not None and self.unfreeze_epoch > self.epochs:
+            raise ValueError(f"unfreeze_epoch is {self.unfreeze_epoch} of {self.epochs} epochs; required: one of these. Lower it")
+        return self
+
 
 class Workers(Model):
     """Who trains. More than one worker is data parallel, on Ray Train."""

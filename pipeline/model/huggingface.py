@@ -133,14 +133,19 @@ def read_preprocessor(data: bytes, where: str) -> Preprocessing:
     _field({"image_processor_type": kind}, where, "image_processor_type", _PROCESSORS)
     for step in ("do_resize", "do_rescale", "do_normalize"):
         _field(config, where, step, (True,))
+    for step in ("do_center_crop", "do_pad"):
+        _field(config, where, step, (None, False))
     _field(config, where, "rescale_factor", (1 / 255,))
     resample = _RESAMPLE[_field(config, where, "resample", (3, 2))]
     size = config.get("size", WARPS_FROM)
     edge = size.get("shortest_edge") if isinstance(size, dict) else size  # folders of 2022 have a bare number
+    share = config.get("crop_pct")
+    if edge is None or not _is_size(edge):
+        raise ModelError(f"{where}: the shortest edge is {edge!r}", need="a whole number over 0", do=_IMPORT)
     try:
         preprocessing = Preprocessing(
-            size=int(edge or 0),
-            crop_pct=float(config.get("crop_pct", 224 / 256)),
+            size=edge,
+            crop_pct=224 / 256 if share is None else float(share),
             resample=resample,
             mean=_triple(config.get("image_mean", (0.5, 0.5, 0.5))),
             std=_triple(config.get("image_std", (0.5, 0.5, 0.5))),
@@ -209,7 +214,7 @@ def _refuse_warp(preprocessing: Preprocessing, where: str) -> None:
 
 
 def _triple(values: Any) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
+    red, green, blue = (float(value) for value in (values if isinstance(values, list | tuple) else [values] * 3))
     return red, green, blue
 
 

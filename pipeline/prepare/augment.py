@@ -49,6 +49,8 @@ class Augmentation:
         if self._crops:
             pixels = torch.from_numpy(image).permute(2, 0, 1)
         else:
-            pixels = torch.from_numpy(resize_and_crop(image, self._preprocessing))
+            pixels = torch.from_numpy(
+                np.require(resize_and_crop(image, self._preprocessing), requirements="W")
+            )  # a strip's is not
         changed: Tensor = self._change(pixels)
         return changed.contiguous()

@@ -114,16 +114,19 @@ def labelled(found: Found, classes: tuple[str, ...], *, where: str) -> Images:
 
 
 def split(images: Images, share: float, *, seed: int) -> tuple[Images, Images]:
-    """(training, validation) images, disjoint, at random; of every class about `share`, rounded, goes to validation, and at least
-    one image in all. Images without a label are all to train on, unless not one has a label."""
+    """(training, validation) images, disjoint, at random; of every class about `share` goes to validation, but not its last one,
+    and at least one image in all; what is rounded off one class is the next one's. Images without a label are all to train on,
+    unless not one has a label."""
     order = np.random.default_rng(seed).permutation(len(images))
     labels = images.labels[order]
     if (labels == NO_LABEL).all():
         labels = np.zeros_like(labels)
     held = np.zeros(len(order), dtype=bool)
+    seen = 0
     for value in np.unique(labels[labels != NO_LABEL]):
         mine = np.flatnonzero(labels == value)
-        held[mine[: round(len(mine) * share)]] = True
+        seen += len(mine)
+        held[mine[: min(round(seen * share) - held.sum(), len(mine) - 1)]] = True
     if not held.any():
         held[np.flatnonzero(labels != NO_LABEL)[:1]] = True
     return images.take(np.sort(order[~held])), images.take(np.sort(order[held]))

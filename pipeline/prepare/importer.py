@@ -1,8 +1,9 @@
 """Weights from elsewhere → artifact: torchvision's by name, state dicts in files, Hugging Face folders with pickled weights.
 
-The architecture is read off the names and shapes of the parameters, so there is nothing to say and nothing to get wrong; what is
-not a plain ResNet is refused. Pickles are read with `weights_only`, which runs no code. What a file cannot say, labels and
-preprocessing, is taken to be ImageNet's and torchvision's, and can be given.
+The architecture is read off the names and shapes of the parameters; what is not a plain ResNet by these is refused. Strides,
+pooling and blur leave no trace in them: those of a plain one are assumed, and whoever imports is told. Pickles are read with
+`weights_only`, which runs no code. What a file cannot say, labels and preprocessing, is taken to be ImageNet's and torchvision's,
+and can be given.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.card import LIBRARY_NAME, folder_name, model_card
 from pipeline.storage import join, open_store
 
-_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+WEIGHTS_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _NESTS = ("state_dict", "model_state_dict", "model")  # Lightning, many training scripts, torchvision's references
 #: A parameter that every ResNet has, by torchvision's name and Hugging Face's. What stands before it is a wrapper's prefix:
 #: `module.`, `model.`, `_orig_mod.` and the like.
@@ -68,11 +69,16 @@ def import_model(
     """
     if LIBRARY_NAME.fullmatch(source):
         found = _torchvision(source)
-    elif source.endswith(_ENDINGS):
+    elif source.endswith(WEIGHTS_FILES):
         found = Source(_parameters(_fetch(source), source))
     else:
         found = _folder(source, preprocessing)
     state = to_huggingface(found.state, source)
+    wrong = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if wrong:
+        raise ModelError(
+            f"{source}: {wrong[0]} holds numbers that are not finite", do="Take an earlier checkpoint of the training"
+        )
     seen = infer_architecture(state, source)
     artifact = make_artifact(
         replace(found.architecture, classes=seen.classes) if found.architecture else seen,
@@ -90,8 +96,11 @@ def to_huggingface(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]
     if not anchors:
         do = "Give the state dict of a torchvision, timm or Hugging Face ResNet"
         raise ModelError(f"{where}: has no {_ANCHORS[0]} among its {len(state)} tensors", need="a ResNet, plain", do=do)
-    name, anchor = anchors[0]
-    prefix = name.removesuffix(anchor)
+    prefixes = list(dict.fromkeys(name.removesuffix(anchor) for name, anchor in anchors))
+    if len(prefixes) > 1:
+        got = f"{where}: holds {len(prefixes)} ResNets, under {', '.join(repr(prefix) for prefix in prefixes[:4])}"
+        raise ModelError(got, need="one", do="Save the state dict of the one that is wanted by itself")
+    (prefix,) = prefixes
     return {_renamed(name.removeprefix(prefix)): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
@@ -167,7 +176,8 @@ def _torchvision(name: str) -> Source:
 def _folder(uri: str, preprocessing: Preprocessing | None) -> Source:
     architecture, labels = read_config(_fetch(join(uri, CONFIG)), join(uri, CONFIG))
     if preprocessing is None:
-        preprocessing = read_preprocessor(_fetch(join(uri, PREPROCESSOR)), join(uri, PREPROCESSOR))
+        where, do = join(uri, PREPROCESSOR), "Restore it, or say what the model was trained to see with --preprocessing"
+        preprocessing = read_preprocessor(_fetch(where, do), where)
     try:
         place = join(uri, WEIGHTS)
         data = open_store(uri).read(place)
@@ -177,11 +187,13 @@ def _folder(uri: str, preprocessing: Preprocessing | None) -> Source:
     return Source(_parameters(data, place), architecture, labels, preprocessing)
 
 
-def _fetch(uri: str) -> bytes:
+_GIVE = f"Give a file ({', '.join(WEIGHTS_FILES)}), a Hugging Face folder, or a name such as ResNet18_Weights.IMAGENET1K_V1"
+
+
+def _fetch(uri: str, do: str = _GIVE) -> bytes:
     try:
         return open_store(uri).read(uri)
     except InputMissing as error:
-        do = f"Give a file ({', '.join(_ENDINGS)}), a Hugging Face folder, or a name such as ResNet18_Weights.IMAGENET1K_V1"
         raise ModelError(f"{uri}: not found", do=do) from error
 
 

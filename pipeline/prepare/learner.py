@@ -24,6 +24,7 @@ from pipeline.model.resnet import ResNet
 from pipeline.prepare.images import seeded
 
 _LAST_RATE = 0.01  # of the learning rate, at the end of the cosine
+MEASURED = "measured"  # in a checkpoint: of which epoch it is, and what that came to
 
 
 #: (network, images float [N, 3, S, S] normalised, targets [N, classes]) → the loss to minimise, a scalar. Parameters of its own,
@@ -116,18 +117,32 @@ class Learner(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Measured on all validation images by every worker, so nothing has to be added up."""
-        self.log("accuracy", self.accuracy.compute())
-        self.log("validation_loss", self.validation_loss.compute())
+        accuracy, loss = self.accuracy.compute(), self.validation_loss.compute()
+        right = torch.round(accuracy * self.validation_loss.weight)
+        self.log("accuracy", accuracy)
+        self.log("validation_loss", loss)
         self.log("training_loss", self.loss.compute())
+        # The epoch to keep: images that are right, and of as many the smaller loss, or a model of few validation images that
+        # has them all right would be one that is sure of none.
+        self.log("score", right + torch.nan_to_num(1 / (1 + loss), nan=0.0))
         for metric in (self.accuracy, self.validation_loss, self.loss):
             metric.reset()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Says of which epoch it is, from 1, and what that came to."""
+        named = {"loss": "training_loss", "validation_loss": "validation_loss", "accuracy": "accuracy"}
+        values = {name: float(self.trainer.callback_metrics[metric]) for name, metric in named.items()}
+        checkpoint[MEASURED] = {"number": self.current_epoch + 1, **values}
 
     def configure_optimizers(self) -> Any:
         wanted = self.training_
         groups = decay_groups(self, wanted.weight_decay)
         # Fused is the faster one, but under AMP Lightning cannot clip its gradients.
         # None is torch's own choice, False a loop over the tensors, which on a GPU is five launches for each of them.
-        fused = True if not wanted.gradient_clip or precision_of(wanted, self.device.type) == "float32" else None
+        # Nor can SGD's go on with parameters that have moved beside some that thaw and have not (torch 2.15).
+        thaws = wanted.optimizer == "sgd" and wanted.freeze and wanted.unfreeze_epoch
+        clips = wanted.gradient_clip and precision_of(wanted, self.device.type) != "float32"
+        fused = None if thaws or clips else True
         if wanted.optimizer == "adamw":
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=wanted.learning_rate, fused=fused)
         else:

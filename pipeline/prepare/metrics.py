@@ -91,7 +91,7 @@ def measure(answers: Predictions, classes: int) -> Metrics:
         top1=float(answers.right.mean()),
         top5=top_k(answers, 5),
         ece=calibration_error(bins),
-        nll=float(-np.log(np.maximum(answers.truth_score.astype(np.float64), SMALLEST)).mean()),
+        nll=0.0 - float(np.log(np.maximum(answers.truth_score.astype(np.float64), SMALLEST)).mean()),
         confusion=confusion_matrix(answers.truth, answers.ids[:, 0], classes),
         reliability=bins,
     )

@@ -48,7 +48,7 @@ def run_job(job: QuantizeJob, *, say: Say, command: str) -> Outcome:
     ranges = calibrate(float32, images.calibration())
     candidates = {str(scheme): quantize(float32, ranges, scheme) for scheme in schemes(saturates=saturates)}
     say(f"measuring float32 and {', '.join(candidates)} with {threads} threads")
-    measured = measure({FLOAT32: float32, **candidates}, images.labelled(), threads=threads)
+    measured = measure({FLOAT32: float32, **candidates}, images.labelled(), job.gate, threads=threads)
     if not measured:
         where = f"{', '.join(job.data.input.uris)}, {job.data.label}"
         raise JobError(f"{where}: no sound image has a label", need="some, to measure with", do="Check the label's name")

@@ -32,8 +32,11 @@ Job = FinetuneJob | DistillJob
 
 
 def job_key(job: Job, parents: list[str]) -> str:
-    """12 hex digits that name a training: the job but for names, places and who trains, the inputs as they are, the parents."""
-    what = job.model_dump(mode="json", exclude={"name", "output", "workers", "model", "teacher", "student"})
+    """12 hex digits that name a training: the job but for names, places and who trains, the inputs as they are, the parents. What
+    is left as it is by default is not in it: a field that is new in a later version makes no other training of an old job."""
+    what = job.model_dump(
+        mode="json", exclude_defaults=True, exclude={"name", "output", "workers", "model", "teacher", "student"}
+    )
     inputs = [input_ for input_ in (job.data.train, job.data.validation) if input_ is not None]
     listed = [item for input_ in inputs for item in _listing(input_)]
     whole = [what, listed, parents, job.workers.count, PREPROCESSING_VERSION]

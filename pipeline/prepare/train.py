@@ -10,42 +10,29 @@ worker waits for another that has fewer.
 from __future__ import annotations
 
 import logging
-import math
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from pipeline.errors import JobError, ModelError, UnfitError
+from pipeline.errors import JobError, UnfitError
 from pipeline.job.training import Training, Workers
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Augmentation
 from pipeline.prepare.checkpoint import BEST, LAST, Keep, OneStep, make_folder, read, replace
+from pipeline.prepare.epochs import Epoch, EpochLog, Patience
 from pipeline.prepare.images import MAX_PIXELS, EpochDataset, EpochSampler, Images
-from pipeline.prepare.learner import Learner, precision_of
+from pipeline.prepare.learner import MEASURED, Learner, precision_of
 from pipeline.prepare.outcome import Say
 from pipeline.preprocess import Prepare
 
 _LIGHTNING = {"float32": "32-true", "float16": "16-mixed", "bfloat16": "bf16-mixed"}
-
-
-@dataclass(frozen=True, slots=True)
-class Epoch:
-    """What one epoch came to. `loss` is the mean objective of its steps, the other two are measured on the validation images."""
-
-    number: int
-    loss: float
-    validation_loss: float
-    accuracy: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -85,37 +72,6 @@ class Worker:
         return Worker("gpu" if workers.gpus_per_worker else "cpu", workers.loaders)
 
 
-class _EpochLog(pl.Callback):
-    """Keeps the epochs, in the checkpoint too, and tells them as they end."""
-
-    def __init__(self, say: Say, total: int) -> None:
-        self.epochs: list[Epoch] = []
-        self._say, self._total, self._since = say, total, 0.0
-
-    def on_train_epoch_start(self, *_: Any) -> None:
-        self._since = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        loss, validation_loss, accuracy = (
-            float(trainer.callback_metrics[name]) for name in ("training_loss", "validation_loss", "accuracy")
-        )
-        if not math.isfinite(loss):
-            do = "Lower training.learning_rate, or take bfloat16"
-            raise ModelError(f"training: the loss became {loss}", need="a finite number", do=do)
-        epoch = Epoch(len(self.epochs) + 1, loss, validation_loss, accuracy, time.perf_counter() - self._since)
-        self.epochs.append(epoch)
-        self._say(
-            f"epoch {epoch.number} of {self._total}: loss {loss:.3f}, validation loss {validation_loss:.3f}, "
-            f"{accuracy:.2%} right, {epoch.seconds:.1f} s"
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epochs": [asdict(epoch) for epoch in self.epochs]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.epochs = [Epoch(**epoch) for epoch in state_dict["epochs"]]
-
-
 def fit(
     learner: Learner, data: tuple[Images, Images], *, preprocessing: Preprocessing, worker: Worker, folder: Path, say: Say
 ) -> Result:
@@ -130,7 +86,7 @@ def fit(
         got = f"{len(data[0]):,} images to train on and {len(data[1]):,} to validate with"
         raise JobError(got, need=f"a batch of {wanted} and one", do="Give more images or lower training.batch_size")
     make_folder(folder)
-    log, patience = _EpochLog(say, training.epochs), _EarlyStopping(training)
+    log, patience = EpochLog(say, training.epochs), Patience(training)
     state = _standing(folder, worker, say)
     if state is not None:
         log.load_state_dict(state["callbacks"][log.state_key])
@@ -143,10 +99,10 @@ def fit(
         trainer = _trainer(training, worker, folder, [log, patience])
         with _quiet():
             trainer.fit(learner, *loaders, ckpt_path=str(folder / LAST) if resumed else None, weights_only=True)
-    best = max(log.epochs, key=lambda epoch: (epoch.accuracy, -epoch.number))
-    kept = read(folder / BEST)["state_dict"] if worker.rank == 0 else {}
-    weights = {name.removeprefix("network."): value for name, value in kept.items() if name.startswith("network.")}
-    return Result(tuple(log.epochs), best, weights, len(log.epochs) < training.epochs, resumed)
+    kept = read(folder / BEST) if worker.rank == 0 else {"state_dict": {}}
+    best: Epoch = worker.broadcast(log.kept(kept[MEASURED]) if worker.rank == 0 else None)
+    state = {name.removeprefix("network."): value for name, value in kept["state_dict"].items() if name.startswith("network.")}
+    return Result(tuple(log.epochs), best, state, len(log.epochs) < training.epochs, resumed)
 
 
 def _standing(folder: Path, worker: Worker, say: Say) -> dict[str, Any] | None:
@@ -193,7 +149,7 @@ def _trainer(training: Training, worker: Worker, folder: Path, callbacks: Sequen
     best = Keep(
         folder,
         Path(BEST).stem,
-        monitor="accuracy",
+        monitor="score",
         mode="max",
         save_weights_only=True,  # what the optimiser knows is in the other; nobody goes on from this one
         enable_version_counter=False,
@@ -218,23 +174,6 @@ def _trainer(training: Training, worker: Worker, folder: Path, callbacks: Sequen
             use_distributed_sampler=False,
             default_root_dir=folder,
         )
-
-
-class _EarlyStopping(EarlyStopping):
-    """Stops when the accuracy has not risen for `training.patience` epochs, but not before what is frozen has been thawed."""
-
-    def __init__(self, training: Training) -> None:
-        super().__init__("accuracy", mode="max", patience=training.patience)
-        self._thaw = training.unfreeze_epoch or 0
-
-    @property
-    def spent(self) -> bool:
-        return self.wait_count >= self.patience
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
-        if trainer.current_epoch + 1 < self._thaw:
-            self.wait_count, trainer.should_stop = 0, False
 
 
 class _quiet(warnings.catch_warnings):
