@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import InputError, InputMissing, JobError, NightlabelError, PermissionDenied, Unidentified
+from pipeline.errors import InputError, InputMissing, JobError, NightlabelError, PermissionDenied, Temporary, Unidentified
 from pipeline.job.uris import absolute_input
 from pipeline.names import glob_prefix
 from pipeline.spec import Input
@@ -131,28 +131,45 @@ def _cut_parquet(store: Store, wanted: Input, listing: Sequence[Object], *, piec
             units += _split_rows(store, wanted, item, size=size)
         except Unidentified:
             raise
-        except (InputError, PermissionDenied, JobError, *UNREADABLE) as error:
+        except (InputError, PermissionDenied, Temporary, JobError, *UNREADABLE) as error:
             # One unit, whose reading says what is wrong while the rest is labelled.
             units.append(Unit((Part(item.uri, item.etag, item.size),)))
             unfit += [error] if isinstance(error, JobError) else []
-    if unfit and len(unfit) == len(large):
+    if unfit and len(unfit) == len(large) and not any(_fits(store, wanted, part) for part in small[:3]):
         raise unfit[0]  # no file is as the job says: better said now than after Ray has started
     return units
+
+
+def _fits(store: Store, wanted: Input, part: Part) -> bool:
+    try:
+        schema = pq.read_schema(RangeFile(store, Object(part.uri, part.size, part.etag)))
+        check_columns(schema, wanted, part.uri)
+    except (NightlabelError, *UNREADABLE):
+        return False
+    return True
 
 
 def _split_rows(store: Store, wanted: Input, item: Object, *, size: int) -> list[Unit]:
     """Row groups of one file joined to about `size` bytes each."""
     footer = pq.read_metadata(RangeFile(store, item))
     check_columns(footer.schema.to_arrow_schema(), wanted, item.uri)
-    together = max(1, footer.num_row_groups // -(-item.size // size))
+    together, sizes = max(1, footer.num_row_groups // -(-item.size // size)), group_sizes(footer)
     parts: list[Part] = []
     stop = 0
     for first in range(0, footer.num_row_groups, together):
-        groups = range(first, min(first + together, footer.num_row_groups))
-        start, stop = stop, stop + sum(footer.row_group(group).num_rows for group in groups)
+        start, stop = stop, stop + sum(sizes[first : first + together])
         if stop > start:  # row groups may be empty, and two empty ranges at the same row would be one unit twice
             parts.append(Part(item.uri, item.etag, item.size, start, stop))
     return [Unit((part,)) for part in (parts if len(parts) > 1 else [Part(item.uri, item.etag, item.size)])]
+
+
+def group_sizes(footer: pq.FileMetaData) -> list[int]:
+    """Rows of each row group. Raises ValueError where they do not add up: a footer has no checksum, and with one bit of it wrong
+    a file has fewer rows."""
+    sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+    if sum(sizes) != footer.num_rows or min(sizes, default=0) < 0:
+        raise ValueError(f"{footer.num_rows} rows in row groups of {sum(sizes)}")
+    return sizes
 
 
 def check_columns(schema: pa.Schema, wanted: Input, uri: str) -> None:

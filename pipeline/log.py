@@ -147,7 +147,7 @@ class Log:
 
     def _list(self, folder: str) -> list[Object]:
         try:
-            return list(self.store.list(join(self.root, folder) + "/"))
+            return list(self.store.list(join(self.root, folder) + "/", glob=False))
         except InputMissing:  # nothing was written yet
             return []
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cut import UNREADABLE, check_columns, plain_type, root_of
+from pipeline.cut import UNREADABLE, check_columns, group_sizes, plain_type, root_of
 from pipeline.errors import (
     InputError,
     JobError,
@@ -153,6 +153,8 @@ def _read_parquet(store: Store, part: Part, wanted: Input, max_bytes: int) -> It
         for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(dict.fromkeys(columns))):
             yield image_table(pa.Table.from_batches([batch]), first=first)
             first += batch.num_rows
+        if first != (stop := file.metadata.num_rows if part.stop is None else part.stop):
+            raise ValueError(f"row {first} is its last, the footer says {stop}")
     except UNREADABLE as error:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:  # of the machine, not of the file
             raise Temporary(f"{part.uri}: {error}", do="Run again, with fewer read.tasks or on larger nodes") from error
@@ -166,10 +168,10 @@ def _row_groups(footer: pq.FileMetaData, part: Part) -> tuple[int, list[int]]:
     """(number of the first row, row groups) that make up the part's row range."""
     start, stop = part.start or 0, footer.num_rows if part.stop is None else part.stop
     groups, row = [], 0
-    for group in range(footer.num_row_groups):
+    for group, size in enumerate(group_sizes(footer)):
         if start <= row < stop:
             groups.append(group)
-        row += footer.row_group(group).num_rows
+        row += size
     return start, groups
 
 
@@ -229,7 +231,7 @@ def _fetched(parts: tuple[Part, ...], roots: list[str], submit: Callable[[Part],
 
 def _fetch(store: Store, part: Part, *, max_bytes: int) -> Row:
     try:
-        return too_large(part.size, max_bytes) or {"bytes": store.read(part.uri, etag=part.etag)}
+        return too_large(part.size, max_bytes) or {"bytes": store.read(part.uri, pinned=Object(part.uri, part.size, part.etag))}
     except Unidentified:  # the others would fail like it, and be failed rows for good
         raise
     # Gone or replaced since the plan, or not ours to read: this image has no bytes, and the others of its unit have theirs.

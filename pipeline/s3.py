@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -43,9 +44,9 @@ class S3Store:
     def __reduce__(self) -> tuple[object, ...]:
         return S3Store, (self.options, self.backoff, self.timeouts)
 
-    def list(self, uri: str) -> Iterator[Object]:
+    def list(self, uri: str, *, glob: bool = True) -> Iterator[Object]:
         bucket, name = _split(uri)
-        prefix, matches = glob_prefix(name), glob_matcher(name)
+        prefix, matches = (glob_prefix(name), glob_matcher(name)) if glob else (name, anything)
         if prefix == name:
             if name and not name.endswith("/"):
                 try:
@@ -71,11 +72,11 @@ class S3Store:
 
         return self._retry(attempt, uri)
 
-    def read(self, uri: str, *, start: int = 0, stop: int | None = None, etag: str | None = None) -> bytes:
+    def read(self, uri: str, *, start: int = 0, stop: int | None = None, pinned: Object | None = None) -> bytes:
         if stop is not None and stop <= start:
             return b""
         bucket, key = _split(uri)
-        fetch = _Fetch({"Bucket": bucket, "Key": key, **self._payer}, start, stop, etag)
+        fetch = _Fetch({"Bucket": bucket, "Key": key, **self._payer}, start, stop, pinned.etag if pinned else None)
         try:
             self._retry(fetch.attempt, uri)
         except sdk.ClientError as error:
@@ -185,14 +186,12 @@ class _Fetch:
         if at or self.stop is not None:  # a range of an empty object is an error
             request["Range"] = f"bytes={at}-{'' if self.stop is None else self.stop - 1}"
         answer = await client.get_object(**request)
-        etag = answer["ETag"].strip('"')
-        if "Range" in request and not answer.get("ContentRange", "").startswith(f"bytes {at}-"):
-            raise StoreError(f"{self.request['Bucket']}: the server ignores ranges", need="an S3 server that serves them")
+        etag, end = answer["ETag"].strip('"'), self._end(answer, at) if "Range" in request else answer["ContentLength"]
         if etag != (self.etag or etag):  # If-Match is ignored
             raise changed(f"s3://{self.request['Bucket']}/{self.request['Key']}")
         self.etag = etag
         arrived, before = self.size, len(self.pieces)
-        self.expected = arrived + answer["ContentLength"]
+        self.expected = end - self.start
         try:
             async with answer["Body"] as body:
                 async for chunk in body.iter_chunks(CHUNK):
@@ -202,8 +201,17 @@ class _Fetch:
             del self.pieces[before:]
             self.size = arrived
             raise
-        if self.size != self.expected:
+        if self.size != self.expected:  # some servers give less than they are asked for: the rest is asked for again
             raise sdk.IncompleteReadError(actual_bytes=self.size, expected_bytes=self.expected)
+
+    def _end(self, answer: dict[str, Any], at: int) -> int:
+        """Where the bytes end that are wanted of the object, as far as it goes. Raises StoreError where others are given."""
+        span = re.match(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange", ""))
+        if span is None and at == 0 and self.stop is not None and answer["ContentLength"] <= self.stop:
+            return int(answer["ContentLength"])  # a server may answer a range of all of it with all of it
+        if span is None or int(span[1]) != at:
+            raise StoreError(f"{self.request['Bucket']}: the server ignores ranges", need="an S3 server that serves them")
+        return int(span[3]) if self.stop is None else min(self.stop, int(span[3]))
 
 
 async def _page(client: Any, request: dict[str, Any]) -> dict[str, Any]:

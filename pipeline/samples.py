@@ -33,10 +33,11 @@ def image_rows(stream: Stream, keep: tuple[str, ...], max_bytes: int) -> Iterato
         if stem != sample.name:
             yield from sample.rows()
             sample = _Sample(stem, keep)
-        key, _, suffix = member.name.rpartition(".")
-        if suffix.lower() in IMAGE_SUFFIXES:
+        bare, dot, suffix = base.rpartition(".")
+        if dot and suffix.lower() in IMAGE_SUFFIXES:
             if sample.size >= SAMPLE_BYTES or not keep:
                 yield from sample.rows()
+            key = member.name.rpartition(".")[0] if bare else member.name
             sample.add(_row(member, key, seen, max_bytes))
             seen.add(key)
         elif member.size is not None and (suffix in keep or member.name[len(stem) + 1 :] in keep):
@@ -45,7 +46,7 @@ def image_rows(stream: Stream, keep: tuple[str, ...], max_bytes: int) -> Iterato
 
 
 def _row(member: Member, key: str, seen: set[str], max_bytes: int) -> Row:
-    row: Row = {"key": key or member.name, "source": member.stream.item.uri}
+    row: Row = {"key": key, "source": member.stream.item.uri}
     if key in seen:
         return row | {"error_class": Failure.DUPLICATE_KEY, "error": f"{member.name}: the shard has this key already"}
     if member.size is None:
@@ -82,7 +83,7 @@ class _Sample:
             )
             do = "Name the images apart up to their first dot, or leave the sidecar out of input.keep"
             raise JobError(got, need="sidecars beside their images", do=do)
-        self._sidecars[member.name] = bytes(member.read()).decode("utf-8", "replace").strip("\n")
+        self._sidecars[member.name] = bytes(member.read()).decode("utf-8", "replace").strip("\r\n")
 
     def rows(self) -> Iterator[Row]:
         """The images that waited, which wait no longer: each with its own sidecars, or those of the whole sample."""

@@ -39,16 +39,17 @@ class Store(Protocol):
     Beside the errors named below every method raises PermissionDenied, Temporary (retries are used up) and StoreError.
     """
 
-    def list(self, uri: str) -> Iterator[Object]:
+    def list(self, uri: str, *, glob: bool = True) -> Iterator[Object]:
         """Objects in byte order of their URIs. `uri` is an object, a folder (all below it) or a glob: `*`, `?` and `[..]` stay
         within one segment, `**` does not; a glob that ends with `/` means all below. No match is no error, a missing bucket
-        or folder is InputMissing. Not listed: folder markers, and on disk names that begin with a dot."""
+        or folder is InputMissing. Not listed: folder markers, and on disk names that begin with a dot. Without `glob` it is a
+        folder, whatever its name looks like: one of ours may lie in somebody's `job[1]`."""
 
     def head(self, uri: str) -> Object:
         """The object as it is now. Raises InputMissing."""
 
-    def read(self, uri: str, *, start: int = 0, stop: int | None = None, etag: str | None = None) -> bytes:
-        """Bytes [start, stop), as in a slice. Raises InputMissing, and InputChanged when `etag` is given and is not its own."""
+    def read(self, uri: str, *, start: int = 0, stop: int | None = None, pinned: Object | None = None) -> bytes:
+        """Bytes [start, stop), as in a slice. Raises InputMissing, and InputChanged when it is not the version `pinned`."""
 
     def create(self, uri: str, data: bytes) -> bool:
         """Create an object that is not there yet, whole or not at all. True: created. False: something stands there, which may
@@ -73,9 +74,9 @@ def join(uri: str, *parts: str) -> str:
 class Disk:
     """Local files. A create writes a temporary file beside the target and links it there: the link fails if the name is taken."""
 
-    def list(self, uri: str) -> Iterator[Object]:
-        path = _path(uri)
-        base = glob_prefix(path)
+    def list(self, uri: str, *, glob: bool = True) -> Iterator[Object]:
+        path = _path(uri) if glob else _path(uri).rstrip("/")
+        base = glob_prefix(path) if glob else path
         if base == path and os.path.isfile(path) and not uri.endswith("/"):
             yield self.head(uri)
             return
@@ -94,12 +95,12 @@ class Disk:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
             return _object(path, os.stat(path))
 
-    def read(self, uri: str, *, start: int = 0, stop: int | None = None, etag: str | None = None) -> bytes:
+    def read(self, uri: str, *, start: int = 0, stop: int | None = None, pinned: Object | None = None) -> bytes:
         path = _path(uri)
         with _explained(path), open(path, "rb", buffering=0) as file:
             before = os.fstat(file.fileno())
-            if etag is not None and str(before.st_mtime_ns) != etag:
-                raise changed(path)
+            if pinned is not None and (str(before.st_mtime_ns), before.st_size) != (pinned.etag, pinned.size):
+                raise changed(path)  # by its size: `cp -p` and `rsync -t` give another file the same time
             end = before.st_size if stop is None else min(stop, before.st_size)
             file.seek(start)
             data = file.read(max(0, end - start))
@@ -152,8 +153,8 @@ def _object(path: str, stat: os.stat_result) -> Object:
 
 
 def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Object]:
-    """All files below a folder, in no order. Links are followed; a broken one is an error, it was meant to be an input. What goes
-    away meanwhile, as a file does that gets its final name, is left for the next listing."""
+    """All files below a folder, in no order. Links are followed; a broken one is a file that whoever wants it cannot read. What
+    goes away meanwhile, as a file does that gets its final name, is left for the next listing."""
     try:
         stat, scanned = os.stat(folder), os.scandir(folder)
     except FileNotFoundError:
@@ -168,14 +169,15 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Object]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                yield Object(spelt(entry.path), 0, "")
+            elif entry.is_dir():
                 yield from _walk(entry.path, above)
-            elif entry.is_file() or entry.is_symlink():
+            elif entry.is_file():
                 try:
                     yield _object(entry.path, entry.stat())
                 except FileNotFoundError:
-                    if entry.is_symlink():
-                        raise
+                    continue
 
 
 #: Says nothing about the file: a failing or distant disk, no memory, too many open files.
@@ -242,6 +244,6 @@ class RangeFile(io.RawIOBase):
 
     def _take(self, size: int) -> bytes:
         stop = min(self._at + size, self._pinned.size)
-        data = self._store.read(self._pinned.uri, start=self._at, stop=stop, etag=self._pinned.etag) if stop > self._at else b""
+        data = self._store.read(self._pinned.uri, start=self._at, stop=stop, pinned=self._pinned) if stop > self._at else b""
         self._at += len(data)
         return data

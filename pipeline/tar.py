@@ -1,7 +1,7 @@
 """WebDataset tars, read strictly and in one go: a tar that is cut anywhere is an error, never fewer images.
 
-Python's tarfile stops without a word at a damaged header and at a missing end; here every header must be sound and the two zero
-blocks must be there. Only the arithmetic of a header's fields is taken from tarfile.
+Python's tarfile stops without a word at a damaged header and at a missing end; here every header must be sound, the two zero
+blocks must be there, and nothing may follow them. Only the arithmetic of a header's fields is taken from tarfile.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _BLOCK = 512
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 _EMPTY = (*_LINKS, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)  # POSIX: any other type is a file
 _UNREAD = (tarfile.GNUTYPE_SPARSE, b"M")
+_PADDING = 2**20  # of zeros behind the end mark: tar fills up to 10 KiB, and a hundred times that when told to
 
 
 _number: Callable[[bytes], int] = tarfile.nti  # type: ignore[attr-defined]  # octal, or base 256
@@ -68,7 +69,7 @@ class Stream:
         start = next(self._starts, None)
         if start is not None:
             stop = min(start + self._chunk, self.item.size)
-            read = partial(self._store.read, self.item.uri, start=start, stop=stop, etag=self.item.etag)
+            read = partial(self._store.read, self.item.uri, start=start, stop=stop, pinned=self.item)
             self._flying.append(self._pool.submit(read))
 
     def take(self, count: int) -> memoryview:
@@ -111,8 +112,8 @@ def members(stream: Stream) -> Iterator[Member]:
     uri, name, count = stream.item.uri, "", 0
     override: dict[str, str] = {}
     while (header := _header(stream, count)) is not None:
-        header.name = spelt(override.get("path", name or header.name))
-        if header.type in _UNREAD or "GNU.sparse.major" in override:
+        header.name = spelt(override.get("path") or name or header.name)
+        if header.type in _UNREAD or any(key.startswith("GNU.sparse.") for key in override):
             raise _corrupt(uri, f"{header.name} is a sparse file, or goes on in another volume")
         size = _size(stream, header, override, count) if header.type not in _EMPTY else None
         end = stream.at + -(-(size or 0) // _BLOCK) * _BLOCK
@@ -154,12 +155,22 @@ def _header(stream: Stream, count: int) -> _Header | None:
             what = f"damaged header after {count} members" if count else "not a tar"
             raise _corrupt(uri, what) from error
     if block and bytes(stream.take(_BLOCK)) == bytes(_BLOCK):
+        _check_end(stream, count)
         return None
     if block:
         got = f"{uri}: one zero block at the end, after {count} members"
     else:
         got = f"{uri}: no end mark after {count} members, so it may have been cut" if stream.item.size else f"{uri}: 0 bytes"
     raise ShardError(UnitError.TAR_NO_EOF, got, need="two zero blocks at the end of a tar", do="Upload the shard again")
+
+
+def _check_end(stream: Stream, count: int) -> None:
+    """Two blocks of zeros are the end of a tar, and the middle of two that were joined by `cat`, or of one with a hole."""
+    left = stream.item.size - stream.at
+    if left > _PADDING:
+        raise _corrupt(stream.item.uri, f"{left:,} bytes behind the end mark after {count} members")
+    if any(bytes(stream.take(left))):
+        raise _corrupt(stream.item.uri, f"goes on behind the end mark after {count} members, as two tars in one file do")
 
 
 def _parsed(block: bytes) -> _Header:
@@ -172,7 +183,7 @@ def _parsed(block: bytes) -> _Header:
     name, prefix, kind = _text(block[:100]), _text(block[345:500]), block[156:157]
     if kind == tarfile.AREGTYPE and name.endswith("/"):  # how tars of old say folder
         kind = tarfile.DIRTYPE
-    if prefix and kind not in tarfile.GNU_TYPES:
+    if prefix and kind not in tarfile.GNU_TYPES and block[257:265] != tarfile.GNU_MAGIC:  # which has times in its place
         name = f"{prefix}/{name}"
     return _Header(name, kind, _number(block[124:136]))
 
@@ -186,7 +197,7 @@ def _pax(content: bytes, uri: str) -> dict[str, str]:
     records: dict[str, str] = {}
     while content.strip(b"\0"):
         digits, _, _ = content.partition(b" ")
-        if not digits.isdigit() or not 0 < int(digits) <= len(content):
+        if not digits.isdigit() or len(digits) > 19 or not 0 < int(digits) <= len(content):
             raise _corrupt(uri, "damaged PAX header")
         record, content = content[len(digits) + 1 : int(digits) - 1], content[int(digits) :]
         key, _, value = record.partition(b"=")

@@ -100,6 +100,9 @@ def test_a_tar_cut_anywhere_is_an_error_or_complete(tmp_path_factory, cut_at: in
         (TAR[:600], "TAR_TRUNCATED", "inside member 1 (a.jpg)"),
         (TAR[: 512 + 1024 + 100], "TAR_TRUNCATED", "inside the header of member 2"),
         (TAR[:1536] + b"junk" * 128 + TAR[2048:], "TAR_CORRUPT", "damaged header after 1 members"),
+        (TAR + TAR, "TAR_CORRUPT", "goes on behind the end mark after 3 members, as two tars in one file do"),
+        (TAR[:1536] + bytes(1024) + TAR[2560:], "TAR_CORRUPT", "goes on behind the end mark after 1 members"),
+        (TAR + bytes(2**20), "TAR_CORRUPT", "bytes behind the end mark after 3 members"),
     ],
 )
 def test_shard_errors_say_what_and_travel_in_the_end_row(tmp_path, data, error_class, words):
@@ -144,9 +147,9 @@ class Watched(Disk):
     def __init__(self) -> None:
         object.__setattr__(self, "far", 0)
 
-    def read(self, uri: str, *, start: int = 0, stop: int | None = None, etag: str | None = None) -> bytes:
+    def read(self, uri: str, *, start: int = 0, stop: int | None = None, pinned: Object | None = None) -> bytes:
         object.__setattr__(self, "far", max(self.far, stop or 0))  # type: ignore[attr-defined]
-        return super().read(uri, start=start, stop=stop, etag=etag)
+        return super().read(uri, start=start, stop=stop, pinned=pinned)
 
 
 @pytest.mark.parametrize("keep", [(), ("cls",)])
@@ -266,6 +269,25 @@ def test_a_damaged_parquet_file_is_a_unit_error(tmp_path):
         _rows, end = rows_of(tmp_path, format="parquet")
         assert end["error_class"] == "PARQUET_CORRUPT", broken[:10]
         assert "a.parquet" in end["error"]
+
+
+def test_a_footer_whose_counts_do_not_add_up_is_a_corrupt_file_and_never_fewer_rows(tmp_path):
+    """No checksum covers it: every bit of it flipped, once each."""
+    whole = pa.table({"image": [b"x"] * 11, "key": [f"k{number}" for number in range(11)]})
+    pq.write_table(whole, tmp_path / "a.parquet", row_group_size=4, write_statistics=False, store_schema=False)
+    data, told, wanted = bytearray((tmp_path / "a.parquet").read_bytes()), set[str](), Input(uri=str(tmp_path), format="parquet")
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    for bit in range(8 * start, 8 * (len(data) - 4)):
+        data[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "a.parquet").write_bytes(data)
+        unit = Unit((Part(str(tmp_path / "a.parquet"), str((tmp_path / "a.parquet").stat().st_mtime_ns), len(data)),))
+        *rows, end = [row for table in read_unit(STORE, unit, wanted=wanted) for row in table.to_pylist()]
+        if end["error_class"] is None:
+            assert len(rows) == 11, bit
+        else:
+            told.add(end["error"].partition(": ")[2])
+        data[bit // 8] ^= 1 << bit % 8
+    assert any("rows in row groups of" in words for words in told)
 
 
 def test_loose_images_have_relative_keys_and_fail_one_by_one(tmp_path):
@@ -485,14 +507,66 @@ def test_names_of_any_bytes_are_listed_read_and_planned(tmp_path):
         list_inputs(STORE, wanted)
 
 
-@pytest.mark.parametrize("size", ["many", "-5", "1" * 30, "٣"])
-def test_a_pax_size_that_is_no_number_is_a_damaged_tar(tmp_path, size):
+@pytest.mark.parametrize("headers", [{"GNU.sparse.map": "0,8192", "GNU.sparse.size": "1048576"}, {"GNU.sparse.numblocks": "1"}])
+def test_sparse_files_of_any_age_are_not_taken_for_their_condensed_bytes(tmp_path, headers):
+    (tmp_path / "x.tar").write_bytes(pax_tar(headers))
+    rows, end = rows_of(tmp_path)
+    assert not rows
+    assert (end["error_class"], "sparse" in end["error"]) == ("TAR_CORRUPT", True)
+
+
+def test_an_empty_path_leaves_the_name_of_the_header(tmp_path):
+    (tmp_path / "x.tar").write_bytes(pax_tar({"path": ""}))
+    (row,), _ = rows_of(tmp_path)
+    assert (row["key"], row["bytes"]) == ("a", b"abc")
+
+
+def test_a_record_of_thousands_of_digits_is_a_damaged_tar(tmp_path):
+    content = b"1" * 5000 + b" path=a.jpg\n"
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, len(content)
+    (tmp_path / "x.tar").write_bytes(header.tobuf() + content.ljust(-(-len(content) // 512) * 512, b"\0") + TAR)
+    rows, end = rows_of(tmp_path)
+    assert not rows
+    assert (end["error_class"], "PAX" in end["error"]) == ("TAR_CORRUPT", True)
+
+
+def test_times_of_a_gnu_backup_are_no_folder(tmp_path):
+    """`tar --format=gnu --listed-incremental` writes them where POSIX has the front of a long name."""
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[124:136], header[345:369] = b"%011o\0" % 3, b"15302032127\x0015302032127\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "x.tar").write_bytes(bytes(header) + b"abc".ljust(512, b"\0") + bytes(1024))
+    (row,), _ = rows_of(tmp_path)
+    assert row["key"] == "a"
+
+
+def test_a_name_that_is_a_suffix_is_no_image_and_hidden_ones_have_keys_of_their_own(tmp_path):
+    names = ("jpg", "d/png", ".jpg", ".png", "d/.jpg", "a.jpg")
+    (tmp_path / "x.tar").write_bytes(tar_bytes({name: name.encode() for name in names}))
+    rows, end = rows_of(tmp_path)
+    assert [(row["key"], row["bytes"]) for row in rows] == [
+        (".jpg", b".jpg"),
+        (".png", b".png"),
+        ("d/.jpg", b"d/.jpg"),
+        ("a", b"a.jpg"),
+    ]
+    assert end["error_class"] is None
+
+
+def pax_tar(headers: dict[str, str]) -> bytes:
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
         info = tarfile.TarInfo("a.jpg")
-        info.size, info.pax_headers = 3, {"size": size}
+        info.size, info.pax_headers = 3, headers
         tar.addfile(info, io.BytesIO(b"abc"))
-    (tmp_path / "x.tar").write_bytes(sink.getvalue())
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("size", ["many", "-5", "1" * 30, "٣"])
+def test_a_pax_size_that_is_no_number_is_a_damaged_tar(tmp_path, size):
+    (tmp_path / "x.tar").write_bytes(pax_tar({"size": size}))
     _, end = rows_of(tmp_path)
     assert end["error_class"] in ("TAR_CORRUPT", "TAR_TRUNCATED")
 
@@ -582,6 +656,10 @@ def test_one_large_file_without_the_columns_is_a_unit_and_all_of_them_are_an_err
     assert [Path(unit.parts[0].uri).name for unit in whole] == ["b.parquet"]
     with pytest.raises(JobError, match="no column other"):
         cut(STORE, wanted.model_copy(update={"image_column": "other"}), list_inputs(STORE, wanted).inputs, tasks=10)
+    small = pa.table({"key": ["s"], "other": [b"x"]})
+    pq.write_table(small, tmp_path / "s.parquet")
+    units = cut(STORE, wanted.model_copy(update={"image_column": "other"}), list_inputs(STORE, wanted).inputs, tasks=10)
+    assert len(units) == 4, "there is one to label"
 
 
 @pytest.mark.parametrize("column", ["image", "other"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -13,18 +14,20 @@ import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import IncompleteReadError
 from faults import Fault, FaultProxy, fault_proxy
 from seaweed import Seaweed
 
 from pipeline.errors import InputChanged, InputMissing, PermissionDenied, StoreError, Temporary, Unidentified
-from pipeline.s3 import ATTEMPTS, S3Store
+from pipeline.s3 import ATTEMPTS, S3Store, _Fetch
 from pipeline.spec import S3
 from pipeline.storage import Object, RangeFile, Store, join, open_store
 
@@ -99,14 +102,33 @@ def test_names_hold_any_characters(place: Place) -> None:
     odd = ("new\nline.jpg", "a b.jpg", "50%25.jpg", "x#1?.jpg", "+&=;.jpg", "日本/ü.jpg")
     place.fill(odd)
     assert place.names(place.root + "/") == sorted(odd)
-    assert [place.store.read(found.uri, etag=found.etag).decode() for found in place.store.list(place.root + "/")] == sorted(odd)
+    assert [place.store.read(found.uri, pinned=found).decode() for found in place.store.list(place.root + "/")] == sorted(odd)
 
 
 def test_list_pins_what_head_and_read_see(place: Place) -> None:
     place.fill(("a/1", "a/2"))
     for found in place.store.list(place.root):
         assert found == place.store.head(found.uri)
-        assert found.size == len(place.store.read(found.uri, etag=found.etag))
+        assert found.size == len(place.store.read(found.uri, pinned=found))
+
+
+@pytest.mark.parametrize("name", ["job[1]", "a*", "b?", "[[]"])
+def test_a_folder_is_listed_whatever_its_name_looks_like(place: Place, name: str) -> None:
+    place.fill(("job1/x", "a/x", "ab/x", "bc/x", "[/x", f"{name}/own", f"{name}/below/own"))
+    listed = [item.uri.removeprefix(place.root) for item in place.store.list(join(place.root, name) + "/", glob=False)]
+    assert [uri.strip("/") for uri in listed] == [f"{name}/below/own", f"{name}/own"]
+
+
+def test_another_file_of_the_same_time_is_not_read(tmp_path: Path) -> None:
+    """As `cp -p` and `rsync -t` make one."""
+    path, store = tmp_path / "x", open_store(str(tmp_path))
+    path.write_bytes(b"old")
+    pinned = store.head(str(path))
+    (tmp_path / "y").write_bytes(b"newer and longer")
+    os.utime(tmp_path / "y", ns=(0, int(pinned.etag)))
+    (tmp_path / "y").rename(path)
+    with pytest.raises(InputChanged):
+        store.read(str(path), stop=3, pinned=pinned)
 
 
 def test_a_missing_folder_or_bucket_cannot_be_listed(place: Place) -> None:
@@ -142,8 +164,8 @@ def test_a_changed_object_is_not_read(place: Place) -> None:
     pinned = place.store.head(uri)
     place.overwrite(uri, b"other")
     with pytest.raises(InputChanged, match="not the version"):
-        place.store.read(uri, start=1, etag=pinned.etag)
-    assert place.store.read(uri, etag=place.store.head(uri).etag) == b"other"
+        place.store.read(uri, start=1, pinned=pinned)
+    assert place.store.read(uri, pinned=place.store.head(uri)) == b"other"
 
 
 def test_missing_objects(place: Place) -> None:
@@ -210,6 +232,61 @@ def test_range_file_serves_parquet(place: Place) -> None:
         RangeFile(place.store, pinned).read(10)
 
 
+class Sparing:
+    """A client of a server that gives `most` bytes at a time, and answers a range of a whole object with the object. No server at
+    hand does either, and HTTP lets them."""
+
+    def __init__(self, data: bytes, most: int) -> None:
+        self.data, self.most, self.asked = data, most, list[str]()
+
+    async def get_object(self, **request: str) -> dict[str, object]:
+        self.asked.append(request.get("Range", ""))
+        first, last = (int(number) for number in request["Range"].removeprefix("bytes=").split("-"))
+        given = self.data[first : min(last + 1, first + self.most)]
+        answer = {"ETag": '"e"', "ContentLength": len(given), "Body": _Body(given)}
+        return answer | (
+            {} if given == self.data else {"ContentRange": f"bytes {first}-{first + len(given) - 1}/{len(self.data)}"}
+        )
+
+
+class _Body:
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def iter_chunks(self, _: int) -> AsyncIterator[bytes]:
+        yield self.data
+
+
+def test_a_server_that_gives_less_than_was_asked_for_is_asked_again() -> None:
+    data = bytes(range(100))
+    client, fetch = Sparing(data, 40), _Fetch({"Bucket": "b", "Key": "k"}, 5, 95, None)
+    for _ in range(2):
+        with pytest.raises(IncompleteReadError):
+            asyncio.run(fetch.attempt(client))
+    asyncio.run(fetch.attempt(client))
+    assert b"".join(fetch.pieces) == data[5:95]
+    assert client.asked == ["bytes=5-94", "bytes=45-94", "bytes=85-94"]
+
+
+def test_all_of_an_object_is_an_answer_to_a_range_of_all_of_it() -> None:
+    fetch = _Fetch({"Bucket": "b", "Key": "k"}, 0, 8, None)
+    asyncio.run(fetch.attempt(Sparing(b"12345", 99)))
+    assert b"".join(fetch.pieces) == b"12345"
+    with pytest.raises(StoreError, match="ignores ranges"):
+        asyncio.run(_Fetch({"Bucket": "b", "Key": "k"}, 0, 3, None).attempt(Heedless()))
+
+
+class Heedless:
+    async def get_object(self, **_: str) -> dict[str, object]:
+        return {"ETag": '"e"', "ContentLength": 5, "Body": _Body(b"12345")}
+
+
 # S3 through a proxy
 
 
@@ -257,7 +334,7 @@ def blob(s3: Seaweed, s3_store: Store) -> Object:
 def test_a_read_survives(s3_store: Store, proxy: FaultProxy, hurried: S3Store, blob: Object, fault: Fault) -> None:
     whole = s3_store.read(blob.uri)
     proxy.script(dataclasses.replace(fault, method="GET"))
-    assert hurried.read(blob.uri, start=7, stop=2_500_000, etag=blob.etag) == whole[7:2_500_000]
+    assert hurried.read(blob.uri, start=7, stop=2_500_000, pinned=blob) == whole[7:2_500_000]
     assert len(proxy.requests) == 2
     proxy.script(*[dataclasses.replace(fault, method="GET")] * (1 if fault.kind in ("hang", "stall") else 3))
     assert hurried.read(blob.uri) == whole
@@ -433,8 +510,14 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     assert [found.uri for found in store.list(str(tmp_path / "root"))] == [str(tmp_path / "root/linked/x")]
     (tmp_path / "root/broken").symlink_to(tmp_path / "nothing")
-    with pytest.raises(InputMissing, match="broken"):
-        list(store.list(str(tmp_path / "root")))
+    (tmp_path / "root/circle").symlink_to(tmp_path / "root/circle")
+    os.mkfifo(tmp_path / ".pipe")  # whose reader would wait for ever
+    (tmp_path / "root/pipe.jpg").symlink_to(tmp_path / ".pipe")
+    found = {Path(item.uri).name: item for item in store.list(str(tmp_path / "root"))}
+    assert sorted(found) == ["broken", "circle", "x"]
+    for name in ("broken", "circle"):  # by whom it is read it is told of
+        with pytest.raises(InputMissing, match=name):
+            store.read(found[name].uri, pinned=found[name])
 
 
 def test_what_goes_away_while_a_folder_is_listed_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,6 @@ def validate_all(log: Log) -> tuple[list[Footer], list[str]]:
 def listing(store: Store, folder: str) -> list[Object]:
     """Everything below a folder, nothing when it is not there."""
     try:
-        return list(store.list(folder + "/"))
+        return list(store.list(folder + "/", glob=False))
     except InputMissing:
         return []

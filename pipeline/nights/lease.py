@@ -212,7 +212,7 @@ class LeaseStore:
 
     def _names(self, folder: str) -> list[str]:
         try:
-            listed = [item.uri.rpartition("/")[2] for item in self.store.list(join(self.folder, folder) + "/")]
+            listed = [item.uri.rpartition("/")[2] for item in self.store.list(join(self.folder, folder) + "/", glob=False)]
         except InputMissing:
             return []
         return sorted(name.removesuffix(".json") for name in listed)

@@ -64,13 +64,13 @@ def synthetic(folder: str, shards: int, night: str, state: str) -> None:
     from pipeline.storage import Disk, Object
 
     class MadeUp(Disk):
-        def list(self, uri: str) -> Iterator[Object]:
+        def list(self, uri: str, *, glob: bool = True) -> Iterator[Object]:
             if uri.endswith("/data/") and state == "half":
                 units = log.runs()[0].parts.column("unit").unique().to_pylist()
                 return (Object(f"{uri}{unit}.parquet", 200_001, "1") for unit in units[::2])
             if uri.endswith(f"{night}/"):
                 return (Object(f"{uri}{number:07d}.tar", 100_000_000, f"{number:032x}") for number in range(shards))
-            return super().list(uri)
+            return super().list(uri, glob=glob)
 
     store = MadeUp()
     log = Log(store, f"{folder}/out/0123456789ab")
