@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from pipeline.artifact import Artifact
 from pipeline.commit import UnitBuffer
+from pipeline.errors import InputMissing
 from pipeline.footer import Footer
 from pipeline.log import Log
 from pipeline.plan import Plan
@@ -47,6 +48,7 @@ class Attempt:
     seams: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMINGS, 0.0))
     labels: Counter[str] = field(default_factory=Counter)
     trouble: dict[str, UnitTrouble] = field(default_factory=dict)
+    missing: tuple[UnitTrouble, ...] = ()
     events: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -62,6 +64,8 @@ class Attempt:
         return max(0, self.arrived - self.first_rows) / (self.last - self.first)
 
     def tell(self, event: str, **fields: Any) -> None:
+        if event == "missing":
+            self.missing = tuple(UnitTrouble("", (uri,), InputMissing.error_class, why) for uri, why in fields["errors"].items())
         if event != "rows":
             self.events.append({"event": event, "t": round(time.time(), 3), **fields})
         self.observe(event, fields)
@@ -109,7 +113,7 @@ class Attempt:
         left = {unit.id for unit in plan.todo}
         units, rows, failed = (done[name] for name in ("units", "rows_in", "failed"))
         self.tell("verified", units=units, rows=rows, failed=failed, left=len(left))
-        trouble = tuple(item for item in self.trouble.values() if item.unit in left)
+        trouble = (*self.missing, *(item for item in self.trouble.values() if item.unit in left))
         return Receipt(
             job=job.name,
             where=log.root,

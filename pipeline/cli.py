@@ -96,10 +96,13 @@ def plan(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     """Show what a run would do. Starts nothing and writes nothing."""
     from pipeline.job.jobfile import load_label_job
     from pipeline.start import load_model, plan_job
+    from pipeline.unit import bytes_of
 
     loaded = load_label_job(job, date=date)
-    ignored: dict[str, Any] = {}
-    log, planned = plan_job(loaded, load_model(loaded, weights=False), write=False, tell=lambda _, **told: ignored.update(told))
+    told: dict[str, dict[str, Any]] = {}
+    artifact = load_model(loaded, weights=False)
+    log, planned = plan_job(loaded, artifact, write=False, tell=lambda event, **fields: told.update({event: fields}))
+    ignored, missing = told.get("ignored", {}), told.get("missing", {}).get("errors", {})
     parts = [part for unit in planned.units for part in unit.parts]
     facts = {
         "where": log.root,
@@ -107,17 +110,20 @@ def plan(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
         "units": len(planned.units),
         "units_done": len(planned.committed),
         "inputs": len({part.uri for part in parts}),
-        "bytes": sum(part.size for part in parts),
-        "todo_bytes": sum(part.size for unit in planned.todo for part in unit.parts),
+        "bytes": bytes_of(planned.units),
+        "todo_bytes": bytes_of(planned.todo),
         "cpus": loaded.resources.cpus,
         "gpus": loaded.resources.gpus,
         "ignored": ignored.get("suffixes", {}),
+        "missing": list(missing),
     }
     if as_json:
         print_json(facts | {"todo": [{"unit": unit.id, "inputs": [part.uri for part in unit.parts]} for unit in planned.todo]})
         return
     for line in _plan_lines(planned, facts):
         typer.echo(line)
+    for error in missing.values():
+        typer.echo(f"missing {error}")
     if ignored:
         typer.echo(f"ignored {ignored['text']}, no {loaded.input.format}")
     typer.echo(f"where   {log.root}")

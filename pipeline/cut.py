@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, InputMissing, JobError, NightlabelError, PermissionDenied, Temporary, Unidentified
 from pipeline.job.uris import absolute_input
-from pipeline.names import glob_prefix
+from pipeline.names import glob_prefix, spelt
 from pipeline.spec import Input
 from pipeline.storage import Object, RangeFile, Store
 from pipeline.unit import Part, Unit
@@ -39,10 +39,12 @@ _SUFFIX = {"webdataset": frozenset({"tar"}), "parquet": frozenset({"parquet", "p
 
 @dataclass(frozen=True)
 class Listing:
-    """The inputs of a job in byte order of their URIs, and how many objects of each suffix stand beside them and are not read."""
+    """The inputs of a job in byte order of their URIs; how many objects of each suffix stand beside them and are not read; what
+    is wrong with a URI of the job that has no input while others have."""
 
     inputs: list[Object]
     ignored: Mapping[str, int]
+    missing: Mapping[str, InputMissing] = field(default_factory=dict)
 
 
 def root_of(uri: str) -> str:
@@ -51,31 +53,39 @@ def root_of(uri: str) -> str:
     if base != uri or _suffix(uri) in IMAGE_SUFFIXES:
         base = base.rpartition("/")[0]
     if not base.startswith("s3://"):
-        base = os.path.abspath(base.removeprefix("file://"))
+        base = spelt(os.path.abspath(base.removeprefix("file://")))
     return base.rstrip("/") + "/"
 
 
-def list_inputs(store: Store, wanted: Input) -> Listing:
-    """Every input once. Raises InputMissing: a prefix that is absent or holds nothing of the format; JobError: see
-    `absolute_input`."""
+def list_inputs(store: Store, wanted: Input, *, some: bool = False) -> Listing:
+    """Every input once. Raises InputMissing: a prefix that is absent or holds nothing of the format, with `some` only when there
+    is no input at all; JobError: see `absolute_input`."""
     found: dict[str, Object] = {}
     others: dict[str, Object] = {}
-    suffixes = _SUFFIX[wanted.format]
+    missing: dict[str, InputMissing] = {}
     for uri in wanted.uris:
         fitting: dict[str, Object] = {}
         other: dict[str, Object] = {}
-        for item in store.list(absolute_input(uri)):
-            (fitting if _suffix(item.uri) in suffixes else other)[item.uri] = item
-        if not fitting:
-            there = f"{count_suffixes(_by_suffix(other))}, no {wanted.format}" if other else "nothing there"
-            need = (
-                f"names that end in .{' or .'.join(sorted(suffixes))}" if len(suffixes) < 5 else "names of images, such as .jpg"
-            )
-            do = "Check input.uri and input.format" + ("; a bracket in a name is written [[]" if "[" in uri else "")
-            raise InputMissing(f"{uri}: {there}", need=need, do=do)
+        try:
+            for item in store.list(absolute_input(uri)):
+                (fitting if _suffix(item.uri) in _SUFFIX[wanted.format] else other)[item.uri] = item
+            if not fitting:
+                raise _nothing(uri, wanted, other)
+        except InputMissing as error:
+            missing[uri] = error
         found |= fitting
         others |= other
-    return Listing([found[uri] for uri in sorted(found)], _by_suffix(others))
+    if missing and not (some and found):
+        raise next(iter(missing.values()))
+    return Listing([found[uri] for uri in sorted(found)], _by_suffix(others), missing)
+
+
+def _nothing(uri: str, wanted: Input, other: Mapping[str, Object]) -> InputMissing:
+    suffixes = _SUFFIX[wanted.format]
+    there = f"{count_suffixes(_by_suffix(other))}, no {wanted.format}" if other else "nothing there"
+    need = f"names that end in .{' or .'.join(sorted(suffixes))}" if len(suffixes) < 5 else "names of images, such as .jpg"
+    do = "Check input.uri and input.format" + ("; a bracket in a name is written [[]" if "[" in uri else "")
+    return InputMissing(f"{uri}: {there}", need=need, do=do)
 
 
 def count_suffixes(counts: Mapping[str, int]) -> str:

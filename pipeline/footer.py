@@ -17,12 +17,14 @@ from io import BytesIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import Conflict
+from pipeline.errors import Conflict, first_line
 from pipeline.rows import OUTPUT_SCHEMA_VERSION
 from pipeline.storage import RangeFile, Store
 from pipeline.unit import Input
 
 TOMBSTONE_BYTES = 4096
+#: A manifest says that all of a run stands, and nothing of it is looked at again.
+MOVE = "Find out who wrote it, move it away, and the manifest of its run if there is one; then run again"
 _KEY = b"nightlabel"
 _MAGIC = b"PAR1"
 
@@ -66,8 +68,8 @@ def reading(key: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        do = "Find out who wrote it and move it away"
-        raise Conflict(f"{key}: not a unit of nightlabel ({error})", need="a Parquet file with its account", do=do) from error
+        need = "a Parquet file with its account"
+        raise Conflict(f"{key}: not a unit of nightlabel ({first_line(error)})", need=need, do=MOVE) from error
 
 
 def read_footer(store: Store, key: str) -> Footer:
@@ -83,9 +85,7 @@ def read_footer(store: Store, key: str) -> Footer:
         or sum(footer.failures.values()) != footer.failed
         or (footer.split and footer.rows_in)
     ):
-        raise Conflict(
-            f"{key}: {metadata.num_rows} rows, its account says {footer}", need="an account that adds up", do="Move it away"
-        )
+        raise Conflict(f"{key}: {metadata.num_rows} rows, its account says {footer}", need="an account that adds up", do=MOVE)
     return footer
 
 

@@ -29,7 +29,7 @@ from pipeline.plan import Plan
 from pipeline.report import Receipt
 from pipeline.spec import Job
 from pipeline.start import CODE_VERSION, begin, load_model, plan_job, split_unit
-from pipeline.unit import Unit
+from pipeline.unit import Unit, bytes_of
 from pipeline.verify import verify
 
 TRIES = 3  # two passes as they come, the third in careful mode
@@ -65,8 +65,8 @@ class Driver:
             if plan.run_id is not None and plan.todo:
                 begin(log, plan.run_id, job)
             before = len(plan.committed)
-            size, todo_size = (sum(part.size for unit in units for part in unit.parts) for units in (plan.units, plan.todo))
-            self.attempt.tell("planned", run=plan.run_id, units=len(plan.units), done=before, bytes=size, todo_bytes=todo_size)
+            sizes = {"bytes": bytes_of(plan.units), "todo_bytes": bytes_of(plan.todo)}
+            self.attempt.tell("planned", run=plan.run_id, units=len(plan.units), done=before, **sizes)
             if plan.run_id is not None and plan.todo:
                 cluster = ray.result().cluster(job, tell=self.attempt.tell)
                 from pipeline.keep import kept_logs
@@ -117,7 +117,7 @@ class Driver:
         return {unit_id for unit_id, trouble in self.attempt.trouble.items() if trouble.error_class == Conflict.error_class}
 
     def _replan(self, before: int) -> Plan:
-        _, plan = plan_job(self.job, self.artifact)
+        _, plan = plan_job(self.job, self.artifact, tell=lambda *_, **__: None)
         plan = replace(plan, committed=plan.committed - self._disputed)
         self.attempt.tell("replanned", run=plan.run_id, units=len(plan.units), done=len(plan.committed), before=before)
         return plan

@@ -124,6 +124,10 @@ class Log:
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
             return list(pool.map(load, plans))
 
+    def finished(self) -> set[str]:
+        """Ids of the runs that have a manifest."""
+        return self._entries()[1]
+
     def _entries(self) -> tuple[list[str], set[str]]:
         """(keys of the plans in order, ids of the runs that have a manifest). A listing is no snapshot: on a disk it may show an
         entry and not the one before. So a gap is looked at again; one that stays is a plan that somebody took away."""

@@ -7,15 +7,20 @@ committed (`footer`): a driver that still holds the unit then cannot commit it a
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipeline.errors import Conflict
+from pipeline.errors import Temporary
 from pipeline.log import Log, Standing
 from pipeline.storage import Object
 from pipeline.unit import Input, Part, Unit
+
+_ATTEMPTS = 60
+_PAUSE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,13 @@ def make_plan(
     listed (by this job, at its time) is there as it was; `retire` puts a tombstone in the place of a unit, or says False: it was
     committed. Writes at most one new plan, or with `write` off none: a plan that would be new then has the run id "new".
 
-    Raises Conflict when other drivers keep taking the next entry of the log.
+    Raises Temporary when other drivers keep taking the next entry of the log.
     """
     uris = pa.array([item.uri for item in listing], pa.string())
-    for _ in range(20):
+    for attempt in range(_ATTEMPTS):
+        time.sleep(
+            random.uniform(0, min(attempt, _PAUSE_S))
+        )  # of many drivers that begin at the same minute one at a time gets on
         # First the plans, then the objects: a plan that replaces a unit is younger than the unit's tombstone.
         runs = log.runs(uris)
         finished = {key for run in runs if run.finished for key in run.inputs}
@@ -67,7 +75,7 @@ def make_plan(
         run_id = log.append(units, after=runs) if write else "new"
         if run_id is not None:
             return Plan(run_id, tuple(units), standing.committed & ids)
-    raise Conflict("20 other runs were planned in the meantime", need="a free place in the log of runs", do="Run again later")
+    raise Temporary(f"{log.root}: {_ATTEMPTS} other runs were planned in the meantime", do="Run again later")
 
 
 def _adopt(

@@ -17,7 +17,8 @@ MANIFEST_VERSION = 1
 
 @dataclass(frozen=True)
 class UnitTrouble:
-    """Why a unit has no object: `error_class` is one of rows.UnitError, an error's class, or LOST (its blocks never arrived)."""
+    """Why a unit has no object: `error_class` is one of rows.UnitError, an error's class, or LOST (its blocks never arrived).
+    With no unit, "": why an input of the job is in none."""
 
     unit: str
     inputs: tuple[str, ...]
@@ -89,8 +90,11 @@ class Receipt:
         """The receipt for a screen."""
         adds_up = f"{self.rows_in:,} in = {self.ok:,} ok + {self.failed:,} failed"
         failed = [f"failed  {', '.join(f'{name} {number:,}' for name, number in self.failures.items())}"] if self.failures else []
+        left = [f"left    {trouble.error_class}: {trouble.error}" for trouble in self.trouble[:10]]
+        left += [f"left    and {len(self.trouble) - 10} more units"] if len(self.trouble) > 10 else []
         if self.run is None:
-            return [f"nothing to do: every input of {self.job} is labelled", *failed, f"where   {self.where}"]
+            every = "every other input" if left else "every input"
+            return [f"nothing to do: {every} of {self.job} is labelled", *failed, *left, f"where   {self.where}"]
         state = "done" if self.exit_code in COMPLETE else "not finished"
         lines = [f"{state}: {adds_up}, {self.units_done} of {self.units} units", *failed]
         if self.decode == "fast" or self.lane != "cpu":
@@ -99,11 +103,7 @@ class Receipt:
             lines.append(
                 "empty   none of them holds an image; required: images of input.format. Check input.uri and input.format"
             )
-        for trouble in self.trouble[:10]:
-            lines.append(f"left    {trouble.error_class}: {trouble.error}")
-        if len(self.trouble) > 10:
-            lines.append(f"left    and {len(self.trouble) - 10} more units")
-        lines += [f"where   {self.where}", f"run     {self.run}, {self.passes} {'pass' if self.passes == 1 else 'passes'}"]
+        lines += [*left, f"where   {self.where}", f"run     {self.run}, {self.passes} {'pass' if self.passes == 1 else 'passes'}"]
         took = f"took    {self.seconds:.1f} s"
         if self.first_seconds is not None:
             took += f", first prediction after {self.first_seconds:.1f} s, {self.labelled_now:,} images now"
@@ -142,11 +142,12 @@ class Receipt:
 
 
 def exit_code(trouble: tuple[UnitTrouble, ...], *, left: int, done: int, rows: int, failed: int, limit: float) -> ExitCode:
-    """How a run has ended. With units left the gravest trouble decides: another run's object, then broken inputs, then missing
-    rights, then what does not fit, then what may pass by itself; without any of these their rows were only lost. With no unit
-    left it is a failure that there was no image at all, or that more of them failed than `limit` allows."""
+    """How a run has ended. With units left, or an input that is in none, the gravest trouble decides: another run's object, then
+    broken inputs, then missing rights, then what does not fit, then what may pass by itself; without any of these their rows were
+    only lost. With no unit left it is a failure that there was no image at all, or that more of them failed than `limit`
+    allows."""
     classes = {item.error_class for item in trouble}
-    if left:
+    if left or classes:
         broken = {*UnitError.__members__, InputError.error_class}
         rights = {"PERMISSION_DENIED", "UNIDENTIFIED"}
         by_class = (

@@ -11,7 +11,11 @@ from rich.live import Live
 from rich.text import Text
 
 EVERY_S = 10.0
-_SAID = {"ignored": "ignored: {text}, not of the input's format", "waiting": "waiting up to {seconds:.0f} s: {awaited}"}
+_SAID = {
+    "ignored": "ignored: {text}, not of the input's format",
+    "missing": "missing: {text}",
+    "waiting": "waiting up to {seconds:.0f} s: {awaited}",
+}
 
 
 class Screen:
@@ -42,8 +46,8 @@ class Screen:
         self._console.print(Text(text))
 
     def observe(self, event: str, fields: dict[str, Any]) -> None:
-        """Takes the driver's events: ignored, planned, waiting, pass, first, rows, commit, trouble, split, replanned, verified,
-        logs; still_waiting is for others."""
+        """Takes the driver's events: ignored, missing, planned, waiting, pass, first, rows, commit, trouble, split, replanned,
+        verified, logs; still_waiting is for others."""
         if event == "planned":
             self._planned(fields)
         elif event in _SAID:

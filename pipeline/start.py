@@ -12,7 +12,7 @@ from pipeline.artifact import Artifact, load_artifact
 from pipeline.commit import Provenance, retire_unit
 from pipeline.cut import count_suffixes, cut, kept_fields, list_inputs
 from pipeline.engines.onnx_engine import check_int8
-from pipeline.errors import InputMissing, ModelError, StoreError
+from pipeline.errors import InputMissing, ModelError, PermissionDenied, StoreError, Temporary, Unidentified
 from pipeline.job.jobfile import dump_job
 from pipeline.job.recipe import Start
 from pipeline.log import Log
@@ -60,13 +60,16 @@ def load_source(source: ModelSource | Start, *, weights: bool = True, field: str
 
 
 def plan_job(job: Job, artifact: Artifact, *, write: bool = True, tell: Callable[..., None] | None = None) -> tuple[Log, Plan]:
-    """List, subtract, cut, store: the plan that a run of `job` works from; `tell` hears of objects that no reader takes. Needs
-    neither Ray nor torch."""
+    """List, subtract, cut, store: the plan that a run of `job` works from; `tell` hears of objects that no reader takes, and of
+    URIs that have no input; without it, one of them is InputMissing. Needs neither Ray nor torch."""
     log = open_log(job, artifact)
     store = open_store(job.input.uris[0], job.input.s3)
-    listing = list_inputs(store, job.input)
+    listing = list_inputs(store, job.input, some=tell is not None)
     if listing.ignored and tell is not None:
         tell("ignored", suffixes=dict(listing.ignored), text=count_suffixes(listing.ignored))
+    if listing.missing and tell is not None:
+        errors = {uri: str(error) for uri, error in listing.missing.items()}
+        tell("missing", errors=errors, text="\nmissing: ".join(errors.values()))
     cutter = partial(cut, store, job.input, tasks=job.resources.read.tasks)
 
     def retire(unit: Unit) -> bool:
@@ -98,11 +101,16 @@ def begin(log: Log, run_id: str, job: Job) -> None:
 
 
 def present(store: Store, part: Part) -> bool:
-    """Is the input there, in the version that was planned?"""
+    """Is the input there, in the version that was planned? Where that cannot be told it is: its unit stays as it is, and whoever
+    reads it says what is wrong."""
     try:
         return store.head(part.uri) == Object(part.uri, part.size, part.etag)
     except InputMissing:
         return False
+    except Unidentified:
+        raise
+    except (PermissionDenied, Temporary):
+        return True
 
 
 def open_log(job: Job, artifact: Artifact) -> Log:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -43,3 +44,8 @@ class Unit:
         """The units that this one is split into: at most PIECES, of one part each where it has no more parts than that."""
         step = -(-len(self.parts) // PIECES)
         return [Unit(self.parts[at : at + step]) for at in range(0, len(self.parts), step)]
+
+
+def bytes_of(units: Iterable[Unit]) -> int:
+    """Bytes of the inputs of these units, each counted once: a large Parquet file is in many."""
+    return sum({part.uri: part.size for unit in units for part in unit.parts}.values())

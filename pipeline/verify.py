@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 from pipeline.errors import Conflict, InputMissing
-from pipeline.footer import Footer, totals
+from pipeline.footer import MOVE, Footer, totals
 from pipeline.log import Log, Run
 from pipeline.unit import Input, Part, Unit
 
@@ -32,13 +32,14 @@ def _check(log: Log, unit: Unit, footer: Footer) -> None:
     if footer.unit != unit.id or footer.fingerprint != log.fingerprint or footer.split:
         holds = "a tombstone" if footer.split else f"unit {footer.unit}"
         got = f"{log.data_key(unit.id)}: holds {holds}, fingerprint {footer.fingerprint}"
-        raise Conflict(got, need=f"rows of this unit, fingerprint {log.fingerprint}", do="Move it away and run again")
+        raise Conflict(got, need=f"rows of this unit, fingerprint {log.fingerprint}", do=MOVE)
 
 
 def validate(log: Log) -> tuple[list[Footer], list[str]]:
     """Does an output hold together? (footers of all units, what is wrong with them in sentences, nothing when all is well):
     every object is a sound unit or a tombstone, no input is in two units, and every finished run's manifest says what its units
     say."""
+    finished = log.finished()  # before the objects, and the plans after them: a run may end meanwhile, and another begin
     footers, problems = _footers(log)
     committed = {unit_id: footer for unit_id, footer in footers.items() if not footer.split}
     planned: set[str] = set()
@@ -49,7 +50,7 @@ def validate(log: Log) -> tuple[list[Footer], list[str]]:
         for unit in units:
             for part in unit.parts if unit.id in committed else ():
                 owners[part.input].add(_rows(part, unit.id))
-        if run.finished:
+        if run.id in finished:
             problems += _check_manifest(log, run, [committed.get(unit.id) for unit in units])
     for (uri, _, _), held in owners.items():
         rows = sorted(held)
@@ -59,6 +60,8 @@ def validate(log: Log) -> tuple[list[Footer], list[str]]:
             if start < stop
         ]
     problems += [f"{log.data_key(unit_id)}: in no plan." for unit_id in sorted(footers.keys() - planned)]
+    if not planned and not problems:
+        problems = [f"{log.root}: no run of this job is here, as it is now written and with this model."]
     return list(committed.values()), problems
 
 
@@ -110,6 +113,6 @@ def _check_manifest(log: Log, run: Run, footers: list[Footer | None]) -> list[st
         return [f"{key}: not a manifest ({type(error).__name__}: {error})."]
     there = [footer for footer in footers if footer is not None]
     if len(there) < len(footers):
-        return [f"{key}: {len(footers) - len(there)} of its {len(footers)} units have no object."]
+        return [f"{key}: {len(footers) - len(there)} of its {len(footers)} units have no object. Move it away and run again."]
     sums = totals(there)
     return [] if sums == stated else [f"{key}: states {stated}, its units hold {sums}."]

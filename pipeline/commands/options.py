@@ -34,15 +34,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 
 
 class _Unheard(io.FileIO):
-    """A descriptor to write to, whatever becomes of who reads there."""
+    """A descriptor to write to, whatever becomes of who reads there, or of the disk that a log lies on."""
 
     def write(self, data: Any) -> int:
-        """As FileIO's, but once the pipe is broken or the terminal gone, what is written here or by children goes nowhere."""
+        """As FileIO's, but once the pipe is broken, the terminal gone or the disk full, what is written here or by children goes
+        nowhere."""
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
+            if error.errno not in (errno.EPIPE, errno.EIO) and (error.errno, self.fileno()) != (errno.ENOSPC, 2):
+                raise  # a result that has no room on its disk is missed, what was said meanwhile is not
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
         os.close(nowhere)

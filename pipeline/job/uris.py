@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from pipeline.errors import JobError
-from pipeline.names import WILDCARD, glob_matcher, glob_prefix
+from pipeline.names import WILDCARD, glob_matcher, glob_prefix, spelt
 
 Filled = TypeVar("Filled", bound=BaseModel)
 
@@ -32,7 +32,7 @@ def absolute(uri: str) -> str:
     stays, it means a folder."""
     if uri.startswith("s3://"):
         return uri
-    path = os.path.abspath(uri.removeprefix("file://"))
+    path = spelt(os.path.abspath(uri.removeprefix("file://")))
     return f"{path}/" if uri.endswith("/") and path != "/" else path
 
 

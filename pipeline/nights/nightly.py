@@ -174,7 +174,7 @@ def _outcome(job: Job, label: Label, check: Check, day: Day, say: Say) -> Receip
 
 def _as_it_stands(job: Job, receipt: Receipt) -> Receipt:
     """Nothing was left to do: the receipt with the counts and the exit code of the run that did it, if too many failed."""
-    inputs = list_inputs(open_store(job.input.uris[0], job.input.s3), job.input).inputs
+    inputs = list_inputs(open_store(job.input.uris[0], job.input.s3), job.input, some=True).inputs
     log = Log(open_store(receipt.where, job.output.s3), receipt.where)
     footers = list(last_labelled(log, pa.array([item.uri for item in inputs], pa.string())))
     sums, failures = totals(footers), sum((Counter(footer.failures) for footer in footers), Counter[str]())

@@ -37,7 +37,7 @@ from pipeline.rows import TIMINGS, Failure
 from pipeline.spec import Job
 from pipeline.start import CODE_VERSION, load_model, open_log, present
 from pipeline.storage import Object, Store, open_store
-from pipeline.unit import Part, Unit
+from pipeline.unit import Part, Unit, bytes_of
 from pipeline.verify import verify
 
 #: What would take the pass down once more outside of careful mode.
@@ -91,7 +91,7 @@ class Retry(Driver):
         for task in [self._tasks[unit.id] for unit in plan.todo if not self._tasks[unit.id].only]:  # their inputs are gone since
             commit_unit(generation, task.unit, _read(log.store, task.uri), Provenance(log.fingerprint, "", CODE_VERSION))
         plan = Plan(RUN, plan.units, generation.standing([unit.id for unit in units]).committed)
-        size = sum(part.size for unit in plan.todo for part in unit.parts)
+        size = bytes_of(plan.todo)
         done = len(plan.committed)
         self.attempt.tell("planned", run=RUN, units=len(units), done=done, bytes=size, todo_bytes=size)
         if plan.todo:
@@ -122,7 +122,7 @@ class Retry(Driver):
         """Fills the tasks: the units of the generation, planned now or before. Raises JobError when another one is unfinished."""
         log, job = self.log, self.job
         store = open_store(job.input.uris[0], job.input.s3)
-        listed = list_inputs(store, job.input).inputs
+        listed = list_inputs(store, job.input, some=True).inputs
         pins = {(item.uri, item.etag, item.size) for item in listed}
 
         def is_there(part: Part) -> bool:
