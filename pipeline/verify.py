@@ -44,7 +44,8 @@ def validate(log: Log) -> tuple[list[Footer], list[str]]:
     committed = {unit_id: footer for unit_id, footer in footers.items() if not footer.split}
     planned: set[str] = set()
     owners: dict[Input, set[tuple[float, float, str]]] = defaultdict(set)
-    for run in log.runs():
+    runs = log.runs()
+    for run in runs:
         units = run.units
         planned.update(unit.id for unit in units)
         for unit in units:
@@ -60,7 +61,7 @@ def validate(log: Log) -> tuple[list[Footer], list[str]]:
             if start < stop
         ]
     problems += [f"{log.data_key(unit_id)}: in no plan." for unit_id in sorted(footers.keys() - planned)]
-    if not planned and not problems:
+    if not runs and not problems:
         problems = [f"{log.root}: no run of this job is here, as it is now written and with this model."]
     return list(committed.values()), problems
 
