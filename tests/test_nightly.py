@@ -22,6 +22,7 @@ from test_run import LIGHT, cli, files, job, problems, table
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from pipeline.cut import list_inputs
 from pipeline.errors import InputMissing, Interrupted, JobError, Temporary, UnfitError, UnitsLeft
 from pipeline.job.jobfile import at_day, parse_job
 from pipeline.job.schedule import Schedule, days_of
@@ -200,6 +201,26 @@ def test_catch_up_labels_missed_days_and_passes_over_days_without_input(tmp_path
     assert asked(wanted, "2026-11-01", name="j") == (Day("2026-11-01"),), "a day by its name is that day alone"
     again = [day.again for day in asked(wanted, "today", name="j", again=True)]
     assert again == [False, False, False, True], "a day that was labelled in another night is not this run's failure"
+
+
+def test_catch_up_passes_over_no_day_of_which_one_source_is_there(tmp_path):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all/model.tar").write_bytes(b"x")
+    sources = [str(tmp_path / name) for name in ("a/{date}", "b/{date}/", "all")]
+    wanted = template(tmp_path, input={"uri": sources}, schedule=DAILY | {"catch_up": "3d"})
+    days = asked(wanted, "yesterday", name="j")
+    for source, day in (("a", days[0]), ("b", days[2])):
+        write_tars(tmp_path / source / str(day.date), shards=1, images=1)
+    (tmp_path / "a" / str(days[1].date)).mkdir()
+
+    def label(one: Job, check: Any) -> Receipt:
+        list_inputs(open_store(one.input.uris[0]), one.input)
+        raise AssertionError("labelled")
+
+    nights = run_nights(wanted, days, label=label, say=lambda text: None)
+    assert [night.date for night in nights] == [days[0].date, days[2].date, days[3].date]
+    assert [night.exit_code for night in nights] == [3, 3, 3]
+    assert [f"{source}/{night.date}" in night.line() for source, night in zip("baa", nights, strict=True)] == [True] * 3
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def _each(template: Job, days: tuple[Day, ...], label: Label, check: Check, say:
     for day in days:
         check()
         job = at_day(template, day.date)
-        if day.behind and not _has_input(job):
+        if day.behind and not _has_input(template, job):
             continue
         if len(days) > 1:
             say(f"day     {day.date}")
@@ -210,10 +210,17 @@ def publish_labels(job: Job, log: Log, exit_code: int) -> Table:
         return error
 
 
-def _has_input(job: Job) -> bool:
-    try:
-        return bool(list_inputs(open_store(job.input.uris[0], job.input.s3), job.input).inputs)
-    except InputMissing:
-        return False
-    except NightlabelError:  # the run says it
-        return True
+def _has_input(template: Job, job: Job) -> bool:
+    """Anything in any one of the day's uris: of what is missing beside it the run tells. A uri without `{date}` among ones that
+    have it is there on every day, and says nothing of this one."""
+    wanted = job.input
+    dated = [uri for uri, form in zip(wanted.uris, template.input.uris, strict=True) if "{date}" in form]
+    for uri in dated or wanted.uris:
+        try:
+            if list_inputs(open_store(uri, wanted.s3), wanted.model_copy(update={"uri": uri})).inputs:
+                return True
+        except InputMissing:
+            pass
+        except NightlabelError:  # the run says it
+            return True
+    return False
