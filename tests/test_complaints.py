@@ -139,7 +139,11 @@ def complaint(kind: str, lines: str) -> str:
         ),
         (
             "schedule: {cron: 0 2 * * *, catch_up: 800000d}",
-            "j:5: schedule.catch_up is '800000d'; required: 0s to 366d. Change it.",
+            "j:5: schedule.catch_up is '800000d'; required: 1d to 366d. Change it.",
+        ),
+        (
+            "schedule: {cron: 0 2 * * *, catch_up: 12h}",  # no day, of which a run that is submitted would look back
+            "j:5: schedule.catch_up is '12h'; required: 1d to 366d. Change it.",
         ),
         ("decode: quick", "j:5: decode is 'quick'; required: 'exact' or 'fast'. Change it."),
         ("5: x", f"j: unknown field 5. Known here: {FIELDS}."),

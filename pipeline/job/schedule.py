@@ -48,9 +48,9 @@ class Schedule(Model):
     where it was."""
     wait: Seconds = WAIT_S
     """`if_running: queue`: how long to wait for the other one."""
-    catch_up: Annotated[Seconds, between(in_seconds, "0s", "366d")] | None = None
-    """With `--date today` or `yesterday`: how far back to look for days that are not labelled, such as `7d`. A day without input
-    is passed over, one that is labelled costs a listing."""
+    catch_up: Annotated[Seconds, between(in_seconds, "1d", "366d")] | None = None
+    """With `--date today` or `yesterday`: how far back to look for days that are not labelled, in whole days, such as `7d`. A day
+    of which no uri has input is passed over, one that is labelled costs a listing."""
 
 
 def days_of(text: str, timezone: str = "UTC", *, now: datetime | None = None) -> tuple[str, ...]:
