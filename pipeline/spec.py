@@ -131,7 +131,8 @@ class Limits(Model):
     decode_memory: Annotated[Bytes, between(in_bytes, "16MiB", "1024TiB")] = 2 * 2**30
     """Careful mode: a decoder that needs more becomes a DECODER_CRASH row."""
     deadline: Annotated[Seconds, between(in_seconds, "0.1s", "366d")] | None = None
-    """Stop, resumable, when the run takes longer."""
+    """Stop, resumable, when the run takes longer; of several days each has as long. Waiting for another run or for the cluster
+    does not count."""
 
 
 class Publish(Model):

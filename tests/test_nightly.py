@@ -6,7 +6,9 @@ import importlib.util
 import json
 import socket
 import sys
+import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -21,7 +23,9 @@ from test_lease import FAST, until
 from test_run import LIGHT, cli, files, job, problems, table
 from typer.testing import CliRunner
 
+from pipeline import cluster
 from pipeline.cli import app
+from pipeline.commands.nightly import label_nights
 from pipeline.cut import list_inputs
 from pipeline.errors import InputMissing, Interrupted, JobError, Temporary, UnfitError, UnitsLeft
 from pipeline.job.jobfile import at_day, parse_job
@@ -30,6 +34,7 @@ from pipeline.label import Driver
 from pipeline.nights import nightly, notify
 from pipeline.nights.lease import LeaseStore
 from pipeline.nights.nightly import Day, Night, asked, gravest, lease_folder, run_nights
+from pipeline.prometheus import Metrics
 from pipeline.report import Receipt
 from pipeline.spec import Job, Notify
 from pipeline.storage import open_store
@@ -346,6 +351,34 @@ def test_a_run_that_is_replaced_stops_resumably(tmp_path, model, monkeypatch):
         rest = Driver(wanted, observe=lambda event, fields: taken[0].check(), started=0.0).label()
     assert (rest.exit_code, rest.rows_in, rest.written) == (0, 32, 8 - done)
     assert problems(wanted) == []
+
+
+def test_the_deadline_counts_neither_the_queue_nor_the_cluster(tmp_path, model, monkeypatch):
+    """The command began an hour ago and queued; then the cluster takes an hour to come, for a retry too. The receipt has both."""
+    without_ray(monkeypatch)
+    clock, late = time.perf_counter, [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + late[0])
+
+    @contextmanager
+    def slow_cluster(*_: object, **__: object) -> Iterator[None]:
+        late[0] += 3600
+        yield
+
+    monkeypatch.setattr(cluster, "cluster", slow_cluster)
+    write_tars(tmp_path / "in/2026-11-01", shards=1, images=3)
+    with tarfile.open(tmp_path / "in/2026-11-01/broken.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("x.jpg"))
+    limits = {"deadline": "60s", "max_failed": "100%"}
+    wanted = template(tmp_path, model={"uri": model}, schedule=DAILY | {"if_running": "queue"}, limits=limits)
+    metrics = Metrics(None, wanted, say=print)
+    (night,) = label_nights(wanted, (Day("2026-11-01"),), if_running=None, telling=metrics, started=time.perf_counter() - 3600)
+    assert isinstance(night.outcome, Receipt), night.line()
+    assert (night.exit_code, night.outcome.rows_in, night.outcome.failed) == (0, 4, 1)
+    assert night.outcome.seconds > 7200
+    assert night.outcome.first_seconds > 7200
+    code, out, err = invoke("retry-failed", write(tmp_path, wanted), "--date", "2026-11-01", "--class", "NOT_AN_IMAGE")
+    assert (code, late[0]) == (0, 7200), err
+    assert "1 images retried" in out
 
 
 def place(wanted: Job) -> tuple[Any, str]:

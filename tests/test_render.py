@@ -137,7 +137,10 @@ def test_the_deadline_is_of_every_day_and_every_attempt(text: str, date: str, da
     last = 1800 + days * (3600 + 600)
     assert spec("rayjob", "RayJob")["activeDeadlineSeconds"] == last
     assert spec("raycronjob", "RayCronJob")["jobTemplate"]["activeDeadlineSeconds"] == last
-    assert spec("cronjob", "CronJob")["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 2 * last
+    queued = last + 6 * 3600  # for the lease, in the pod itself
+    assert spec("cronjob", "CronJob")["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 2 * queued
+    skipping = spec("cronjob", "CronJob", text.replace("if_running: queue", "if_running: skip"))
+    assert skipping["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 2 * last
     applied = spec("cronjob", "CronJob", text.replace("memory: 8GiB}", workers))
     assert applied["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 2 * last
 

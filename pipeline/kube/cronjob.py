@@ -120,7 +120,10 @@ def local_cron_job(job: Job, cluster: Cluster, site: Site, *, command: list[str]
     template = ray_pod(site, size, command=command, job_file=True, spot=True)
     # Ray listens on the pod's address: a token, which it makes up itself, keeps the neighbours out.
     template["spec"]["containers"][0]["env"].append({"name": "RAY_AUTH_MODE", "value": "token"})
-    return [_cron_job(site, template, schedule, hopeless=_HOPELESS, seconds=attempt_seconds(job, days))]
+    seconds = attempt_seconds(job, days)
+    if seconds is not None and schedule.if_running == "queue":  # the driver waits in here, before its own deadline begins
+        seconds += int(schedule.wait)
+    return [_cron_job(site, template, schedule, hopeless=_HOPELESS, seconds=seconds)]
 
 
 def apply_cron_job(

@@ -101,7 +101,7 @@ class Retry(Driver):
             only = {unit_id: task.only for unit_id, task in self._tasks.items()}
             if _POISON & set(self.classes):
                 self.tries.update(dict.fromkeys(only, TRIES - 1))
-            with cluster(self.job, tell=self.attempt.tell):
+            with self.unhurried(cluster(self.job, tell=self.attempt.tell)):
                 plan = self.passes(generation, plan, partial(run.run_pass, job=self.job, artifact=self.artifact, only=only))
         return self._settle(generation, plan)
 
