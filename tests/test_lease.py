@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from seaweed import Seaweed
 
 from pipeline.errors import StoreError, Temporary, UnitsLeft
 from pipeline.nights.lease import Heartbeat, Lease, LeaseStore, LeaseTiming
-from pipeline.storage import Store, open_store
+from pipeline.storage import Disk, Object, Store, join, open_store
 
 FAST = LeaseTiming(beat=0.1, dead=1.5, stale=600.0, grace=5.0, look=0.02)
 Folder = tuple[Store, str]
@@ -121,6 +122,37 @@ def test_a_strangers_object_is_a_sentence(place):
     LeaseStore(*place).create("terms", "000001", b"[]")
     with pytest.raises(StoreError, match="--if-running share"):
         take(place)
+
+
+STRAY = ("000001.json.bak", "old.json", "0000010.json", "000007 (copy).json", "copy/000007.json", "７７７７７７.json")
+
+
+def test_what_else_lies_there_is_no_term(place):
+    store, folder = place
+    for name in STRAY:
+        store.create(join(folder, "terms", name), b"{}")
+    for number in (1, 2):
+        with take(place, wait=0.0) as held:
+            assert LeaseStore(*place).state().term == held._term == number
+            for name in STRAY:
+                store.create(join(folder, f"beats/{number:06d}", name), b"{}")
+            until(lambda held=held: LeaseStore(*place).state().beats == held._beats > 1)
+
+
+def test_who_comes_too_late_for_a_term_looks_again_in_a_while(tmp_path, monkeypatch):
+    sleep, slept, looks = time.sleep, list[float](), list[int]()
+    monkeypatch.setattr(time, "sleep", lambda seconds: (slept.append(seconds), sleep(seconds)))
+
+    class SlowToTell(Disk):
+        """Its listings have what was created from the 5th on."""
+
+        def list(self, uri: str) -> Iterator[Object]:
+            looks.append(len(slept))
+            return super().list(uri) if len(looks) >= 5 else iter(())
+
+    with take((open_store(str(tmp_path)), str(tmp_path / "leases"))):
+        assert take((SlowToTell(), str(tmp_path / "leases"))) is None
+    assert looks[:5] == [0, 1, 2, 3, 4], "without a pause it is a storm of requests"
 
 
 HOLD = """

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import socket
 import threading
@@ -156,12 +157,11 @@ class LeaseStore:
                     free = f"asked to stop {self.pace.grace:g} s ago"
                 elif if_running == "queue" and now - began > wait:
                     raise Temporary(f"{state.last.who} still runs after {wait:g} s", do="Run again, or raise schedule.wait")
-            if not free:
-                time.sleep(self.pace.look)
-            elif lease := self._take(state):
+            if free and (lease := self._take(state)):
                 if state is not None and not state.last.done:
                     say(f"taking over from {state.last.who}: {free}")
                 return lease
+            time.sleep(self.pace.look)
 
     def state(self) -> State | None:
         """None: nobody ever held it."""
@@ -211,11 +211,13 @@ class LeaseStore:
         return Lease(self, term, self._me)
 
     def _names(self, folder: str) -> list[str]:
+        """The numbers there, in order; not what somebody has put beside them, such as a copy of one."""
         try:
-            listed = [item.uri.rpartition("/")[2] for item in self.store.list(join(self.folder, folder) + "/", glob=False)]
+            listed = [item.uri for item in self.store.list(join(self.folder, folder) + "/", glob=False)]
         except InputMissing:
             return []
-        return sorted(name.removesuffix(".json") for name in listed)
+        numbers = re.compile(rf"/{folder}/([0-9]{{6}})\.json\Z")
+        return sorted(match[1] for uri in listed if (match := numbers.search(uri)))
 
 
 def _clock(at: float) -> str:
