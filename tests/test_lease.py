@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from seaweed import Seaweed
 
-from pipeline.errors import StoreError, Temporary, UnitsLeft
+from pipeline.errors import InputMissing, PermissionDenied, StoreError, Temporary, UnitsLeft
 from pipeline.nights.lease import Heartbeat, Lease, LeaseStore, LeaseTiming
 from pipeline.storage import Disk, Object, Store, join, open_store
 
@@ -153,6 +154,39 @@ def test_who_comes_too_late_for_a_term_looks_again_in_a_while(tmp_path, monkeypa
     with take((open_store(str(tmp_path)), str(tmp_path / "leases"))):
         assert take((SlowToTell(), str(tmp_path / "leases"))) is None
     assert looks[:5] == [0, 1, 2, 3, 4], "without a pause it is a storm of requests"
+
+
+class Closed(Disk):
+    """A disk that says of what is absent that it may not be read, as S3 does to who may not list."""
+
+    def read(self, uri: str, **options: Any) -> bytes:
+        try:
+            return super().read(uri, **options)
+        except InputMissing:
+            raise PermissionDenied(f"{uri}: 403") from None
+
+
+@pytest.mark.parametrize("asked", ["stops", "terms"])
+def test_what_cannot_be_read_hides_nothing_else(asked, tmp_path):
+    place = Closed(), str(tmp_path / "leases")
+    with take(place) as held:
+        other = Heartbeat("elsewhere process 1", "another boot", 1, "token", time.time())
+        name, words = ("000001", "asked this run to stop") if asked == "stops" else ("000002", "took over")
+        LeaseStore(*place).create(asked, name, other.dump())
+        until(lambda: words in held._end)
+
+
+def test_a_beat_that_fails_hides_no_stop(tmp_path):
+    class NoBeats(Disk):
+        def create(self, uri: str, data: bytes) -> bool:
+            if "/beats/" in uri:
+                raise Temporary(f"{uri}: slow down")
+            return super().create(uri, data)
+
+    place = NoBeats(), str(tmp_path / "leases")
+    with take(place) as held:
+        LeaseStore(*place).create("stops", "000001", Heartbeat("elsewhere process 1", "", 1, "token", time.time()).dump())
+        until(lambda: "asked this run to stop" in held._end)
 
 
 HOLD = """

@@ -118,10 +118,16 @@ class Lease:
         while not self._over.wait(self._leases.pace.beat):
             with contextlib.suppress(NightlabelError):  # a beat that fails is a beat late
                 self._beat()
-                if other := self._leases.read("terms", f"{self._term + 1:06d}"):
-                    self._end = f"{other.who} took over, having heard nothing from this run"
-                elif other := self._leases.read("stops", f"{self._term:06d}"):
-                    self._end = f"{other.who} asked this run to stop"
+            overtaken = self._heard("terms", self._term + 1, "took over, having heard nothing from this run")
+            self._end = overtaken or self._heard("stops", self._term, "asked this run to stop") or self._end
+
+    def _heard(self, folder: str, number: int, what: str) -> str:
+        """Who has left an object there, and what that means; "" when nobody has, or when that is not to be read: S3 answers 403
+        for what is absent to who may not list."""
+        with contextlib.suppress(NightlabelError):
+            if other := self._leases.read(folder, f"{number:06d}"):
+                return f"{other.who} {what}"
+        return ""
 
     def _beat(self, *, done: bool = False) -> None:
         self._leases.create("beats", f"{self._term:06d}/{self._beats + 1:06d}", self._me.dump(done=done))
