@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import socket
 import sys
 import tarfile
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -443,6 +445,23 @@ def test_what_fails_while_telling_is_a_line_and_no_more(tmp_path):
     said: list[str] = []
     nights = run_nights(wanted, (Day("2026-11-01"),), label=lambda one, check: receipt(), say=said.append)
     assert (gravest(nights), len(said)) == (0, 1)
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, []), (3, ["notify.command sh ended with 3: no mail today"])])
+def test_what_a_command_leaves_running_holds_no_run(code, said, monkeypatch):
+    monkeypatch.setattr(notify, "COMMAND_S", 5.0)
+    labels = {f"label {number}": number for number in range(20_000)}  # more than a pipe holds, and nobody reads it
+    night = Night("x", None, replace(receipt(exit_code=4), labels=labels))
+    script = f"sleep 8 <&0 & echo no mail today >&2; exit {code}"
+    assert tell(Notify(command=("sh", "-c", script)), night) == said
+
+
+def test_a_command_that_does_not_end_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(notify, "COMMAND_S", 2.0)
+    wanted = Notify(command=("sh", "-c", 'echo $$ > "$1"; exec sleep 60', "sh", str(tmp_path / "pid")))
+    assert tell(wanted, Night("x", None, Temporary("slow"))) == ["notify.command sh was ended after 2 s"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_a_webhook_is_tried_again_and_keeps_its_secret(monkeypatch):

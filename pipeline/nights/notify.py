@@ -11,12 +11,13 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from http.client import HTTPException
-from typing import Any
+from typing import IO, Any
 
 from pipeline.errors import ExitCode, NightlabelError
 from pipeline.nights.lease import Say
@@ -49,16 +50,27 @@ def tell(wanted: Notify | None, content: Mapping[str, Any], *, say: Say, pause: 
 
 
 def _run(command: tuple[str, ...], body: bytes, say: Say) -> None:
+    """Over when the command itself has ended: no pipe, which what it leaves running would hold open."""
     try:
-        done = subprocess.run(command, input=body, timeout=COMMAND_S, capture_output=True, check=False)
+        with _file() as asked, _file() as errors:
+            asked.write(body)
+            asked.seek(0)
+            done = subprocess.run(command, stdin=asked, stdout=subprocess.DEVNULL, stderr=errors, timeout=COMMAND_S, check=False)
+            errors.seek(0)
+            said = errors.read().decode("utf-8", "replace").strip().splitlines()
     except subprocess.TimeoutExpired:
         say(f"notify.command {command[0]} was ended after {COMMAND_S:g} s")
     except OSError as error:
         say(f"notify.command {command[0]}: {error.strerror}")
     else:
         if done.returncode:
-            said = done.stderr.decode("utf-8", "replace").strip().splitlines()
             say(f"notify.command {command[0]} ended with {done.returncode}" + (f": {said[-1]}" if said else ""))
+
+
+def _file() -> IO[bytes]:
+    """One without a name; in memory where there is such a thing, for a full disk may be what is to be told."""
+    make = getattr(os, "memfd_create", None)
+    return open(make("notify"), "w+b") if make else tempfile.TemporaryFile()
 
 
 class _Strict(urllib.request.HTTPRedirectHandler):
