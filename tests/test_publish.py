@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ from pipeline.rows import PREDICTION
 from pipeline.spec import Job
 from pipeline.start import fingerprint, load_model
 from pipeline.storage import join, open_store
+from pipeline.tables import publish as publishing
 from pipeline.tables.publish import Published, publish
+from pipeline.tables.published import File, Table
 
 FINGERPRINT = "0123456789ab"
 
@@ -101,6 +103,15 @@ def make(request: pytest.FixtureRequest, tmp_path: Path, iceberg: str) -> Callab
         if request.param == "s3":
             output["s3"] = s3.options.model_dump()
         return Labels(job("in", "model", out, output=output, publish=wanted), join(out, fingerprint))
+
+    return build
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path) -> Callable[..., Labels]:
+    def build(kind: str, table: str) -> Labels:
+        wanted = {"format": kind} | ({"catalog": "night", "table": table} if kind == "iceberg" else {})
+        return Labels(job("in", "model", tmp_path, publish=wanted), str(tmp_path / FINGERPRINT))
 
     return build
 
@@ -275,10 +286,89 @@ def test_another_models_labels_do_not_mix_into_an_iceberg_table(tmp_path, iceber
     assert (third.publish().table, third.publish().added) == (f"{iceberg}_ba9876543210", 0)
 
 
-def test_two_publishers_at_once_register_everything_once(tmp_path):
+class Slow:
+    """A publisher's table; what stands in `between` happens just before its change, long after its look."""
+
+    def __init__(self, table: Table, between: list[Callable[[], object]]) -> None:
+        self.where, self.files, self._table, self._between = table.where, table.files, table, between
+
+    def change(self, added: Sequence[File], removed: Sequence[str], *, run: str) -> None:
+        if self._between:
+            self._between.pop()()
+        self._table.change(added, removed, run=run)
+
+
+def begun(labels: Labels, state: str) -> None:
+    """Brings the table into the state that two publishers find it in."""
+    wanted = labels.job.publish
+    if state == "made":
+        if wanted.format == "delta":
+            from deltalake import DeltaTable, Schema
+
+            DeltaTable.create(labels.log.root, Schema.from_arrow(PREDICTION))
+            return
+        from pyiceberg.catalog import load_catalog
+
+        catalog = load_catalog("night")
+        catalog.create_namespace_if_not_exists("products")
+        catalog.create_table(wanted.table, PREDICTION, location=join(labels.log.root, "iceberg"))
+    elif state in ("filled", "snapshot isolation"):
+        labels.put("other", parquet(["9"], label="dog"))
+        labels.publish()
+    if state == "snapshot isolation" and wanted.format == "iceberg":
+        from pyiceberg.catalog import load_catalog
+
+        with load_catalog("night").load_table(wanted.table).transaction() as transaction:
+            names = ("write.delete.isolation-level", "write.update.isolation-level")
+            transaction.set_properties(dict.fromkeys(names, "snapshot"))
+
+
+@pytest.mark.parametrize("kind", ["delta", "iceberg"])
+@pytest.mark.parametrize("state", ["absent", "made", "filled", "snapshot isolation"])
+@pytest.mark.parametrize("retried", [False, True])
+def test_a_publisher_that_was_overtaken_looks_again(on_disk, monkeypatch, kind, state, retried):
+    labels = on_disk(kind, f"products.t{uuid.uuid4().hex[:8]}")
+    begun(labels, state)
+    labels.put("a", parquet(["1", "2"], label=None))
+
+    def overtake() -> None:
+        if retried:
+            labels.put("a", parquet(["1", "2"]), generation=1)
+        assert labels.publish().added == 1
+
+    between, make_table = [overtake], publishing._table
+    monkeypatch.setattr(publishing, "_table", lambda *known: Slow(make_table(*known), between))
+    assert labels.publish().added == 0
+    others = [("dog", 1, 1)] if state in ("filled", "snapshot isolation") else []
+    assert sorted(counts(labels), key=str) == sorted([("cat" if retried else None, 2, 2), *others], key=str)
+
+
+def test_a_commit_whose_answer_was_lost_stays_whole(on_disk, iceberg, monkeypatch):
+    from pyiceberg.catalog.sql import SqlCatalog
+    from pyiceberg.exceptions import CommitFailedException
+
+    labels = on_disk("iceberg", iceberg)
+    begun(labels, "filled")
+    labels.put("a", parquet(["1", "2"]))
+    commit, asked = SqlCatalog.commit_table, []
+
+    def commit_and_ask_again(*known: Any) -> Any:
+        asked.append(known)
+        done = commit(*known)
+        if len(asked) == 1:
+            raise CommitFailedException("the second of two requests, of which the first one's answer was lost")
+        return done
+
+    monkeypatch.setattr(SqlCatalog, "commit_table", commit_and_ask_again)
+    assert (labels.publish().added, len(asked)) == (1, 1)
+    assert counts(labels) == [("cat", 2, 2), ("dog", 1, 1)]
+
+
+@pytest.mark.parametrize("kind", ["delta", "iceberg"])
+def test_two_publishers_at_once_register_everything_once(on_disk, iceberg, kind):
     from concurrent.futures import ThreadPoolExecutor
 
-    labels = Labels(job("in", "model", tmp_path, publish={"format": "delta"}), str(tmp_path / FINGERPRINT))
+    labels = on_disk(kind, f"{iceberg}.in_a_namespace_that_is_not_there")
     for number in range(6):
         labels.put(str(number), parquet([str(number)]))
     with ThreadPoolExecutor(4) as pool:

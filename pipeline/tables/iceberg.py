@@ -1,21 +1,21 @@
 """An Iceberg table over the files of an output, in a catalog that pyiceberg knows by name (`.pyiceberg.yaml`, or
 PYICEBERG_CATALOG__<NAME>__URI and its like in the environment, where the catalog's secrets belong too).
 
-A change is one snapshot that adds and removes files; the catalog's own compare-and-swap decides between two writers. The
-snapshot's summary says of which run it is, `nightlabel.run`. Metadata lies in `<output.uri>/<fingerprint>/iceberg/`.
+A change is one snapshot that adds and removes files; the catalog's own compare-and-swap decides between two writers, and the
+slower one looks again. The snapshot's summary says of which run it is, `nightlabel.run`. Metadata lies in
+`<output.uri>/<fingerprint>/iceberg/`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pyiceberg.catalog import load_catalog
-from pyiceberg.exceptions import CommitFailedException, NamespaceAlreadyExistsError, NoSuchTableError, TableAlreadyExistsError
+from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, TableAlreadyExistsError, ValidationException
 from pyiceberg.io.pyarrow import UnsupportedPyArrowTypeException, parquet_files_to_data_files
-from pyiceberg.table import TableProperties
+from pyiceberg.table import TableProperties, Transaction
 
 from pipeline.errors import NightlabelError, StoreError, Temporary, first_line
 from pipeline.spec import S3, Publish
@@ -25,6 +25,15 @@ from pipeline.tables.published import Changed, File
 if TYPE_CHECKING:
     from pyiceberg.manifest import DataFile
     from pyiceberg.table import Table
+
+
+class _AsLookedAt(Transaction):
+    """Committed on top of the snapshot that was looked at, or not at all. By itself pyiceberg (0.12) puts a change that came too
+    late on top of what came in between: a unit's old version beside the retried one. Its retries stay on, for they find out
+    whether a commit whose answer was lost is there, before they delete what it wrote."""
+
+    def _rebuild_snapshot_updates(self) -> None:
+        raise CommitFailedException("another snapshot came in between")
 
 
 class Iceberg:
@@ -53,7 +62,7 @@ class Iceberg:
         """One snapshot. Raises Changed when another writer was faster, StoreError for columns that are not the table's."""
         try:
             table = self._table or self._create(added[0])
-            with table.transaction() as transaction:
+            with _AsLookedAt(table) as transaction:
                 if transaction.table_metadata.name_mapping() is None:  # the files carry names, no field ids
                     mapping = transaction.table_metadata.schema().name_mapping.model_dump_json()
                     transaction.set_properties({TableProperties.DEFAULT_NAME_MAPPING: mapping})
@@ -63,15 +72,18 @@ class Iceberg:
                         snapshot.delete_data_file(self._known[uri])
                     for file in new:
                         snapshot.append_data_file(file)
-        except (CommitFailedException, TableAlreadyExistsError) as error:
+        except (CommitFailedException, ValidationException, TableAlreadyExistsError) as error:
             raise Changed from error
         except Exception as error:  # as above
             raise self._explained(error) from error
 
     def _create(self, first: File) -> Table:
         namespace = self.where.rpartition(".")[0]
-        with contextlib.suppress(NamespaceAlreadyExistsError):
+        try:
             self._catalog.create_namespace(namespace)
+        except Exception:  # when another is making it at the same moment, whatever the catalog's driver raises
+            if not self._catalog.namespace_exists(namespace):
+                raise
         return self._catalog.create_table(self.where, first.schema, location=join(self._root, "iceberg"))
 
     def _explained(self, error: Exception) -> NightlabelError:
