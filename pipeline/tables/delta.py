@@ -39,6 +39,7 @@ class Delta:
             self._table = DeltaTable(self.where, storage_options=self._options)
             paths = pa.table(self._table.get_add_actions()).column("path").to_pylist()
         except TableNotFoundError:
+            self._table = None
             return set()
         except (DeltaError, OSError) as error:
             raise _explained(self.where, error) from error
@@ -49,19 +50,31 @@ class Delta:
         are not the table's."""
         try:
             schema = self._schema(added)
-            if self._table is None:
-                self._table = DeltaTable.create(self.where, schema, mode="ignore", name=self._name, storage_options=self._options)
+            table = self._table or self._create(schema)
             now = int(time.time() * 1000)
             adds = [
                 AddAction(self._path(file.uri), file.size, {}, now, True, json.dumps({"numRecords": file.rows})) for file in added
             ]
             removes = [RemoveAction(self._path(uri), True, now) for uri in removed]
             properties = CommitProperties(app_transactions=[Transaction(_APP, int(run))], max_commit_retries=0)
-            self._table.create_write_transaction([*adds, *removes], "append", schema, commit_properties=properties)
+            table.create_write_transaction([*adds, *removes], "append", schema, commit_properties=properties)
         except CommitFailedError as error:
             raise Changed from error
         except (DeltaError, OSError) as error:
             raise _explained(self.where, error) from error
+
+    def _create(self, schema: Schema) -> DeltaTable:
+        """Version 0, or nothing: on top of a table that was made after the look, a change would add what that one has already."""
+        once = CommitProperties(max_commit_retries=0)  # a retry makes version 1 where another made version 0 at the same moment
+        options = self._options
+        try:
+            return DeltaTable.create(
+                self.where, schema, mode="error", name=self._name, storage_options=options, commit_properties=once
+            )
+        except DeltaError as error:  # it has no kind of its own for a table that is there
+            if DeltaTable.is_deltatable(self.where, options):
+                raise Changed from error
+            raise
 
     def _schema(self, added: Sequence[File]) -> Schema:
         schema = Schema.from_arrow(self._table.schema().to_arrow()) if self._table else _converted(added[0])
