@@ -100,6 +100,22 @@ USED_UP = PREPARED | {*PREDICTION.names}
 RESERVED = USED_UP | {*TIMINGS.values(), SAME_LABEL, "embedding", "probabilities"}
 
 
+def check_kept(kept: Sequence[str], *, hive: bool, delta: bool) -> None:
+    """Raises ValueError for kept columns whose names something else of the output has. `hive`: it has the fingerprint, as a
+    folder's name, too. `delta`: it goes into a Delta table, to which `Label` and `label` are one."""
+    if taken := sorted(RESERVED.intersection(kept)):
+        raise ValueError(f"input.keep names {', '.join(taken)}, which the output has already. Rename or drop it")
+    if hive and (taken := [name for name in kept if name.lower() == "fingerprint"]):
+        raise ValueError(f"input.keep names {taken[0]}, which output.layout: hive makes a column of its own. Rename or drop it")
+    known = {name.lower(): name for name in (*kept, *PREDICTION.names, "embedding")} if delta else {}
+    for name in kept:
+        if (other := known.get(name.lower(), name)) != name:
+            raise ValueError(
+                f"publish: input.keep names {name}, and {other} is there too; required: names that differ by more than case, "
+                "for Delta. Rename or drop it"
+            )
+
+
 def pixels_array(pixels: np.ndarray, valid: Sequence[bool] | np.ndarray) -> pa.Array:
     """uint8 [K, 3, S, S], of the K rows that are true in `valid` [N], as one Arrow column of N, without copying the pixels."""
     pixels, mask = np.ascontiguousarray(pixels, dtype=np.uint8), np.asarray(valid, dtype=bool)

@@ -18,7 +18,7 @@ from pipeline.job.quantity import Bytes, Count, Fraction, Model, Pixels, Seconds
 from pipeline.job.resources import Cluster, Resources
 from pipeline.job.schedule import Schedule
 from pipeline.job.uris import above_days, absolute, absolute_input, holds
-from pipeline.rows import RESERVED
+from pipeline.rows import check_kept
 
 
 class S3(Model):
@@ -223,9 +223,8 @@ class Job(Model):
 
     @model_validator(mode="after")
     def _fits(self) -> Job:
-        taken = RESERVED.intersection(self.input.keep)
-        if taken:
-            raise ValueError(f"input.keep names {', '.join(sorted(taken))}, which the output has already. Rename or drop it")
+        delta = self.publish is not None and self.publish.format == "delta"
+        check_kept(self.input.keep, hive=self.output.layout == "hive", delta=delta)
         if re.search(r"[*?\[]", self.output.uri):
             raise ValueError(f"output.uri is {self.output.uri}; required: a folder, no pattern of *, ? or [. Take another name")
         if self.input.format == "parquet" and any(holds(uri, self.output.uri) for uri in self.input.uris):

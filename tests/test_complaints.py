@@ -89,6 +89,10 @@ def complaint(kind: str, lines: str) -> str:
         ),
         ("input: {uri: in/, keep: [cls, cls]}", "j:2: input: keep names one twice; required: each once. Drop one."),
         ("input: {uri: in/, keep: [label]}", "j: input.keep names label, which the output has already. Rename or drop it."),
+        (
+            "input: {uri: in/, keep: [Fingerprint]}\noutput: {uri: out/, layout: hive}",
+            "j: input.keep names Fingerprint, which output.layout: hive makes a column of its own. Rename or drop it.",
+        ),
         ("resources: {read: {tasks: 0}}", "j:5: resources.read.tasks is 0; required: 1 or more. Change it."),
         ("resources: {read: {tasks: 1.5}}", "j:5: resources.read.tasks is 1.5; required: a whole number. Change it."),
         ("resources: {read: {tasks: true}}", "j:5: resources.read.tasks is True; required: a whole number. Change it."),

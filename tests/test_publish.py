@@ -383,9 +383,13 @@ def test_what_cannot_be_published_is_refused_before_the_first_image():
         (b"output: {uri: o, probabilities: true}\npublish: {format: delta}", "float16"),
         (b"output: {uri: o}\npublish: {format: iceberg}", "table is missing"),
         (b"output: {uri: o}\npublish: {format: delta, table: a.b}", "table is a.b"),
+        (b"output: {uri: o}\ninput: {uri: a, keep: [Label]}\npublish: {format: delta}", "keep names Label, and label is there"),
+        (b"output: {uri: o}\ninput: {uri: a, keep: [x, X]}\npublish: {format: delta}", "keep names x, and X is there"),
     ):
         with pytest.raises(JobError, match=words):
-            parse_job(base + more)
+            parse_job((base.replace(b"input: {uri: a}\n", b"") if b"input:" in more else base) + more)
+    iceberg = b"publish: {format: iceberg, table: a.b}"
+    parse_job(base.replace(b"{uri: a}", b"{uri: a, keep: [Label, x, X]}") + b"output: {uri: o}\n" + iceberg)
 
 
 def test_a_catalog_that_is_not_there_is_a_sentence(tmp_path):
