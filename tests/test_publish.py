@@ -9,6 +9,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 from inprocess import without_ray
-from shards import write_tars
+from shards import picture, write_tars
 from test_nightly import invoke, write
 from test_retry import guard, loose
 from test_run import job, label, problems
+from typer.testing import CliRunner
 
-from pipeline.errors import Conflict, JobError, StoreError
+from pipeline.cli import app
+from pipeline.errors import Conflict, JobError, NightlabelError, StoreError
 from pipeline.job.jobfile import parse_job
 from pipeline.log import Log
 from pipeline.nights import generation
@@ -33,7 +36,7 @@ from pipeline.spec import Job
 from pipeline.start import fingerprint, load_model
 from pipeline.storage import join, open_store
 from pipeline.tables import publish as publishing
-from pipeline.tables.publish import Published, publish
+from pipeline.tables.publish import Published, check_columns, check_publisher, publish
 from pipeline.tables.published import File, Table
 
 FINGERPRINT = "0123456789ab"
@@ -390,6 +393,96 @@ def test_what_cannot_be_published_is_refused_before_the_first_image():
             parse_job((base.replace(b"input: {uri: a}\n", b"") if b"input:" in more else base) + more)
     iceberg = b"publish: {format: iceberg, table: a.b}"
     parse_job(base.replace(b"{uri: a}", b"{uri: a, keep: [Label, x, X]}") + b"output: {uri: o}\n" + iceberg)
+
+
+ODD = ("%20", "100%", "a%2fb", "a\\b", "a#b", "my labels", "f\xfc", "a+b", "it's", '"q"', "{x}", "a:b", "tab\t")
+
+
+@pytest.mark.parametrize("kind", ["delta", "iceberg"])
+@pytest.mark.parametrize("name", ODD)
+def test_a_table_lies_in_a_folder_of_any_name_or_is_refused_at_once(tmp_path, iceberg, kind, name):
+    wanted = {"format": kind} | ({"catalog": "night", "table": iceberg} if kind == "iceberg" else {})
+    labels = Labels(job("in", "model", tmp_path / name, publish=wanted), str(tmp_path / name / FINGERPRINT))
+    labels.put("a", parquet(["1", "2"], label=None))
+    if kind == "delta" and name in ("%20", "a%2fb", "a\\b", "tab\t"):
+        with pytest.raises(JobError, match=r"takes .* for something else; required: a path without it\. Change output\.uri"):
+            check_publisher(labels.job)
+        return
+    check_publisher(labels.job)
+    labels.publish()
+    labels.put("a", parquet(["1", "2"]), generation=1)
+    assert (labels.publish().removed, labels.publish().added, counts(labels)) == (1, 0, [("cat", 2, 2)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "uri"), [("delta", "s3://bucket/a#b"), ("iceberg", "s3://bucket/a#b"), ("delta", "s3://bucket/%20")]
+)
+def test_a_prefix_that_a_tables_library_reads_as_another_is_refused(kind, uri):
+    wanted = {"format": kind} | ({"table": "a.b"} if kind == "iceberg" else {})
+    with pytest.raises(JobError, match="for something else"):
+        check_publisher(job("in", "model", uri, publish=wanted))
+
+
+#: Columns at the end of their types' ranges: of what all readers should make the same.
+KEPT = {
+    "text": pa.array(["x"]),
+    "bytes": pa.array([b"x"]),
+    "int16": pa.array([-(2**15)], pa.int16()),
+    "int64": pa.array([2**63 - 1]),
+    "uint8": pa.array([255], pa.uint8()),
+    "uint16": pa.array([2**16 - 1], pa.uint16()),
+    "uint32": pa.array([2**32 - 1], pa.uint32()),
+    "uint64": pa.array([2**64 - 1], pa.uint64()),
+    "float16": pa.array([1.5]).cast(pa.float16()),
+    "float32": pa.array([1.5], pa.float32()),
+    "decimal": pa.array([Decimal("1.5")]),
+    "date": pa.array([1], pa.date32()),
+    "time": pa.array([1], pa.time64("us")),
+    "nanoseconds of a day": pa.array([1], pa.time64("ns")),
+    "duration": pa.array([1], pa.duration("us")),
+    "timestamp": pa.array([1], pa.timestamp("us")),
+    "utc": pa.array([1], pa.timestamp("us", "UTC")),
+    "zoned": pa.array([1], pa.timestamp("us", "Europe/Berlin")),
+    "list": pa.array([[1.5]]),
+    "struct": pa.array([{"a": 1}]),
+    "struct of uint64": pa.array([{"a": 2**64 - 1}], pa.struct([("a", pa.uint64())])),
+    "struct of a duration": pa.array([{"a": 1}], pa.struct([("a", pa.duration("s"))])),
+}
+
+
+@pytest.mark.parametrize("kind", ["delta", "iceberg"])
+@pytest.mark.parametrize("name", KEPT)
+def test_kept_columns_are_refused_at_once_if_the_table_could_not_have_them(tmp_path, iceberg, kind, name):
+    column = KEPT[name]
+    wanted = {"format": kind} | ({"catalog": "night", "table": iceberg} if kind == "iceberg" else {})
+    source = {"format": "parquet", "keep": ["extra"]}
+    labels = Labels(job(tmp_path / "in", "model", tmp_path / "out", input=source, publish=wanted), str(tmp_path / FINGERPRINT))
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"key": ["1"], "image": [b"x"], "extra": column}), tmp_path / "in/a.parquet")
+    labels.put("a", parquet(["1"], extra=column))
+    try:
+        labels.publish()
+        registered = read(labels).column("extra").to_pylist() == column.to_pylist()
+    except (NightlabelError, pa.ArrowException):
+        registered = False
+    if registered:
+        check_columns(labels.job)
+        return
+    with pytest.raises(JobError, match=re.escape(f"column extra of {tmp_path}/in is {column.type}, which {kind} has not")):
+        check_columns(labels.job)
+
+
+@pytest.mark.parametrize(
+    ("keep", "out", "words"),
+    [(["taken"], "labels", "column taken of in is timestamp"), ([], "a%20b", "takes '%20' in it for something else")],
+)
+def test_a_run_that_no_table_could_be_made_of_starts_nothing(here, model, keep, out, words):
+    table = pa.table({"key": ["1"], "image": [picture(1)], "taken": pa.array([1], pa.timestamp("us", "Europe/Berlin"))})
+    Path("in").mkdir()
+    pq.write_table(table, "in/a.parquet")
+    path = write(Path(), job("in", model, out, input={"format": "parquet", "keep": keep}, publish={"format": "delta"}))
+    done = CliRunner().invoke(app, ["run", str(path)])
+    assert (type(done.exception), words in str(done.exception), Path(out).exists()) == (JobError, True, False), done.exception
 
 
 def test_a_catalog_that_is_not_there_is_a_sentence(tmp_path):

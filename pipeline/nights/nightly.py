@@ -29,7 +29,7 @@ from pipeline.nights.notify import account, tell
 from pipeline.report import Receipt
 from pipeline.spec import Job
 from pipeline.storage import join, open_store
-from pipeline.tables.publish import Published, check_publisher, publish
+from pipeline.tables.publish import Published, check_columns, check_publisher, publish
 
 Policy = Literal["skip", "queue", "replace", "share"]
 Check = Callable[[], None]
@@ -162,6 +162,7 @@ def _each(template: Job, days: tuple[Day, ...], label: Label, check: Check, say:
 
 def _outcome(job: Job, label: Label, check: Check, day: Day, say: Say) -> Receipt | NightlabelError:
     try:
+        check_columns(job)
         receipt = label(job, check)
         return _as_it_stands(job, receipt) if day.again and receipt.run is None else receipt
     except NightlabelError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 from deltalake import DeltaTable, Schema
@@ -89,6 +89,25 @@ class Delta:
 
     def _path(self, uri: str) -> str:
         return uri.removeprefix(self.where.rstrip("/") + "/")
+
+
+def lacks(field: pa.Field) -> bool:
+    """Has Delta no type for it? Unsigned integers count as such: deltalake calls them signed ones of the same width, and then it
+    reads none from half of their range on, and polars none at all."""
+    try:
+        _converted(File("", 0, 0, pa.schema([field])))
+    except StoreError:
+        return True
+    return any(pa.types.is_unsigned_integer(kind) for kind in _leaves(field.type))
+
+
+def _leaves(kind: pa.DataType) -> Iterator[pa.DataType]:
+    """The types of the values in it: those of a list's items, a struct's fields, a map's keys and values."""
+    if not pa.types.is_nested(kind):
+        yield kind
+        return
+    for number in range(kind.num_fields):
+        yield from _leaves(kind.field(number).type)
 
 
 def _converted(file: File) -> Schema:

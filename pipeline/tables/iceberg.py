@@ -12,7 +12,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pyiceberg.catalog import load_catalog
+import pyarrow as pa
+from pyiceberg.catalog import Catalog, load_catalog
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, TableAlreadyExistsError, ValidationException
 from pyiceberg.io.pyarrow import UnsupportedPyArrowTypeException, parquet_files_to_data_files
 from pyiceberg.table import TableProperties, Transaction
@@ -25,6 +26,19 @@ from pipeline.tables.published import Changed, File
 if TYPE_CHECKING:
     from pyiceberg.manifest import DataFile
     from pyiceberg.table import Table
+
+
+#: pyiceberg (0.12) takes them, and fails of the smallest and largest values that it writes down of every file's own columns.
+_HALF_KNOWN = (pa.uint32(), pa.uint64(), pa.float16())
+
+
+def lacks(field: pa.Field) -> bool:
+    """Has Iceberg no type for it, or none that holds all of its values?"""
+    try:
+        Catalog._convert_schema_if_needed(pa.schema([field]))  # of format version 2, as tables are that are made here
+    except (UnsupportedPyArrowTypeException, ValueError, TypeError):
+        return True
+    return field.type in _HALF_KNOWN
 
 
 class _AsLookedAt(Transaction):

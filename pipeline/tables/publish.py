@@ -15,18 +15,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import StoreError, Temporary, UnfitError
+from pipeline.cut import kept_fields, list_inputs
+from pipeline.errors import JobError, StoreError, Temporary, UnfitError
 from pipeline.footer import reading
+from pipeline.job.uris import absolute
 from pipeline.log import Log
+from pipeline.names import spelt
 from pipeline.nights.generation import listing, newest
 from pipeline.spec import Job, Publish
-from pipeline.storage import Object, RangeFile, Store, join
+from pipeline.storage import Object, RangeFile, Store, join, open_store
 from pipeline.tables.published import Changed, File, Table
 
 ATTEMPTS = 5
 _OURS = re.compile(r"[/=]([0-9a-f]{12})/(generations/\d+/)?data/[0-9a-f]{32}\.parquet$")
+_LOOKED_AT = 16
+#: What deltalake (1.6) makes another path of, and finds no table there, for ever: it reads paths as URLs, and does so twice. On
+#: S3 it and pyiceberg leave out what stands behind a `#`.
+_MISREAD = r"%[0-9A-Fa-f]{2}|\\|[\x00-\x1f\x7f]"
 _PACKAGES = {"delta": "deltalake", "iceberg": "pyiceberg"}
 
 
@@ -48,11 +56,36 @@ class Published:
 
 
 def check_publisher(job: Job) -> None:
-    """Raises UnfitError when what the job's table needs is not installed: better before the images than after them."""
-    package = _PACKAGES[job.publish.format] if job.publish else ""
-    if job.publish and importlib.util.find_spec(package) is None:
+    """Raises UnfitError when what the job's table needs is not installed, or the table cannot lie where the output does: better
+    before the images than after them."""
+    if job.publish is None:
+        return
+    package = _PACKAGES[job.publish.format]
+    if importlib.util.find_spec(package) is None:
         do = f"Install the extra: pip install 'nightlabel[{job.publish.format}]'"
         raise UnfitError(f"publish needs {package}, which is not installed", do=do)
+    place = spelt(absolute(job.output.uri))
+    misread = [*([_MISREAD] if job.publish.format == "delta" else []), *(["#"] if place.startswith("s3://") else [])]
+    if misread and (found := re.search("|".join(misread), place)):
+        got = f"publish: the output lies in {place}, and {job.publish.format} takes {found[0]!r} in it for something else"
+        raise JobError(got, need="a path without it", do="Change output.uri, or leave publish out")
+
+
+def check_columns(job: Job) -> None:
+    """Raises JobError for a kept column that the job's table has no type for, by the first file of the input that can be read."""
+    if job.publish is None or job.input.format != "parquet" or not job.input.keep:
+        return
+    if job.publish.format == "delta":
+        from pipeline.tables.delta import lacks
+    else:
+        from pipeline.tables.iceberg import lacks
+    store = open_store(job.input.uris[0], job.input.s3)
+    # Not through thousands of footers when the column is in none, which the run says.
+    for field in kept_fields(store, job.input, list_inputs(store, job.input).inputs[:_LOOKED_AT]):
+        if not pa.types.is_null(field.type) and lacks(field):  # a column without values may have some in another file
+            got = f"publish: column {field.name} of {job.input.uris[0]} is {field.type}, which {job.publish.format} has not"
+            need = "columns that go into the table as they are"
+            raise JobError(got, need=need, do="Leave it out of input.keep, or write it as another type")
 
 
 def publish(job: Job, log: Log) -> Published | None:
