@@ -81,7 +81,7 @@ def check_columns(job: Job) -> None:
         from pipeline.tables.iceberg import lacks
     store = open_store(job.input.uris[0], job.input.s3)
     # Not through thousands of footers when the column is in none, which the run says.
-    for field in kept_fields(store, job.input, list_inputs(store, job.input).inputs[:_LOOKED_AT]):
+    for field in kept_fields(store, job.input, list_inputs(store, job.input, some=True).inputs[:_LOOKED_AT]):
         if not pa.types.is_null(field.type) and lacks(field):  # a column without values may have some in another file
             got = f"publish: column {field.name} of {job.input.uris[0]} is {field.type}, which {job.publish.format} has not"
             need = "columns that go into the table as they are"
