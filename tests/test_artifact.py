@@ -180,6 +180,46 @@ def test_state_dicts_of_timm_are_imported_with_timms_crop(tmp_path: Path, name: 
     np.testing.assert_allclose(theirs_sees, resize_and_crop(image, ours) / 255, atol=2.1 / 255)
 
 
+def test_folders_of_timm_are_imported_with_what_they_say(tmp_path: Path) -> None:
+    import timm
+    from timm.models import save_for_hf
+
+    theirs = timm.create_model("resnet34", pretrained=False, num_classes=3)
+    shake(theirs)
+    for safe, labels in ((True, ["ant", "bee", "cow"]), (False, None)):
+        folder = tmp_path / f"theirs-{safe}"
+        save_for_hf(theirs, str(folder), model_config={"label_names": labels} if labels else None, safe_serialization=safe)
+        artifact = import_model(str(folder), str(tmp_path / f"ours-{safe}"))
+        assert artifact.labels == (tuple(labels) if labels else ("class_0", "class_1", "class_2"))
+        assert artifact.preprocessing == PRESETS["timm"]
+        np.testing.assert_allclose(logits(build(artifact)), logits(theirs), atol=1e-4)
+    again = import_model(str(folder), str(tmp_path / "small"), preprocessing=Preprocessing(size=64), labels=("x", "y", "z"))
+    assert (again.preprocessing.size, again.labels) == (64, ("x", "y", "z"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"architecture": "resnetblur18"}, "architecture is 'resnetblur18'; required: resnet18, 34, 50, 101 or 152, plain"),
+        ({"global_pool": "max"}, "global_pool is 'max'; required: a plain ResNet"),
+        ({"model_args": {"output_stride": 8}}, "output_stride is 8; required: a plain ResNet"),
+        ({"label_names": "ant"}, "label_names is no list of names"),
+        ({"pretrained_cfg": {"input_size": [3, 224, 224]}}, "pretrained_cfg: 'crop_pct'"),
+        ({"pretrained_cfg": {"input_size": [1, 224, 224]}}, "required: a centre square of RGB"),
+    ],
+)
+def test_what_timm_would_run_otherwise_is_refused(tmp_path: Path, changed: dict[str, object], sentence: str) -> None:
+    """Weights of a blurred or dilated ResNet have the names and shapes of a plain one."""
+    import timm
+    from timm.models import save_for_hf
+
+    save_for_hf(timm.create_model("resnet18", pretrained=False, num_classes=3), str(tmp_path / "theirs"))
+    path = tmp_path / "theirs/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(ModelError, match=sentence):
+        import_model(str(tmp_path / "theirs"), str(tmp_path / "ours"))
+
+
 def test_the_three_presets_differ_and_torchvision_is_the_default(tmp_path: Path) -> None:
     from torchvision.models import ResNet18_Weights
 

@@ -26,7 +26,7 @@ nights.generation tables.published tables.delta tables.iceberg tables.publish ni
 nights.retried nights.retry
 ship submit
 prepare.extras prepare.outcome prepare.data prepare.metrics prepare.card
-prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate
+prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate prepare.timm_config
 prepare.importer prepare.augment prepare.images prepare.learner prepare.checkpoint prepare.epochs prepare.train
 prepare.workers prepare.dataset prepare.resume prepare.finetune prepare.distill prepare.digits
 prepare.onnx_export prepare.calibrate prepare.gate prepare.quantize

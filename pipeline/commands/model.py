@@ -40,7 +40,8 @@ def show(
 @prepare.command("import")
 def import_(
     source: Annotated[
-        str, typer.Argument(help="Hugging Face folder, weights file (.pth, .safetensors), or torchvision weights name.")
+        str,
+        typer.Argument(help="Hugging Face or timm folder, weights file (.pth, .safetensors), or torchvision weights name."),
     ],
     out: Annotated[str, typer.Argument(help="Folder of the new artifact; local or s3://.")],
     *,
@@ -75,9 +76,12 @@ def import_(
     typer.echo(f"sees    {preprocessing_text(artifact.preprocessing)}{_known(artifact.preprocessing)}")
     typer.echo(f"        not what it was trained with? Import into another folder with --preprocessing {_CHOICE}")
     if source.endswith(WEIGHTS_FILES):
-        stem = "a 3 × 3 stem of stride 1 without pooling" if artifact.architecture.stem == "small" else "a plain ResNet's"
-        typer.echo(f"assumed {stem}: strides, pooling and blur cannot be told from weights")
+        typer.echo(f"assumed {_stem(artifact.architecture.stem)}: strides, pooling and blur cannot be told from weights")
     typer.echo(f"next    nightlabel model show {shlex.quote(out)}")
+
+
+def _stem(stem: str) -> str:
+    return "a 3 × 3 stem of stride 1 without pooling" if stem == "small" else "a plain ResNet's"
 
 
 def _preprocessing(preset: Preset | None, size: int | None) -> Preprocessing | None:

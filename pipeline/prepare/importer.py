@@ -1,4 +1,4 @@
-"""Weights from elsewhere → artifact: torchvision's by name, state dicts in files, Hugging Face folders with pickled weights.
+"""Weights from elsewhere → artifact: torchvision's by name, state dicts in files, folders of Hugging Face's and of timm's.
 
 The architecture is read off the names and shapes of the parameters; what is not a plain ResNet by these is refused. Strides,
 pooling and blur leave no trace in them: those of a plain one are assumed, and whoever imports is told. Pickles are read with
@@ -28,6 +28,7 @@ from pipeline.errors import InputMissing, ModelError, Temporary, first_line
 from pipeline.model.huggingface import Architecture, read_config, read_preprocessor
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.card import LIBRARY_NAME, folder_name, model_card
+from pipeline.prepare.timm_config import read_timm
 from pipeline.storage import join, open_store
 
 WEIGHTS_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -61,7 +62,7 @@ def import_model(
     command: str = "",
 ) -> Artifact:
     """Write `source` as an artifact to `out_uri`: torchvision's name of weights (`ResNet18_Weights.IMAGENET1K_V1`), a file with a
-    state dict (.safetensors, .pth, .pt, .bin, .ckpt), or a Hugging Face folder.
+    state dict (.safetensors, .pth, .pt, .bin, .ckpt), or a folder of transformers or timm, as the Hugging Face Hub has them.
 
     `labels` and `preprocessing` replace what the source says. A state dict says nothing: 1,000 classes get ImageNet's labels,
     others class_0 and so on; the crop is torchvision's, 256 → 224 bilinear (preprocessing.PRESETS has two more).
@@ -174,7 +175,12 @@ def _torchvision(name: str) -> Source:
 
 
 def _folder(uri: str, preprocessing: Preprocessing | None) -> Source:
-    architecture, labels = read_config(_fetch(join(uri, CONFIG)), join(uri, CONFIG))
+    config, where = _fetch(join(uri, CONFIG)), join(uri, CONFIG)
+    architecture: Architecture | None = None
+    if (timm := read_timm(config, where)) is not None:
+        labels, preprocessing = timm[0], preprocessing or timm[1]
+    else:
+        architecture, labels = read_config(config, where)
     if preprocessing is None:
         where, do = join(uri, PREPROCESSOR), "Restore it, or say what the model was trained to see with --preprocessing"
         preprocessing = read_preprocessor(_fetch(where, do), where)
