@@ -128,7 +128,7 @@ class Distant:
     first_byte: float
     rate: float
 
-    def read(self, uri: str, *, start: int = 0, stop: int | None = None, etag: str | None = None) -> bytes:
+    def read(self, uri: str, *, start: int = 0, stop: int | None = None, pinned: Any = None) -> bytes:
         size = (stop or 0) - start
         time.sleep(self.first_byte + size / self.rate)
         return bytes(size)
