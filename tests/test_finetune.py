@@ -18,12 +18,12 @@ from trainings import SIDES, SMALL, accuracy, picture, tiny_artifact, write_shar
 
 from pipeline.artifact import Artifact, build, load_artifact, save_artifact
 from pipeline.errors import InputMissing, JobError, ModelError, StoreError
-from pipeline.job.training import FinetuneJob, RandomNetwork
+from pipeline.job.training import FinetuneJob, RandomNetwork, Training
 from pipeline.model.huggingface import Architecture
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.finetune import architecture_of, classifier_line, run_job, starting_network
 from pipeline.prepare.images import labelled, read_images
-from pipeline.prepare.resume import finished
+from pipeline.prepare.resume import finished, job_key
 from pipeline.prepare.train import Worker
 from pipeline.spec import Input
 from pipeline.storage import open_store
@@ -95,6 +95,20 @@ def test_an_artifact_with_its_origin(tmp_path: Path, start: str):
     images = torch.rand(2, 3, 16, 16)
     with torch.inference_mode():
         assert torch.allclose(theirs(images).logits, build(made)(images), atol=1e-4)
+
+
+def test_a_field_that_a_later_version_adds_makes_no_other_training_of_an_old_job(tmp_path: Path):
+    class LaterTraining(Training):
+        fresh: float = 0.5
+
+    class Later(FinetuneJob):
+        training: LaterTraining = LaterTraining()
+
+    old = job(write_shards(tmp_path / "in", 4), tmp_path / "out")
+    content = old.model_dump(mode="json")
+    assert job_key(Later.model_validate(content), []) == job_key(old, [])
+    content["training"]["fresh"] = 0.7
+    assert job_key(Later.model_validate(content), []) != job_key(old, [])
 
 
 def test_a_finished_job_does_nothing_and_another_one_is_refused(tmp_path: Path, start: str):

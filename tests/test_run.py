@@ -470,6 +470,14 @@ def test_demand_beyond_the_machine_is_refused(tmp_path, model, on_ray):
         label(job(tmp_path / "in", model, tmp_path / "out", resources={"preprocess": {"actors": 9}}))
 
 
+def test_a_job_that_this_machine_cannot_hold_starts_no_ray(model, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("pipeline.cluster.connect", lambda _: pytest.fail("Ray was started"))
+    wanted = job("in", model, "out", resources={"preprocess": {"actors": 10_000}})
+    with pytest.raises(JobError, match=r"asks for .* CPUs .* on this machine\. Lower the actors"), cluster(wanted, tell=print):
+        pass
+
+
 def test_a_run_that_waits_for_nodes_goes_on_telling(model, on_ray, monkeypatch):
     """Else metrics take it for one that hangs, and a run that is to take over is not seen."""
     monkeypatch.setattr("pipeline.cluster.FREE_S", 0)

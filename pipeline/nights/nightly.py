@@ -179,7 +179,7 @@ def _as_it_stands(job: Job, receipt: Receipt) -> Receipt:
     log = Log(open_store(receipt.where, job.output.s3), receipt.where)
     footers = list(last_labelled(log, pa.array([item.uri for item in inputs], pa.string())))
     sums, failures = totals(footers), sum((Counter(footer.failures) for footer in footers), Counter[str]())
-    if not exceeds(sums["failed"], job.limits.max_failed, of=sums["in"]):
+    if receipt.exit_code or not exceeds(sums["failed"], job.limits.max_failed, of=sums["in"]):  # an absent input is graver
         return receipt
     return replace(
         receipt,

@@ -49,8 +49,7 @@ class Augmentation:
         if self._crops:
             pixels = torch.from_numpy(image).permute(2, 0, 1)
         else:
-            pixels = torch.from_numpy(
-                np.require(resize_and_crop(image, self._preprocessing), requirements="W")
-            )  # a strip's is not
+            crop = resize_and_crop(image, self._preprocessing)
+            pixels = torch.from_numpy(np.require(crop, requirements="W"))  # a strip's is not to be written to, and torch warns
         changed: Tensor = self._change(pixels)
         return changed.contiguous()

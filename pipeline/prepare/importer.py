@@ -78,7 +78,7 @@ def import_model(
     wrong = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if wrong:
         raise ModelError(
-            f"{source}: {wrong[0]} holds numbers that are not finite", do="Take an earlier checkpoint of the training"
+            f"{source}: {wrong[0]} holds nan or infinity", need="finite numbers", do="Take an earlier checkpoint of the training"
         )
     seen = infer_architecture(state, source)
     artifact = make_artifact(

@@ -37,7 +37,7 @@ def _labels(config: dict[str, Any], where: str) -> tuple[str, ...] | None:
     if names is None:
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ModelError(f"{where}: label_names is no list of names", do="Mend it, or give --labels")
+        raise ModelError(f"{where}: label_names is {names!r}", need="a list of names", do="Mend it")
     return tuple(names)
 
 
@@ -50,4 +50,7 @@ def _preprocessing(seen: Any, where: str) -> Preprocessing:
             )
         return Preprocessing(height, seen["crop_pct"], seen["interpolation"], tuple(seen["mean"]), tuple(seen["std"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{where}: pretrained_cfg: {error}", do="Mend it, or give --preprocessing") from error
+        need = "input_size, crop_pct, interpolation, mean and std, as timm writes them"
+        raise ModelError(
+            f"{where}: pretrained_cfg: {error}", need=need, do="Mend it, or import the weights file alone"
+        ) from error
