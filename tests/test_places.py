@@ -101,6 +101,19 @@ def test_an_input_that_is_missing_costs_no_other_its_labels(tmp_path: Path, mode
     assert nightlabel("run")[0] == 0
 
 
+def test_an_absent_input_is_graver_than_too_many_failures_in_every_attempt(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    for name, data in (("1.jpg", picture(1)), ("2.jpg", b"<html>")):
+        Path(f"in/{name}").write_bytes(data)
+    job(model, input={"uri": ["in", "gone"], "format": "images"})
+    assert [nightlabel("run", *again)[0] for again in ((), (), ("--again",))] == [3, 3, 3]
+    job(model, input={"uri": ["in"], "format": "images"})
+    assert [nightlabel("run", *again)[0] for again in ((), ("--again",))] == [0, 4]
+
+
 def test_a_link_that_leads_nowhere_costs_itself(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("in").mkdir()
