@@ -12,15 +12,15 @@ import pyarrow as pa
 import pytest
 import torch
 from pydantic import ValidationError
-from trainings import SMALL, accuracy, picture, tiny_network
+from trainings import SMALL, accuracy, loss_of, picture, tiny_network
 
 from pipeline.errors import JobError, ModelError, StoreError, Temporary, UnfitError
 from pipeline.job.training import Augment, Training, Workers
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.model.resnet import ResNet
-from pipeline.prepare.checkpoint import read, replace
+from pipeline.prepare.checkpoint import BEST, read, replace
 from pipeline.prepare.images import Images
-from pipeline.prepare.learner import CrossEntropy, Learner, balanced_weights, decay_groups, warmup_cosine
+from pipeline.prepare.learner import MEASURED, CrossEntropy, Learner, balanced_weights, decay_groups, warmup_cosine
 from pipeline.prepare.train import Result, Worker, fit
 
 QUICK = Training(epochs=3, batch_size=8, learning_rate=3e-3, augment=Augment(crop=(1, 1), flip=False))
@@ -245,7 +245,7 @@ def test_logits_are_float32_in_half_precision(tmp_path: Path):
 
 
 def test_stops_early_and_keeps_the_best_epoch(tmp_path: Path):
-    wrong = mislabelled(16)
+    wrong = mislabelled(40)  # three batches
     result, _ = trained(tmp_path, QUICK.model_copy(update={"epochs": 12, "patience": 2}), data=(pictures(64), wrong))
     assert result.stopped_early
     assert result.best.number == len(result.epochs) - 2
@@ -260,6 +260,52 @@ def test_stops_early_and_keeps_the_best_epoch(tmp_path: Path):
 )
 def test_other_ways_of_training_learn_too(tmp_path: Path, changes: dict[str, object]):
     assert trained(tmp_path, Training.model_validate(QUICK.model_dump() | {"epochs": 5, **changes}))[0].best.accuracy > 0.9
+
+
+def test_of_epochs_that_are_right_as_often_the_surest_is_kept(tmp_path: Path):
+    result, _ = trained(tmp_path, QUICK.model_copy(update={"epochs": 6, "patience": 6}))
+    equal = [epoch for epoch in result.epochs if epoch.accuracy == result.best.accuracy]
+    assert len(equal) > 1, "nothing to choose from"
+    assert result.best == min(equal, key=lambda epoch: epoch.validation_loss)
+    assert result.best.validation_loss < equal[0].validation_loss
+    network = tiny_network()
+    network.load_state_dict(result.weights)
+    assert loss_of(network, pictures(16, first=64)) == pytest.approx(result.best.validation_loss, abs=1e-5)
+
+
+def test_the_epoch_to_keep_has_most_images_right_and_of_as_many_the_smaller_loss():
+    """In several batches, the last of them smaller: the loss is the mean over images, and one image more outweighs any loss."""
+    labels = torch.arange(37) % 2
+    learner = Learner(tiny_network(), CrossEntropy(0.0), SMALL, QUICK)
+    said: dict[str, float] = {}
+    learner.log = lambda name, value: said.update({name: float(value)})
+
+    def score(right: int, sure: float) -> float:
+        guess = torch.where(torch.arange(37) < right, labels, 1 - labels)
+        logits = sure * torch.nn.functional.one_hot(guess, 2).float()
+        parts = iter(logits.split(16))
+        learner.network = torch.nn.Module()
+        learner.network.forward = lambda _: next(parts)
+        learner.loss.update(1.0)
+        for some in labels.split(16):
+            learner.validation_step((torch.zeros(len(some), 3, 16, 16, dtype=torch.uint8), some), 0)
+        learner.on_validation_epoch_end()
+        assert said["accuracy"] == pytest.approx(right / 37)
+        assert said["validation_loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+        return said["score"]
+
+    assert score(20, 0.1) < score(21, 9.0) < score(21, 5.0) < score(22, 20.0) < score(37, 0.1) < score(37, 9.0)
+
+
+def test_what_is_told_of_the_best_epoch_is_what_its_weights_came_to(tmp_path: Path):
+    """A kill between the two checkpoints of an epoch may leave the weights of one that came again with other figures."""
+    first, _ = trained(tmp_path)
+    lost = read(tmp_path / BEST)
+    lost[MEASURED] |= {"number": 2, "accuracy": 0.75, "loss": 0.5, "validation_loss": 0.25}
+    torch.save(lost, tmp_path / BEST)
+    again, _ = trained(tmp_path)
+    assert (again.best.number, again.best.accuracy, again.best.loss, again.best.validation_loss) == (2, 0.75, 0.5, 0.25)
+    assert again.epochs == first.epochs
 
 
 def test_another_objective_is_used(tmp_path: Path):

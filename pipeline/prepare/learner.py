@@ -113,7 +113,8 @@ class Learner(pl.LightningModule):
         pixels, labels = batch
         logits = self.network(self.normalise(pixels))
         self.accuracy.update(logits, labels)
-        self.validation_loss.update(F.cross_entropy(logits, labels), len(labels))
+        # Image by image, and so counted: of a batch's mean MeanMetric forgets the weight where it is not to look for nan (1.9).
+        self.validation_loss.update(F.cross_entropy(logits, labels, reduction="none"))
 
     def on_validation_epoch_end(self) -> None:
         """Measured on all validation images by every worker, so nothing has to be added up."""
