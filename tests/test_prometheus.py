@@ -107,10 +107,12 @@ def test_the_longest_gap_of_a_schedule(cron, hours):
 
 def test_only_a_scheduled_job_says_when_a_success_is_due():
     told = []
-    for more in ({}, {"schedule": {"cron": "0 2 * * *"}}, {"schedule": {"cron": "0 2 * * 1"}, "limits": {"deadline": "6h"}}):
+    queues = {"cron": "0 2 * * *", "if_running": "queue", "wait": "3h"}
+    daily, weekly = {"schedule": {"cron": "0 2 * * *"}}, {"schedule": {"cron": "0 2 * * 1"}, "limits": {"deadline": "6h"}}
+    for more in ({}, daily, weekly, {"schedule": queues}):
         account = Metrics(None, Job.model_validate(JOB.model_dump(mode="json") | more), say=silence).account
         told.append(values(account.text()).get("success_every_seconds"))
-    assert told == [None, 26 * 3600, (7 * 24 + 6) * 3600]
+    assert told == [None, 26 * 3600, (7 * 24 + 6) * 3600, 29 * 3600]
 
 
 def silence(_: str) -> None:

@@ -136,13 +136,13 @@ def test_the_deadline_is_of_every_day_and_every_attempt(text: str, date: str, da
 
     last = 1800 + days * (3600 + 600)
     assert spec("rayjob", "RayJob")["activeDeadlineSeconds"] == last
-    assert spec("raycronjob", "RayCronJob")["jobTemplate"]["activeDeadlineSeconds"] == last
-    queued = last + 6 * 3600  # for the lease, in the pod itself
+    queued = last + 6 * 3600  # for another night: its lease in the driver, its RayJob in what applies
+    assert spec("raycronjob", "RayCronJob")["jobTemplate"]["activeDeadlineSeconds"] == queued
     assert spec("cronjob", "CronJob")["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 2 * queued
     skipping = spec("cronjob", "CronJob", text.replace("if_running: queue", "if_running: skip"))
     assert skipping["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 2 * last
     applied = spec("cronjob", "CronJob", text.replace("memory: 8GiB}", workers))
-    assert applied["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 2 * last
+    assert applied["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 2 * queued
 
 
 def test_what_the_job_says_is_in_the_ray_job():

@@ -52,6 +52,11 @@ class Schedule(Model):
     """With `--date today` or `yesterday`: how far back to look for days that are not labelled, in whole days, such as `7d`. A day
     of which no uri has input is passed over, one that is labelled costs a listing."""
 
+    @property
+    def queues_for(self) -> float:
+        """Seconds that a run may wait for another one before it begins."""
+        return self.wait if self.if_running == "queue" else 0.0
+
 
 def days_of(text: str, timezone: str = "UTC", *, now: datetime | None = None) -> tuple[str, ...]:
     """The days that `--date` names, oldest first, as YYYY-MM-DD. Raises ValueError: it names none."""

@@ -120,10 +120,7 @@ def local_cron_job(job: Job, cluster: Cluster, site: Site, *, command: list[str]
     template = ray_pod(site, size, command=command, job_file=True, spot=True)
     # Ray listens on the pod's address: a token, which it makes up itself, keeps the neighbours out.
     template["spec"]["containers"][0]["env"].append({"name": "RAY_AUTH_MODE", "value": "token"})
-    seconds = attempt_seconds(job, days)
-    if seconds is not None and schedule.if_running == "queue":  # the driver waits in here, before its own deadline begins
-        seconds += int(schedule.wait)
-    return [_cron_job(site, template, schedule, hopeless=_HOPELESS, seconds=seconds)]
+    return [_cron_job(site, template, schedule, hopeless=_HOPELESS, seconds=attempt_seconds(job, days, schedule))]
 
 
 def apply_cron_job(
@@ -155,7 +152,7 @@ def apply_cron_job(
             "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name},
             "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": site.settings.namespace}],
         },
-        _cron_job(site, template, schedule, hopeless=_FOLLOWED, seconds=attempt_seconds(job, days)),
+        _cron_job(site, template, schedule, hopeless=_FOLLOWED, seconds=attempt_seconds(job, days, schedule)),
     ]
 
 

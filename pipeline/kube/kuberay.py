@@ -88,7 +88,7 @@ class RayCronJob(TypedDict):
 
 def ray_job(job: Job, cluster: Cluster, site: Site, *, entrypoint: str, days: int) -> RayJob:
     """The run as a RayJob; `days` is how many it labels at most."""
-    spec = _spec(job, cluster, site, entrypoint, days)
+    spec = _spec(job, cluster, site, entrypoint, attempt_seconds(job, days))
     spec["suspend"] = site.settings.suspend
     return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": site.meta(), "spec": spec}
 
@@ -100,7 +100,7 @@ def ray_cron_job(job: Job, cluster: Cluster, site: Site, *, entrypoint: str, sch
         "schedule": schedule.cron,
         "timeZone": schedule.timezone,
         "suspend": site.settings.suspend,
-        "jobTemplate": _spec(job, cluster, site, entrypoint, days),
+        "jobTemplate": _spec(job, cluster, site, entrypoint, attempt_seconds(job, days, schedule)),
     }
     return {"apiVersion": "ray.io/v1", "kind": "RayCronJob", "metadata": site.meta(), "spec": spec}
 
@@ -111,14 +111,16 @@ def _nodes_seconds(job: Job) -> int:
     return _NODES_S if wait is None else int(wait)
 
 
-def attempt_seconds(job: Job, days: int) -> int | None:
-    """How long an attempt may take, nodes and all; None: it has no deadline. The driver's own begins anew for every day."""
+def attempt_seconds(job: Job, days: int, schedule: Schedule | None = None) -> int | None:
+    """How long an attempt may take, nodes and all; None: it has no deadline. The driver's own begins anew for every day, and
+    after the wait for another run, where the `schedule` has it wait."""
     if job.limits.deadline is None:
         return None
-    return _nodes_seconds(job) + days * (int(job.limits.deadline) + _CLOSING_S)
+    wait = schedule.queues_for if schedule else 0
+    return _nodes_seconds(job) + int(wait) + days * (int(job.limits.deadline) + _CLOSING_S)
 
 
-def _spec(job: Job, cluster: Cluster, site: Site, entrypoint: str, days: int) -> RayJobSpec:
+def _spec(job: Job, cluster: Cluster, site: Site, entrypoint: str, seconds: int | None) -> RayJobSpec:
     submitter = pod(site, container("ray-job-submitter", site, _SUBMITTER))
     submitter["spec"]["restartPolicy"] = "Never"
     # KubeRay tries again after any exit code but 0, also after 4, when everything is committed and nothing is left to do.
@@ -134,7 +136,7 @@ def _spec(job: Job, cluster: Cluster, site: Site, entrypoint: str, days: int) ->
         "submitterPodTemplate": submitter,
         "rayClusterSpec": _cluster(job, cluster, site),
     }
-    if (seconds := attempt_seconds(job, days)) is not None:
+    if seconds is not None:
         # The driver's own deadline comes first. This one ends what no longer listens, and KubeRay does not try again after it.
         spec["activeDeadlineSeconds"] = seconds
     return spec
