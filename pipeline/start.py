@@ -10,7 +10,7 @@ from functools import partial
 
 from pipeline.artifact import Artifact, load_artifact
 from pipeline.commit import Provenance, retire_unit
-from pipeline.cut import count_suffixes, cut, kept_fields, list_inputs
+from pipeline.cut import Listing, count_suffixes, cut, kept_fields, list_inputs
 from pipeline.engines.onnx_engine import check_int8
 from pipeline.errors import InputMissing, ModelError, PermissionDenied, StoreError, Temporary, Unidentified
 from pipeline.job.jobfile import dump_job
@@ -67,15 +67,21 @@ def plan_job(job: Job, artifact: Artifact, *, write: bool = True, tell: Callable
     listing = list_inputs(store, job.input, some=tell is not None)
     if listing.ignored and tell is not None:
         tell("ignored", suffixes=dict(listing.ignored), text=count_suffixes(listing.ignored))
-    if listing.missing and tell is not None:
-        errors = {uri: str(error) for uri, error in listing.missing.items()}
-        tell("missing", errors=errors, text="\nmissing: ".join(errors.values()))
+    if tell is not None:
+        tell_missing(listing, tell)
     cutter = partial(cut, store, job.input, tasks=job.resources.read.tasks)
 
     def retire(unit: Unit) -> bool:
         return not write or split_unit(log, unit, job, artifact, why="one of its inputs was replaced or is gone")
 
     return log, make_plan(log, listing.inputs, cutter, present=partial(present, store), retire=retire, write=write)
+
+
+def tell_missing(listing: Listing, tell: Callable[..., None]) -> None:
+    """`tell` hears of the URIs that have no input, if there are any."""
+    if listing.missing:
+        errors = {uri: str(error) for uri, error in listing.missing.items()}
+        tell("missing", errors=errors, text="\nmissing: ".join(errors.values()))
 
 
 def split_unit(log: Log, unit: Unit, job: Job, artifact: Artifact, *, why: str) -> bool:

@@ -417,6 +417,17 @@ def test_a_retry_leaves_a_unit_of_which_a_shard_is_gone(tmp_path, model, monkeyp
     assert problems(wanted) == []
 
 
+def test_a_uri_without_input_is_told_and_the_others_are_retried(two_classes, tmp_path):
+    without_input = [two_classes.input.uri, str(tmp_path / "gone")]
+    wanted = two_classes.model_copy(update={"input": two_classes.input.model_copy(update={"uri": without_input})})
+    for failure, retried in (("NOT_AN_IMAGE", 1), ("TRUNCATED", 0)):
+        done = retry(wanted, failure)
+        assert (done.retried, done.exit_code) == (retried, 3)
+        (line,) = [line for line in done.lines() if line.startswith("left ")]
+        assert "INPUT_MISSING" in line
+        assert str(tmp_path / "gone") in line
+
+
 def test_rows_wait_in_the_store_for_their_turn_and_rotten_ones_are_a_conflict(tmp_path, model, monkeypatch):
     without_ray(monkeypatch)
     (tmp_path / "in").mkdir()

@@ -41,12 +41,11 @@ class Retried:
 
     def lines(self) -> list[str]:
         """For a screen."""
-        names = ", ".join(self.classes)
+        names, left = ", ".join(self.classes), [f"left    {item.error_class}: {item.error}" for item in self.trouble[:10]]
         if self.generation is None:
-            return [f"nothing to retry: no image of {self.job} failed with {names}, of inputs that are still there"]
+            return [f"nothing to retry: no image of {self.job} failed with {names}, of inputs that are still there", *left]
         state = "done" if self.units == self.units_done else "not finished"
         lines = [f"{state}: {self.retried:,} images retried ({names}), {self.mended:,} labelled now"]
         if self.failures:
             lines.append("failed  " + ", ".join(f"{name} {number:,}" for name, number in self.failures.items()))
-        lines += [f"left    {item.error_class}: {item.error}" for item in self.trouble[:10]]
-        return [*lines, f"where   {self.where}", f"units   {self.units_done} of {self.units}, generation {self.generation}"]
+        return [*lines, *left, f"where   {self.where}", f"units   {self.units_done} of {self.units}, generation {self.generation}"]

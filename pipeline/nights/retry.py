@@ -35,7 +35,7 @@ from pipeline.plan import Plan
 from pipeline.report import exit_code
 from pipeline.rows import TIMINGS, Failure
 from pipeline.spec import Job
-from pipeline.start import CODE_VERSION, load_model, open_log, present
+from pipeline.start import CODE_VERSION, load_model, open_log, present, tell_missing
 from pipeline.storage import Object, Store, open_store
 from pipeline.unit import Part, Unit, bytes_of
 from pipeline.verify import verify
@@ -86,7 +86,9 @@ class Retry(Driver):
         generation = self._plan()
         units = tuple(task.unit for task in self._tasks.values())
         if not units:
-            return Retried(self.job.name, log.root, self.classes)
+            missing = self.attempt.missing
+            code = exit_code(missing, left=0, done=0, rows=0, failed=0, limit=self.job.limits.max_failed)
+            return Retried(self.job.name, log.root, self.classes, trouble=missing, exit_code=code)
         plan = Plan(RUN, units, generation.standing([unit.id for unit in units]).committed)
         for task in [self._tasks[unit.id] for unit in plan.todo if not self._tasks[unit.id].only]:  # their inputs are gone since
             commit_unit(generation, task.unit, _read(log.store, task.uri), Provenance(log.fingerprint, "", CODE_VERSION))
@@ -122,15 +124,16 @@ class Retry(Driver):
         """Fills the tasks: the units of the generation, planned now or before. Raises JobError when another one is unfinished."""
         log, job = self.log, self.job
         store = open_store(job.input.uris[0], job.input.s3)
-        listed = list_inputs(store, job.input, some=True).inputs
-        pins = {(item.uri, item.etag, item.size) for item in listed}
+        listing = list_inputs(store, job.input, some=True)
+        tell_missing(listing, self.attempt.tell)
+        pins = {(item.uri, item.etag, item.size) for item in listing.inputs}
 
         def is_there(part: Part) -> bool:
             return part.input in pins or present(store, part)  # a job may list less than the one that planned
 
         generation = to_plan(log, self.classes)
         planned = generation.runs()
-        units = planned[0].units if planned else self._candidates(listed)
+        units = planned[0].units if planned else self._candidates(listing.inputs)
         versions = newest(log, before=generation.number)
         with ThreadPoolExecutor(16) as pool:
             tasks = list(pool.map(lambda unit: self._task(unit, versions[unit.id].uri, is_there), units))
@@ -167,7 +170,7 @@ class Retry(Driver):
         done = [unit for unit in plan.units if unit.id in plan.committed]
         footers = list(verify(generation, done))
         left = {unit.id for unit in plan.todo}
-        trouble = tuple(item for item in self.attempt.trouble.values() if item.unit in left)
+        trouble = (*self.attempt.missing, *(item for item in self.attempt.trouble.values() if item.unit in left))
         retried = sum(len(self._tasks[footer.unit].only) for footer in footers)
         ok_before = sum(self._tasks[footer.unit].ok for footer in footers)
         everything = footers if left else read_footers(generation.store, list(newest(generation.base).values()))
