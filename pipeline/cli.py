@@ -96,9 +96,12 @@ def plan(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     """Show what a run would do. Starts nothing and writes nothing."""
     from pipeline.job.jobfile import load_label_job
     from pipeline.start import load_model, plan_job
+    from pipeline.tables.publish import check_columns, check_publisher
     from pipeline.unit import bytes_of
 
     loaded = load_label_job(job, date=date)
+    check_publisher(loaded)
+    check_columns(loaded)
     told: dict[str, dict[str, Any]] = {}
     artifact = load_model(loaded, weights=False)
     log, planned = plan_job(loaded, artifact, write=False, tell=lambda event, **fields: told.update({event: fields}))

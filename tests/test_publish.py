@@ -472,16 +472,18 @@ def test_kept_columns_are_refused_at_once_if_the_table_could_not_have_them(tmp_p
         check_columns(labels.job)
 
 
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("command", [["run"], ["plan"], ["retry-failed", "--class", "CORRUPT"]], ids=lambda command: command[0])
 @pytest.mark.parametrize(
     ("keep", "out", "words"),
     [(["taken"], "labels", "column taken of in is timestamp"), ([], "a%20b", "takes '%20' in it for something else")],
 )
-def test_a_run_that_no_table_could_be_made_of_starts_nothing(here, model, keep, out, words):
+def test_a_run_that_no_table_could_be_made_of_starts_nothing(model, keep, out, words, command):
     table = pa.table({"key": ["1"], "image": [picture(1)], "taken": pa.array([1], pa.timestamp("us", "Europe/Berlin"))})
     Path("in").mkdir()
     pq.write_table(table, "in/a.parquet")
     path = write(Path(), job("in", model, out, input={"format": "parquet", "keep": keep}, publish={"format": "delta"}))
-    done = CliRunner().invoke(app, ["run", str(path)])
+    done = CliRunner().invoke(app, [*command, str(path)])
     assert (type(done.exception), words in str(done.exception), Path(out).exists()) == (JobError, True, False), done.exception
 
 

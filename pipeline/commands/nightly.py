@@ -35,11 +35,12 @@ def retry_failed(
     from pipeline.nights.nightly import leased, publish_labels, with_table
     from pipeline.nights.retry import Retry, parse_classes  # brings Ray
     from pipeline.screen import Screen
-    from pipeline.tables.publish import check_publisher
+    from pipeline.tables.publish import check_columns, check_publisher
 
     template, wanted = load_label_template(job), parse_classes(classes)
     loaded = one_day(template, date, name=str(job))
     check_publisher(loaded)
+    check_columns(loaded)
     with leased(template, say=say, if_running=if_running) as check:
         if check is None:
             _print_skipped(as_json)

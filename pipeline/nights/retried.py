@@ -48,4 +48,5 @@ class Retried:
         lines = [f"{state}: {self.retried:,} images retried ({names}), {self.mended:,} labelled now"]
         if self.failures:
             lines.append("failed  " + ", ".join(f"{name} {number:,}" for name, number in self.failures.items()))
-        return [*lines, *left, f"where   {self.where}", f"units   {self.units_done} of {self.units}, generation {self.generation}"]
+        units = f"units   {self.units_done} of {self.units}, generation {self.generation}"
+        return [*lines, *left, f"where   {self.where}", units]
