@@ -47,6 +47,7 @@ class Attempt:
     passes: int = 0
     seams: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMINGS, 0.0))
     labels: Counter[str] = field(default_factory=Counter)
+    filled: set[str] = field(default_factory=set)  # columns with a value in any row
     trouble: dict[str, UnitTrouble] = field(default_factory=dict)
     missing: tuple[UnitTrouble, ...] = ()
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -90,6 +91,7 @@ class Attempt:
             self.seams = {seam: self.seams[seam] + spent for seam, spent in seconds.items()}
             counts = pc.value_counts(rows.column("label").drop_null())
             self.labels.update({item["values"]: item["counts"] for item in counts.to_pylist()})
+            self.filled.update(name for name in rows.column_names if rows.column(name).null_count < rows.num_rows)
         self.tell("commit", unit=footer.unit, rows=footer.rows_in, failed=footer.failed, ours=ours)
 
     def blame(self, unit: Unit, error_class: str, error: str, *, buffer: UnitBuffer | None = None) -> None:
@@ -106,10 +108,7 @@ class Attempt:
 
     def receipt(self, job: Job, plan: Plan, artifact: Artifact, footers: Iterable[Footer], *, log: Log, before: int) -> Receipt:
         """`footers` of all units that are done, read back; `before` of them were done when this attempt began."""
-        done, failures = Counter[str](), Counter[str]()
-        for footer in footers:  # a million of them, with their inputs, are not to be held at once
-            done.update({name: getattr(footer, name) for name in ("rows_in", "ok", "failed", "compared", "same_label")}, units=1)
-            failures.update(footer.failures)
+        done, failures = _sums(footers)
         left = {unit.id for unit in plan.todo}
         units, rows, failed = (done[name] for name in ("units", "rows_in", "failed"))
         self.tell("verified", units=units, rows=rows, failed=failed, left=len(left))
@@ -134,6 +133,7 @@ class Attempt:
             failures=dict(sorted(failures.items())),
             labels=dict(self.labels),
             labelled_now=self.rows,
+            kept_nothing=tuple(name for name in job.input.keep if self.rows and name not in self.filled),
             written=self.written,
             seconds=self.seconds,
             first_seconds=None if self.first is None else self.first - self.started,
@@ -144,3 +144,12 @@ class Attempt:
             exit_code=exit_code(trouble, left=len(left), done=units, rows=rows, failed=failed, limit=job.limits.max_failed),
             events=tuple(self.events),
         )
+
+
+def _sums(footers: Iterable[Footer]) -> tuple[Counter[str], Counter[str]]:
+    """Of their counts, and of their failures. A million of them, with their inputs, are not to be held at once."""
+    done, failures = Counter[str](), Counter[str]()
+    for footer in footers:
+        done.update({name: getattr(footer, name) for name in ("rows_in", "ok", "failed", "compared", "same_label")}, units=1)
+        failures.update(footer.failures)
+    return done, failures

@@ -55,6 +55,8 @@ class Receipt:
     lane: str = "cpu"
     compared: int = 0
     same_label: int = 0
+    kept_nothing: tuple[str, ...] = ()
+    """Columns of `input.keep` that are null in all rows of this attempt."""
     trouble: tuple[UnitTrouble, ...] = ()
     exit_code: int = ExitCode.DONE
     events: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
@@ -103,6 +105,7 @@ class Receipt:
             lines.append(
                 "empty   none of them holds an image; required: images of input.format. Check input.uri and input.format"
             )
+        lines += [f"kept    nothing of {name}: no image had it" for name in self.kept_nothing]
         lines += [*left, f"where   {self.where}", f"run     {self.run}, {self.passes} {'pass' if self.passes == 1 else 'passes'}"]
         took = f"took    {self.seconds:.1f} s"
         if self.first_seconds is not None:

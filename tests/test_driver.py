@@ -519,6 +519,16 @@ def test_a_receipt_does_not_copy_the_events_that_it_leaves_out(begin):
     assert "events" not in receipt.as_dict()
 
 
+def test_a_sidecar_that_no_image_has_is_told(tmp_path, model, monkeypatch):
+    without_ray(monkeypatch)
+    (tmp_path / "a.tar").write_bytes(tar_bytes({"1.jpg": picture(1), "1.cls": b"cat", "2.jpg": picture(2)}))
+    content = {"input": {"uri": str(tmp_path / "a.tar"), "keep": ["cls", "clss"]}, "output": {"uri": str(tmp_path / "out")}}
+    job = Job.model_validate({"name": "test", "model": {"uri": model}} | content)
+    receipt = Driver(job, observe=lambda event, fields: None, started=0.0).label()
+    assert [line for line in receipt.lines() if line.startswith("kept ")] == ["kept    nothing of clss: no image had it"]
+    assert "nothing of <code>clss</code>" in receipt.page().decode()
+
+
 def test_fast_decoding_is_another_output_whose_manifest_says_what_it_did_to_the_labels(tmp_path, monkeypatch):
     without_ray(monkeypatch)
     model, photos = small_artifact(tmp_path), tmp_path / "photos"
