@@ -87,8 +87,9 @@ def _run_preparation(job: Preparation, *, as_json: bool, command: str) -> NoRetu
     outcome: Outcome = import_module(f"pipeline.prepare.{job.kind}").run_job(job, say=say, command=command)
     if as_json:
         print_json(dict(outcome.facts))
-    for line in () if as_json else outcome.lines:
-        typer.echo(line)
+    else:
+        for line in outcome.lines:
+            typer.echo(line)
     sys.exit(outcome.exit_code)
 
 

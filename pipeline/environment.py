@@ -29,9 +29,8 @@ def set_ray_environment(*, cluster: bool | None = None) -> None:
     after the run, needs none, and `ray.init` alone would write one to the home folder."""
     asked = bool(os.environ.get("RAY_ADDRESS")) if cluster is None else cluster
     mode = "token" if asked and has_token() else "disabled"
-    os.environ.update(
-        {name: value for name, value in {**_RAY_ENVIRONMENT, "RAY_AUTH_MODE": mode}.items() if name not in os.environ}
-    )
+    for name, value in {**_RAY_ENVIRONMENT, "RAY_AUTH_MODE": mode}.items():
+        os.environ.setdefault(name, value)
 
 
 def has_token() -> bool:

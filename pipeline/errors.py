@@ -22,6 +22,7 @@ Anything else that escapes is a bug of ours: a traceback and exit code 70.
 
 from __future__ import annotations
 
+import copyreg
 from enum import IntEnum
 
 
@@ -61,20 +62,13 @@ class NightlabelError(Exception):
         return text if text.endswith(("?", ".")) else f"{text}."
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Errors cross process borders; keyword-only arguments need help to be pickled.
-        return _rebuild, (type(self), self.__dict__)
+        # Errors cross process borders, and pickle would call __init__, which takes other arguments.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 def first_line(error: BaseException) -> str:
     """What an error of somebody else says, in one line; its kind when it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _rebuild(cls: type[NightlabelError], state: dict[str, object]) -> NightlabelError:
-    error = cls.__new__(cls)
-    Exception.__init__(error, state["got"], state["need"], state["do"])
-    error.__dict__.update(state)
-    return error
 
 
 class UnfitError(NightlabelError):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import Annotated, Literal
 
 from pydantic import model_validator
@@ -18,6 +17,7 @@ from pipeline.job.quantity import Bytes, Count, Fraction, Model, Pixels, Seconds
 from pipeline.job.resources import Cluster, Resources
 from pipeline.job.schedule import Schedule
 from pipeline.job.uris import above_days, absolute, absolute_input, holds
+from pipeline.names import WILDCARD
 from pipeline.rows import check_kept
 
 
@@ -225,7 +225,7 @@ class Job(Model):
     def _fits(self) -> Job:
         delta = self.publish is not None and self.publish.format == "delta"
         check_kept(self.input.keep, hive=self.output.layout == "hive", delta=delta)
-        if re.search(r"[*?\[]", self.output.uri):
+        if WILDCARD.search(self.output.uri):
             raise ValueError(f"output.uri is {self.output.uri}; required: a folder, no pattern of *, ? or [. Take another name")
         if self.input.format == "parquet" and any(holds(uri, self.output.uri) for uri in self.input.uris):
             raise ValueError(

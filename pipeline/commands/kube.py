@@ -110,8 +110,7 @@ def _load(path: Path, date: str | None) -> Job:
     from pipeline.job.jobfile import asked_days, at_day, load_label_template
 
     job = load_label_template(path)
-    for day in asked_days(job, date, name=str(path))[:1]:
-        at_day(job, day, name=str(path))  # a job that needs a date has one
+    at_day(job, asked_days(job, date, name=str(path))[0], name=str(path))  # complains of a date that is missing
     return job
 
 

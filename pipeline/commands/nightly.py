@@ -119,10 +119,12 @@ def _print_skipped(as_json: bool) -> None:
 
 
 def _print_night(night: Night, *, as_json: bool, path: Path) -> None:
+    from pipeline.nights.nightly import with_table
+
     if isinstance(night.outcome, NightlabelError):
         raise night.outcome
     if as_json:
-        print_json(night.outcome.as_dict() | {name: night.as_dict()[name] for name in ("table", "exit_code")})
+        print_json(night.outcome.as_dict() | with_table(night.outcome.exit_code, night.table))
         return
     print_receipt(night.outcome, as_json=False, job=f"{path}{f' --date {night.date}' if night.date else ''}")
     _print_table(night.table)

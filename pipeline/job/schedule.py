@@ -12,7 +12,7 @@ from itertools import islice, pairwise, takewhile
 from typing import Annotated, Literal
 from zoneinfo import ZoneInfo
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator
 
 from pipeline.job.fields import Cron
 from pipeline.job.quantity import Model, Seconds, between, in_seconds
@@ -30,9 +30,8 @@ def _zone(name: str) -> tzinfo:
         raise ValueError("a time zone such as Europe/Berlin, of the database on this machine") from None
 
 
-def _timezone(value: object) -> object:
-    if isinstance(value, str):
-        _zone(value)
+def _timezone(value: str) -> str:
+    _zone(value)
     return value
 
 
@@ -41,7 +40,7 @@ class Schedule(Model):
 
     cron: Cron
     """Five cron fields, for `render` and `apply` with a target that is scheduled; `run` and `submit` begin at once."""
-    timezone: Annotated[str, BeforeValidator(_timezone)] = "UTC"
+    timezone: Annotated[str, AfterValidator(_timezone)] = "UTC"
     """Time zone of `cron`, and of `--date today`."""
     if_running: IfRunning = "skip"
     """What to do when the last one still runs: end with a sentence and exit code 0, wait for it, or ask it to stop and go on from

@@ -131,8 +131,7 @@ def validate_all(log: Log) -> tuple[list[Footer], list[str]]:
         found, wrong = validate(generation)
         problems += wrong
         for footer in found:
-            if footer.rows_in != rows.get(footer.unit):
-                was = rows.get(footer.unit)
+            if footer.rows_in != (was := rows.get(footer.unit)):
                 problems.append(f"{generation.data_key(footer.unit)}: {footer.rows_in} rows of a unit that has {was}.")
             latest[footer.unit] = footer
     return list(latest.values()), problems
