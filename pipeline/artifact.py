@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import InputMissing, ModelError
+from pipeline.errors import ModelError
 from pipeline.model.huggingface import (
     MODELING,
     Architecture,
@@ -30,7 +30,7 @@ from pipeline.model.huggingface import (
 )
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.spec import S3
-from pipeline.storage import Store, join, open_store
+from pipeline.storage import Store, head_if_there, join, open_store, read_if_there
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,10 +83,10 @@ def load_artifact(uri: str, s3: S3 | None = None, *, weights: bool = True) -> Ar
     sums: dict[str, str] = {}
     for name in FILES:
         if weights or record is None or name in (CONFIG, PREPROCESSOR):
-            data = _read(store, join(uri, name))
+            data = read_if_there(store, join(uri, name))
             if data is not None:
                 files[name], sums[name] = data, _sha256(data)
-        elif _exists(store, join(uri, name)):
+        elif head_if_there(store, join(uri, name)):
             sums[name] = record["files"].get(name, "")
     for name in FILES[:3]:
         if name not in sums:
@@ -141,7 +141,7 @@ def save_artifact(artifact: Artifact, uri: str, s3: S3 | None = None, *, card: b
     record = {"digest": artifact.digest, "files": sums, **asdict(artifact.origin)}
     for name in sums:
         data = artifact.files[name]
-        if not store.create(join(uri, name), data) and _read(store, join(uri, name)) != data:
+        if not store.create(join(uri, name), data) and read_if_there(store, join(uri, name)) != data:
             raise ModelError(
                 f"{uri}: holds another {name}", need="none or the same, for nothing is overwritten", do="Take an empty folder"
             )
@@ -203,7 +203,7 @@ def _verify(record: Mapping[str, Any], sums: Mapping[str, str], uri: str) -> Non
 
 
 def _read_record(store: Store, uri: str) -> dict[str, Any] | None:
-    data = _read(store, join(uri, RECORD))
+    data = read_if_there(store, join(uri, RECORD))
     if data is None:
         return None
     try:
@@ -225,21 +225,6 @@ def _origin(record: Mapping[str, Any]) -> Origin:
         metrics=dict(record.get("metrics", {})),
         command=str(record.get("command", "")),
     )
-
-
-def _read(store: Store, uri: str) -> bytes | None:
-    try:
-        return store.read(uri)
-    except InputMissing:
-        return None
-
-
-def _exists(store: Store, uri: str) -> bool:
-    try:
-        store.head(uri)
-    except InputMissing:
-        return False
-    return True
 
 
 def _sha256(data: bytes) -> str:

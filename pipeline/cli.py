@@ -153,14 +153,14 @@ def validate(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     from pipeline.job.jobfile import load_label_job
     from pipeline.nights.generation import validate_all
     from pipeline.start import load_model, open_log, present
-    from pipeline.storage import open_store
+    from pipeline.storage import open_input
     from pipeline.verify import open_runs
 
     loaded = load_label_job(job, date=date)
     artifact = load_model(loaded, weights=False)
     log = open_log(loaded, artifact)
     footers, problems = validate_all(log)
-    unfinished = open_runs(log, partial(present, open_store(loaded.input.uris[0], loaded.input.s3)))
+    unfinished = open_runs(log, partial(present, open_input(loaded.input)))
     rows, ok, failed = (sum(getattr(footer, name) for footer in footers) for name in ("rows_in", "ok", "failed"))
     if as_json:
         counts = {"units": len(footers), "rows_in": rows, "ok": ok, "failed": failed}

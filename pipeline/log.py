@@ -8,7 +8,6 @@ the inputs in question, so a thousand nights cost a second and not a minute.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -16,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import Conflict, InputMissing, StoreError
+from pipeline.errors import Conflict, StoreError
 from pipeline.footer import TOMBSTONE_BYTES, Footer, read_footer
 from pipeline.job.uris import absolute
-from pipeline.storage import Object, Store, join
+from pipeline.storage import Object, Store, below, join, side_by_side
 from pipeline.unit import Input, Part, Unit
 
 _PLAN = pa.schema(
@@ -32,7 +31,6 @@ _PLAN = pa.schema(
         ("stop", pa.int64()),
     ]
 )
-_CONNECTIONS = 16
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class Log:
 
     def objects(self) -> dict[str, Object]:
         """What stands under data/, by unit id."""
-        found = ((item.uri.rpartition("/")[2], item) for item in self._list("data"))
+        found = ((item.uri.rpartition("/")[2], item) for item in below(self.store, self.root, "data"))
         return {name.removesuffix(".parquet"): item for name, item in found if name.endswith(".parquet")}
 
     def standing(self, ids: Collection[str]) -> Standing:
@@ -101,8 +99,8 @@ class Log:
         objects = self.objects() if ids else {}
         there = frozenset(unit_id for unit_id in ids if unit_id in objects)
         suspects = [unit_id for unit_id in there if objects[unit_id].size % TOMBSTONE_BYTES == 0]
-        with ThreadPoolExecutor(_CONNECTIONS) as pool:
-            split = frozenset(unit_id for unit_id, gone in zip(suspects, pool.map(self._is_split, suspects), strict=True) if gone)
+        gone = side_by_side(self._is_split, suspects)
+        split = frozenset(unit_id for unit_id, is_split in zip(suspects, gone, strict=True) if is_split)
         return Standing(there - split, split)
 
     def _is_split(self, unit_id: str) -> bool:
@@ -121,8 +119,7 @@ class Log:
             parts, whole = _load(self.store.read(key), uri=key, uris=uris, span=(span.get("min"), span.get("max")))
             return Run(run_id, parts, whole, run_id in finished)
 
-        with ThreadPoolExecutor(_CONNECTIONS) as pool:
-            return list(pool.map(load, plans))
+        return list(side_by_side(load, plans))
 
     def finished(self) -> set[str]:
         """Ids of the runs that have a manifest."""
@@ -133,7 +130,7 @@ class Log:
         entry and not the one before. So a gap is looked at again; one that stays is a plan that somebody took away."""
         gap: set[int] = set()
         while True:
-            keys = [item.uri for item in self._list("runs") if item.uri.split("/")[-2].isdigit()]
+            keys = [item.uri for item in below(self.store, self.root, "runs") if item.uri.split("/")[-2].isdigit()]
             plans = [key for key in keys if key.endswith("/plan.parquet")]
             ids = {int(key.split("/")[-2]) for key in plans}
             missing = set(range(1, max(ids, default=0))) - ids
@@ -148,12 +145,6 @@ class Log:
             raise AssertionError("a unit is in the plan twice")
         run_id = f"{int(after[-1].id) + 1 if after else 1:06d}"
         return run_id if self.store.create(self.run_key(run_id, "plan.parquet"), _dump(units)) else None
-
-    def _list(self, folder: str) -> list[Object]:
-        try:
-            return list(self.store.list(join(self.root, folder) + "/", glob=False))
-        except InputMissing:  # nothing was written yet
-            return []
 
 
 def _dump(units: Iterable[Unit]) -> bytes:

@@ -32,13 +32,12 @@ from pipeline.names import spelt
 from pipeline.rows import IMAGE, Failure, UnitError
 from pipeline.samples import Row, image_rows, too_large
 from pipeline.spec import Input, Limits
-from pipeline.storage import Object, RangeFile, Store
+from pipeline.storage import CONNECTIONS, Object, RangeFile, Store
 from pipeline.tar import Stream
 from pipeline.unit import Part, Unit
 
 BATCH_ROWS = 64
 BATCH_BYTES = 16 * 2**20  # 64 photographs of 110 kB are 7 MB; larger images make smaller batches
-CONNECTIONS = 16  # loose images in flight: 100-200 ms to the first byte of each, on one connection 5-10 img/s
 MAX_BYTES = Limits().max_bytes
 
 

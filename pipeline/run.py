@@ -28,9 +28,9 @@ from pipeline.errors import NightlabelError, Stalled, Temporary, first_line
 from pipeline.job.resources import Pool
 from pipeline.lanes import START, Measurements, Share, Split, Stage, all_on_gpu
 from pipeline.rows import TIMINGS
-from pipeline.spec import S3, Input, Job
+from pipeline.spec import Input, Job
 from pipeline.stages import make_predict, make_preprocess
-from pipeline.storage import Store, open_store
+from pipeline.storage import open_input
 from pipeline.unit import Part, Unit
 from pipeline.watch import losses, watched
 
@@ -107,15 +107,12 @@ def _read(batch: pa.Table, *, wanted: Input, max_bytes: int) -> Iterator[pa.Tabl
         parts, only = json.loads(item)
         unit = Unit(tuple(Part(*fields) for fields in parts))
         since = time.perf_counter()
-        for table in read_unit(_store(wanted.uris[0], wanted.s3), unit, wanted=wanted, only=only, max_bytes=max_bytes):
+        for table in read_unit(_store(wanted), unit, wanted=wanted, only=only, max_bytes=max_bytes):
             yield _with_seconds(table, "read", time.perf_counter() - since)
             since = time.perf_counter()
 
 
-@cache
-def _store(uri: str, s3: S3 | None) -> Store:
-    """One a worker process: an S3 client takes 0.1 s to make."""
-    return open_store(uri, s3)
+_store = cache(open_input)  # one a worker process: an S3 client takes 0.1 s to make
 
 
 def _share(job: Job) -> Share | None:

@@ -20,7 +20,7 @@ from pipeline.model.preprocessing import PREPROCESSING_VERSION
 from pipeline.plan import Plan, make_plan
 from pipeline.rows import OUTPUT_SCHEMA_VERSION, output_schema
 from pipeline.spec import Job, ModelSource
-from pipeline.storage import Object, Store, join, open_store
+from pipeline.storage import Object, Store, join, open_input, open_store
 from pipeline.unit import Part, Unit
 
 CODE_VERSION = importlib.metadata.version("nightlabel")
@@ -63,7 +63,7 @@ def plan_job(job: Job, artifact: Artifact, *, write: bool = True, tell: Callable
     """List, subtract, cut, store: the plan that a run of `job` works from; `tell` hears of objects that no reader takes, and of
     URIs that have no input; without it, one of them is InputMissing. Needs neither Ray nor torch."""
     log = open_log(job, artifact)
-    store = open_store(job.input.uris[0], job.input.s3)
+    store = open_input(job.input)
     listing = list_inputs(store, job.input, some=tell is not None)
     if listing.ignored and tell is not None:
         tell("ignored", suffixes=dict(listing.ignored), text=count_suffixes(listing.ignored))
@@ -86,7 +86,7 @@ def tell_missing(listing: Listing, tell: Callable[..., None]) -> None:
 
 def split_unit(log: Log, unit: Unit, job: Job, artifact: Artifact, *, why: str) -> bool:
     """Gives the inputs of a unit free for other units, for good. False: it was committed before."""
-    store = open_store(job.input.uris[0], job.input.s3)
+    store = open_input(job.input)
     output, architecture = job.output, artifact.architecture
     schema = output_schema(
         embedding=architecture.features if output.embeddings else None,

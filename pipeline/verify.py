@@ -5,27 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 from pipeline.errors import Conflict, InputMissing
 from pipeline.footer import MOVE, Footer, totals
 from pipeline.log import Log, Run
+from pipeline.storage import side_by_side
 from pipeline.unit import Input, Part, Unit
 
-_AT_ONCE = 1_000  # footers that are read ahead: a million of them, with their inputs, would be gigabytes
 
-
-def verify(log: Log, units: Iterable[Unit]) -> Iterator[Footer]:
+def verify(log: Log, units: Sequence[Unit]) -> Iterator[Footer]:
     """The footer of every unit, read back and held against the plan. Raises what `Log.footer` raises, or Conflict."""
-    wanted = list(units)
-    with ThreadPoolExecutor(16) as pool:
-        for at in range(0, len(wanted), _AT_ONCE):
-            some = wanted[at : at + _AT_ONCE]
-            for unit, footer in zip(some, pool.map(lambda unit: log.footer(unit.id), some), strict=True):
-                _check(log, unit, footer)
-                yield footer
+    for unit, footer in zip(units, side_by_side(lambda unit: log.footer(unit.id), units), strict=True):
+        _check(log, unit, footer)
+        yield footer
 
 
 def _check(log: Log, unit: Unit, footer: Footer) -> None:
@@ -89,9 +83,7 @@ def _footers(log: Log) -> tuple[dict[str, Footer], list[str]]:
     footers: dict[str, Footer] = {}
     problems: list[str] = []
     unit_ids = sorted(log.objects())
-    with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(read, unit_ids))
-    for unit_id, footer in zip(unit_ids, found, strict=True):
+    for unit_id, footer in zip(unit_ids, side_by_side(read, unit_ids), strict=True):
         if isinstance(footer, str):
             problems.append(footer)
             continue

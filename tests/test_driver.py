@@ -28,6 +28,7 @@ from pipeline import cli, label, run, start
 from pipeline.attempt import Attempt
 from pipeline.commit import Provenance, UnitBuffer, commit_unit
 from pipeline.committer import Committer
+from pipeline.disk import Disk
 from pipeline.errors import Interrupted, Stalled, StoreError, Temporary, UnitsLeft
 from pipeline.label import TRIES, Driver
 from pipeline.log import Log
@@ -36,7 +37,6 @@ from pipeline.report import Receipt
 from pipeline.rows import PREDICTION, TIMINGS
 from pipeline.spec import Job
 from pipeline.start import load_model, plan_job
-from pipeline.storage import Disk
 from pipeline.unit import Unit
 from pipeline.verify import validate
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.cut import list_inputs
+from pipeline.disk import Disk
 from pipeline.errors import JobError
 from pipeline.job.demand import Node, check_demand
 from pipeline.job.jobfile import dump_job, load_job, parse_job
@@ -20,7 +21,6 @@ from pipeline.job.resources import Resources
 from pipeline.job.training import FinetuneJob
 from pipeline.job.uris import absolute_input
 from pipeline.report import exit_code
-from pipeline.storage import Disk
 
 SIX_LINES = b"""
 kind: label

@@ -15,7 +15,7 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 ROWS = """
 errors environment names job.arithmetic job.quantity job.fields job.placement job.resources job.demand rows
 model.preprocessing job.schedule job.uris spec
-job.recipe job.training job.complaints job.jobfile job.reference storage s3_errors s3
+job.recipe job.training job.complaints job.jobfile job.reference storage disk s3_errors s3
 model.modeling_small_stem model.huggingface model.resnet artifact model.describe
 unit footer log plan cut tar samples read orientation decode careful preprocess lanes
 engines.scores engines.feed engines.fused engines.torch_engine engines.gpu_decode
@@ -41,8 +41,8 @@ KEEPERS = {
     "requests": {"submit"},
     "kubernetes": {"kube.apiserver"},
     "lightning": {"prepare.checkpoint", "prepare.epochs", "prepare.learner", "prepare.train"},
-    "fsspec": {"storage", "s3"},
-    "s3fs": {"storage", "s3"},
+    "fsspec": {"s3"},
+    "s3fs": {"s3"},
     "typer": {"cli", "commands.cluster", "commands.kube", "commands.model", "commands.nightly", "commands.options"},
     "deltalake": {"tables.delta"},
     "pyiceberg": {"tables.iceberg"},
@@ -86,8 +86,8 @@ def test_every_module_has_its_place():
 @pytest.mark.parametrize("name", LADDER)
 def test_imports_go_up_the_ladder(name):
     lower = {other for other in ours(modules()[name]) if LADDER.index(other) >= LADDER.index(name)}
-    # storage hands out the S3 store and is its interface at once: the one knot, tied at run time.
-    assert lower - ({"s3"} if name == "storage" else set()) == set()
+    # storage hands out the two stores and is their interface at once: the one knot, tied at run time.
+    assert lower - ({"disk", "s3"} if name == "storage" else set()) == set()
 
 
 @pytest.mark.parametrize("name", LADDER)

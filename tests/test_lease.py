@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 from seaweed import Seaweed
 
+from pipeline.disk import Disk
 from pipeline.errors import InputMissing, PermissionDenied, StoreError, Temporary, UnitsLeft
 from pipeline.nights.lease import Heartbeat, Lease, LeaseStore, LeaseTiming
-from pipeline.storage import Disk, Object, Store, join, open_store
+from pipeline.storage import Object, Store, join, open_store
 
 FAST = LeaseTiming(beat=0.1, dead=1.5, stale=600.0, grace=5.0, look=0.02)
 Folder = tuple[Store, str]

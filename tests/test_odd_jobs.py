@@ -16,11 +16,12 @@ from pydantic import BaseModel
 
 from pipeline.careful import CarefulLimits
 from pipeline.cut import list_inputs
+from pipeline.disk import Disk
 from pipeline.errors import JobError, NightlabelError
 from pipeline.job.complaints import nested_model
 from pipeline.job.jobfile import KINDS, dump_job, parse_job
 from pipeline.spec import Job
-from pipeline.storage import Disk, open_store
+from pipeline.storage import open_store
 
 _SHARDS = {"uri": "in/"}
 JOBS: dict[str, dict[str, Any]] = {

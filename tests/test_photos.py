@@ -14,8 +14,9 @@ import torch
 from PIL import Image, ImageOps
 from test_run import cli, table
 
+from pipeline.disk import Disk
 from pipeline.model.preprocessing import Preprocessing
-from pipeline.storage import Disk, open_store
+from pipeline.storage import open_store
 from pipeline.tar import Stream, members
 
 RESOURCES = {"read": {"cpus_per_task": 0.1}, "preprocess": {"cpus_per_actor": 0.3}, "predict": {"cpus_per_actor": 1.6}}

@@ -22,10 +22,10 @@ from typer.testing import CliRunner
 
 from pipeline import plan, verify
 from pipeline.cli import app
+from pipeline.disk import Disk
 from pipeline.errors import NightlabelError, PermissionDenied, Temporary, Unidentified
 from pipeline.plan import make_plan
 from pipeline.start import present
-from pipeline.storage import Disk
 from pipeline.unit import Part
 
 

@@ -16,15 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import log
-from pipeline import verify as verification
+from pipeline import log, storage
 from pipeline.commit import Provenance, UnitBuffer, commit_unit, retire_unit, serialise
+from pipeline.disk import Disk
 from pipeline.errors import Conflict, StoreError
 from pipeline.log import Log
 from pipeline.plan import Plan
 from pipeline.plan import make_plan as plan_for
 from pipeline.rows import PREDICTION
-from pipeline.storage import Disk, Object
+from pipeline.storage import Object
 from pipeline.unit import Part, Unit
 from pipeline.verify import open_runs, validate, verify
 
@@ -433,7 +433,7 @@ def test_a_unit_is_in_a_plan_once_and_a_plan_that_names_one_twice_is_read(tmp_pa
 
 
 def test_footers_are_read_back_slice_by_slice(tmp_path, monkeypatch):
-    monkeypatch.setattr(verification, "_AT_ONCE", 2)
+    monkeypatch.setattr(storage, "_AHEAD", 2)
     log_of_runs, units, read = log_at(tmp_path), pairs(objects(*"abcdefghij")), []
     for unit in units:
         commit(log_of_runs, unit)

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from shards import picture, tar_bytes, write_parquet
 
 from pipeline.cut import count_suffixes, cut, kept_fields, list_inputs
+from pipeline.disk import Disk
 from pipeline.errors import InputMissing, JobError, PermissionDenied, ShardError, StoreError, Unidentified
 from pipeline.read import BATCH_BYTES, read_unit
 from pipeline.spec import Input
-from pipeline.storage import Disk, Object
+from pipeline.storage import Object
 from pipeline.tar import Stream, members
 from pipeline.unit import Part, Unit
 

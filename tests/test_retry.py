@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 from pipeline import label as driver
 from pipeline import read, run
 from pipeline.cli import app
+from pipeline.disk import Disk
 from pipeline.errors import Conflict, JobError, StoreError, Temporary, UnfitError
 from pipeline.job.schedule import Schedule
 from pipeline.log import Log
@@ -36,7 +37,7 @@ from pipeline.nights.generation import generations, to_plan, validate_all
 from pipeline.nights.retry import Retried, Retry, parse_classes
 from pipeline.spec import Job, Publish
 from pipeline.start import load_model, open_log
-from pipeline.storage import Disk, open_store
+from pipeline.storage import open_store
 from pipeline.unit import Part, Unit
 
 

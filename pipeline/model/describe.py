@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.artifact import FILES, INT8, Artifact
-from pipeline.errors import InputMissing
 from pipeline.model.huggingface import RESNET_SIZES, RESNETS, Architecture
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.spec import S3
-from pipeline.storage import join, open_store
+from pipeline.storage import head_if_there, join, open_store
 
 _BOTTLENECK = 4  # how many times narrower a bottleneck is than its output
 
@@ -75,13 +74,8 @@ def numbers(artifact: Artifact) -> dict[str, Any]:
 def file_sizes(uri: str, s3: S3 | None = None) -> dict[str, int]:
     """Bytes of the artifact's files in the folder `uri`."""
     store = open_store(uri, s3)
-    sizes: dict[str, int] = {}
-    for name in FILES:
-        try:
-            sizes[name] = store.head(join(uri, name)).size
-        except InputMissing:
-            continue
-    return sizes
+    found = {name: head_if_there(store, join(uri, name)) for name in FILES}
+    return {name: item.size for name, item in found.items() if item}
 
 
 def facts(artifact: Artifact, uri: str, sizes: dict[str, int]) -> dict[str, Any]:

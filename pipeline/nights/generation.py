@@ -22,14 +22,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 
-from pipeline.errors import InputMissing, JobError
+from pipeline.errors import JobError
 from pipeline.footer import Footer, read_footer
 from pipeline.log import Log
-from pipeline.storage import Object, Store, join
+from pipeline.storage import Object, Store, below, join, side_by_side
 from pipeline.unit import Unit
 from pipeline.verify import validate
 
@@ -77,7 +76,7 @@ class Generation(Log):
 
 def generations(log: Log) -> list[Generation]:
     """All that were begun, oldest first."""
-    keys = [item.uri for item in listing(log.store, join(log.root, "generations")) if item.uri.endswith("/retry.json")]
+    keys = [item.uri for item in below(log.store, log.root, "generations") if item.uri.endswith("/retry.json")]
     return [Generation(log, int(key.split("/")[-2])) for key in sorted(keys)]
 
 
@@ -98,7 +97,7 @@ def to_plan(log: Log, classes: tuple[str, ...]) -> Generation:
 def newest(log: Log, *, before: int | None = None) -> dict[str, Object]:
     """The newest version of every unit, tombstones included; with `before`, as it was before that generation."""
     found: dict[str, tuple[int, Object]] = {}
-    for item in [*listing(log.store, join(log.root, "data")), *listing(log.store, join(log.root, "generations"))]:
+    for item in [*below(log.store, log.root, "data"), *below(log.store, log.root, "generations")]:
         match = _OBJECT.search(item.uri)
         if match is None or (before is not None and int(match[1] or 0) >= before):
             continue
@@ -109,10 +108,8 @@ def newest(log: Log, *, before: int | None = None) -> dict[str, Object]:
 
 
 def read_footers(store: Store, objects: list[Object]) -> Iterator[Footer]:
-    """Of all these units, read side by side, some at a time: an output may have a million."""
-    with ThreadPoolExecutor(16) as pool:
-        for at in range(0, len(objects), 1000):
-            yield from pool.map(lambda item: read_footer(store, item.uri), objects[at : at + 1000])
+    """Of all these units."""
+    return side_by_side(lambda item: read_footer(store, item.uri), objects)
 
 
 def last_labelled(log: Log, uris: pa.Array) -> Iterator[Footer]:
@@ -135,11 +132,3 @@ def validate_all(log: Log) -> tuple[list[Footer], list[str]]:
                 problems.append(f"{generation.data_key(footer.unit)}: {footer.rows_in} rows of a unit that has {was}.")
             latest[footer.unit] = footer
     return list(latest.values()), problems
-
-
-def listing(store: Store, folder: str) -> list[Object]:
-    """Everything below a folder, nothing when it is not there."""
-    try:
-        return list(store.list(folder + "/", glob=False))
-    except InputMissing:
-        return []

@@ -28,9 +28,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from pipeline.errors import InputMissing, NightlabelError, StoreError, Temporary, UnitsLeft
+from pipeline.errors import NightlabelError, StoreError, Temporary, UnitsLeft
 from pipeline.job.schedule import IfRunning
-from pipeline.storage import Store, join
+from pipeline.storage import Store, below, join, read_if_there
 
 Say = Callable[[str], None]
 
@@ -181,10 +181,9 @@ class LeaseStore:
     def read(self, folder: str, name: str) -> Heartbeat | None:
         """What an object says, None when it is not there."""
         key = join(self.folder, folder, f"{name}.json")
+        data = read_if_there(self.store, key)
         try:
-            return Heartbeat(**json.loads(self.store.read(key)))
-        except InputMissing:
-            return None
+            return None if data is None else Heartbeat(**json.loads(data))
         except (ValueError, TypeError) as error:
             do = "Move it away, or go without a lease: --if-running share"
             raise StoreError(f"{key}: nothing that nightlabel wrote", need="a lease", do=do) from error
@@ -218,12 +217,9 @@ class LeaseStore:
 
     def _names(self, folder: str) -> list[str]:
         """The numbers there, in order; not what somebody has put beside them, such as a copy of one."""
-        try:
-            listed = [item.uri for item in self.store.list(join(self.folder, folder) + "/", glob=False)]
-        except InputMissing:
-            return []
         numbers = re.compile(rf"/{folder}/([0-9]{{6}})\.json\Z")
-        return sorted(match[1] for uri in listed if (match := numbers.search(uri)))
+        found = (numbers.search(item.uri) for item in below(self.store, self.folder, folder))
+        return sorted(match[1] for match in found if match)
 
 
 def _clock(at: float) -> str:

@@ -28,7 +28,7 @@ from pipeline.nights.lease import LeaseStore, Say
 from pipeline.nights.notify import account, tell
 from pipeline.report import Receipt
 from pipeline.spec import Job
-from pipeline.storage import join, open_store
+from pipeline.storage import join, open_input, open_store
 from pipeline.tables.publish import Published, check_columns, check_publisher, publish
 
 Policy = Literal["skip", "queue", "replace", "share"]
@@ -175,7 +175,7 @@ def _outcome(job: Job, label: Label, check: Check, day: Day, say: Say) -> Receip
 
 def _as_it_stands(job: Job, receipt: Receipt) -> Receipt:
     """Nothing was left to do: the receipt with the counts and the exit code of the run that did it, if too many failed."""
-    inputs = list_inputs(open_store(job.input.uris[0], job.input.s3), job.input, some=True).inputs
+    inputs = list_inputs(open_input(job.input), job.input, some=True).inputs
     log = Log(open_store(receipt.where, job.output.s3), receipt.where)
     footers = list(last_labelled(log, pa.array([item.uri for item in inputs], pa.string())))
     sums, failures = totals(footers), sum((Counter(footer.failures) for footer in footers), Counter[str]())
@@ -218,8 +218,8 @@ def _has_input(template: Job, job: Job) -> bool:
     dated = [uri for uri, form in zip(wanted.uris, template.input.uris, strict=True) if "{date}" in form]
     for uri in dated or wanted.uris:
         try:
-            if list_inputs(open_store(uri, wanted.s3), wanted.model_copy(update={"uri": uri})).inputs:
-                return True
+            list_inputs(open_input(wanted), wanted.model_copy(update={"uri": uri}))
+            return True
         except InputMissing:
             pass
         except NightlabelError:  # the run says it

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -36,7 +35,7 @@ from pipeline.report import exit_code
 from pipeline.rows import TIMINGS, Failure
 from pipeline.spec import Job
 from pipeline.start import CODE_VERSION, load_model, open_log, present, tell_missing
-from pipeline.storage import Object, Store, open_store
+from pipeline.storage import Object, Store, open_input, side_by_side
 from pipeline.unit import Part, Unit, bytes_of
 from pipeline.verify import verify
 
@@ -123,7 +122,7 @@ class Retry(Driver):
     def _plan(self) -> Generation:
         """Fills the tasks: the units of the generation, planned now or before. Raises JobError when another one is unfinished."""
         log, job = self.log, self.job
-        store = open_store(job.input.uris[0], job.input.s3)
+        store = open_input(job.input)
         listing = list_inputs(store, job.input, some=True)
         tell_missing(listing, self.attempt.tell)
         pins = {(item.uri, item.etag, item.size) for item in listing.inputs}
@@ -135,8 +134,7 @@ class Retry(Driver):
         planned = generation.runs()
         units = planned[0].units if planned else self._candidates(listing.inputs)
         versions = newest(log, before=generation.number)
-        with ThreadPoolExecutor(16) as pool:
-            tasks = list(pool.map(lambda unit: self._task(unit, versions[unit.id].uri, is_there), units))
+        tasks = list(side_by_side(lambda unit: self._task(unit, versions[unit.id].uri, is_there), units))
         if not planned:
             tasks = [task for task in tasks if task.only]
             if tasks and not generation.begin(self.classes, [task.unit for task in tasks]):

@@ -18,7 +18,7 @@ from pipeline.cut import UNREADABLE, cut, list_inputs
 from pipeline.errors import InputError, JobError, NightlabelError, PermissionDenied, Temporary, UnfitError, Unidentified
 from pipeline.read import read_unit
 from pipeline.spec import Input
-from pipeline.storage import RangeFile, open_store
+from pipeline.storage import RangeFile, open_input
 
 NO_LABEL = -1
 _LISTED, _SHOWN = 50, 3  # keys of images left out, of each reason: those that are recorded, and those on a screen
@@ -57,7 +57,7 @@ def image_rows(wanted: Input, *, label: str | None = None, most: int | None = No
     Raises what an end row says about a unit that cannot be read: InputError, or what may be the store's fault.
     """
     wanted = wanted.model_copy(update={"keep": (label,) if label else ()})
-    store = open_store(wanted.uris[0], wanted.s3)
+    store = open_input(wanted)
     left = most
     for unit in cut(store, wanted, list_inputs(store, wanted).inputs, tasks=1):
         for table in read_unit(store, unit, wanted=wanted):
@@ -93,7 +93,7 @@ def has_labels(wanted: Input, label: str) -> bool:
     """False for Parquet files of which not one has the column; every image of a tar may have its sidecar or not."""
     if wanted.format != "parquet":
         return True
-    store = open_store(wanted.uris[0], wanted.s3)
+    store = open_input(wanted)
     try:
         return any(label in pq.read_schema(RangeFile(store, item)).names for item in list_inputs(store, wanted).inputs)
     except UNREADABLE:

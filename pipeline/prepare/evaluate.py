@@ -43,7 +43,7 @@ from pipeline.prepare.metrics import agreement, measure
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.spec import ModelSource
 from pipeline.start import load_source
-from pipeline.storage import open_store
+from pipeline.storage import open_input
 
 EVERY_S = 10.0
 
@@ -214,7 +214,7 @@ def _same_classes(job: EvaluateJob, model: Artifact, other: Artifact) -> None:
 def _subject(job: EvaluateJob, model: Artifact, other: Artifact | None) -> Record:
     """What is measured: the models by digest, with what computes; the images by what a listing says of their shards."""
     wanted = job.data.input
-    listing = list_inputs(open_store(wanted.uris[0], wanted.s3), wanted).inputs
+    listing = list_inputs(open_input(wanted), wanted).inputs
     inputs = json.dumps([[item.uri, item.size, item.etag] for item in listing])
 
     def subject(source: ModelSource, artifact: Artifact) -> Record:

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import InputMissing, StoreError
+from pipeline.errors import StoreError
 from pipeline.job.recipe import Folder
 from pipeline.prepare.data import LeftOut
 from pipeline.prepare.metrics import Metrics
-from pipeline.storage import Store, join, open_store
+from pipeline.storage import head_if_there, join, open_store, read_if_there
 
 VERSION = 1
 RECORD, PAGE = "evaluation.json", "evaluation.html"
@@ -129,9 +129,9 @@ def rate(value: float) -> str:
 def standing(folder: Folder, subject: Record) -> Record | None:
     """The evaluation of `subject` that the folder holds, or None when it is free. Raises StoreError when it holds another."""
     store = open_store(folder.uri, folder.s3)
-    data = _read(store, join(folder.uri, RECORD))
+    data = read_if_there(store, join(folder.uri, RECORD))
     if data is None:
-        if _read(store, join(folder.uri, PAGE)) is not None:
+        if head_if_there(store, join(folder.uri, PAGE)):
             need = "an empty folder, for nothing is overwritten"
             raise StoreError(f"{folder.uri}: holds {PAGE} without {RECORD}", need=need, do="Name another output.uri")
         return None
@@ -163,7 +163,7 @@ def write(folder: Folder, record: Record) -> Record:
 def write_page(folder: Folder, draw: Callable[[], bytes]) -> None:
     """Create the page beside the record if it is not there."""
     store, uri = open_store(folder.uri, folder.s3), join(folder.uri, PAGE)
-    if _read(store, uri) is None:
+    if head_if_there(store, uri) is None:
         store.create(uri, draw())
 
 
@@ -172,10 +172,3 @@ def as_json(record: Record) -> bytes:
     texts = {name: json.dumps(value, ensure_ascii=False, separators=(",", ":")) for name, value in record.items()}
     fields = (f"{json.dumps(name)}: {text}" for name, text in texts.items())
     return ("{\n" + ",\n".join(fields) + "\n}\n").encode()
-
-
-def _read(store: Store, uri: str) -> bytes | None:
-    try:
-        return store.read(uri)
-    except InputMissing:
-        return None

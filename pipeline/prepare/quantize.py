@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.artifact import INT8, RECORD, Artifact, Origin, load_artifact, save_artifact, with_files
-from pipeline.errors import InputMissing, JobError, ModelError
+from pipeline.errors import JobError, ModelError
 from pipeline.job.recipe import QuantizeJob
 from pipeline.model.describe import file_sizes
 from pipeline.prepare.calibrate import calibrate, cpu_saturates, quantize, schemes
@@ -31,7 +31,7 @@ from pipeline.preprocess import Preprocess
 from pipeline.rows import pixels_view
 from pipeline.spec import Input, Limits
 from pipeline.start import load_source
-from pipeline.storage import join, open_store
+from pipeline.storage import head_if_there, join, open_store
 
 _LIMIT = "Accuracy and speed at int8 are those of one kind of CPU: without VNNI, 8-bit weights overflow in silence."
 
@@ -77,13 +77,11 @@ def _source(job: QuantizeJob) -> Artifact:
 def _check_free(job: QuantizeJob, source: Artifact) -> None:
     """Minutes before `save_artifact` would find it: the output must be new, or what an earlier run of this job made."""
     store = open_store(job.output.uri, job.output.s3)
-    try:
-        store.head(join(job.output.uri, RECORD))
-    except InputMissing:
+    if head_if_there(store, join(job.output.uri, RECORD)) is None:
         for name in file_sizes(job.output.uri, job.output.s3):  # a kill while saving leaves the source's own files
             if name != INT8 and store.read(join(job.output.uri, name)) != source.files.get(name):
                 got = f"{job.output.uri}: holds another {name}"
-                raise ModelError(got, need=f"nothing, or {source.digest} quantized", do="Take an empty folder") from None
+                raise ModelError(got, need=f"nothing, or {source.digest} quantized", do="Take an empty folder")
         return
     standing = load_artifact(job.output.uri, job.output.s3, weights=False)
     if not standing.quantized or standing.origin.parents != (source.digest,):

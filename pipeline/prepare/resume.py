@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.artifact import RECORD, Artifact, load_artifact, save_artifact
 from pipeline.cut import list_inputs
-from pipeline.errors import InputMissing, JobError
+from pipeline.errors import JobError
 from pipeline.job.training import DistillJob, FinetuneJob
 from pipeline.model.describe import file_sizes
 from pipeline.model.preprocessing import PREPROCESSING_VERSION
@@ -26,7 +26,7 @@ from pipeline.prepare.checkpoint import LAST
 from pipeline.prepare.outcome import Outcome
 from pipeline.prepare.train import Worker
 from pipeline.spec import Input
-from pipeline.storage import join, open_store
+from pipeline.storage import head_if_there, join, open_input, open_store
 
 Job = FinetuneJob | DistillJob
 
@@ -44,7 +44,7 @@ def job_key(job: Job, parents: list[str]) -> str:
 
 
 def _listing(wanted: Input) -> list[list[Any]]:
-    return [[item.uri, item.size, item.etag] for item in list_inputs(open_store(wanted.uris[0], wanted.s3), wanted).inputs]
+    return [[item.uri, item.size, item.etag] for item in list_inputs(open_input(wanted), wanted).inputs]
 
 
 def finished(job: Job, key: str, worker: Worker) -> Outcome | None:
@@ -61,13 +61,11 @@ def finished(job: Job, key: str, worker: Worker) -> Outcome | None:
 
 def _standing(job: Job, key: str) -> Artifact | None:
     uri, s3 = job.output.uri, job.output.s3
-    try:
-        open_store(uri, s3).head(join(uri, RECORD))
-    except InputMissing:
+    if head_if_there(open_store(uri, s3), join(uri, RECORD)) is None:
         names = file_sizes(uri, s3)
         if names and not any(checkpoints(job, key).rglob(LAST)):  # else a kill while saving may have left them; saving compares
             got = f"output.uri {uri} holds {', '.join(names)} without {RECORD}"
-            raise JobError(got, need="an empty folder, or the artifact of this very job", do="Give another output.uri") from None
+            raise JobError(got, need="an empty folder, or the artifact of this very job", do="Give another output.uri")
         return None
     found = load_artifact(uri, s3, weights=False)
     if found.origin.data.get("job") != key:

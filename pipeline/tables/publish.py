@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,9 +23,9 @@ from pipeline.footer import reading
 from pipeline.job.uris import absolute
 from pipeline.log import Log
 from pipeline.names import spelt
-from pipeline.nights.generation import listing, newest
+from pipeline.nights.generation import newest
 from pipeline.spec import Job, Publish
-from pipeline.storage import Object, RangeFile, Store, join, open_store
+from pipeline.storage import Object, RangeFile, Store, below, open_input, side_by_side
 from pipeline.tables.published import Changed, File, Table
 
 ATTEMPTS = 5
@@ -79,7 +78,7 @@ def check_columns(job: Job) -> None:
         from pipeline.tables.delta import lacks
     else:
         from pipeline.tables.iceberg import lacks
-    store = open_store(job.input.uris[0], job.input.s3)
+    store = open_input(job.input)
     # Not through thousands of footers when the column is in none, which the run says.
     for field in kept_fields(store, job.input, list_inputs(store, job.input, some=True).inputs[:_LOOKED_AT]):
         if not pa.types.is_null(field.type) and lacks(field):  # a column without values may have some in another file
@@ -128,10 +127,10 @@ def _bring_up_to_date(wanted: Publish, table: Table, log: Log) -> Published:
             + (", with {fingerprint} in publish.table" if wanted.format == "iceberg" else ""),
         )
     should = {item.uri: item for item in newest(log).values()}
-    added = list(_look(log.store, (item for uri, item in should.items() if uri not in has)))
+    added = _look(log.store, [item for uri, item in should.items() if uri not in has])
     removed = sorted(uri for uri in has if uri.startswith(log.root.rstrip("/") + "/") and uri not in should)
     if added or removed:
-        runs = (item.uri.rpartition("/runs/")[2].partition("/")[0] for item in listing(log.store, join(log.root, "runs")))
+        runs = (item.uri.rpartition("/runs/")[2].partition("/")[0] for item in below(log.store, log.root, "runs"))
         table.change(added, removed, run=max(runs, default="0"))
     return Published(wanted.format, table.where, len(added), len(removed))
 
@@ -142,11 +141,10 @@ def _is_ours(uri: str, log: Log) -> bool:
     return found is not None and found[1] == log.fingerprint
 
 
-def _look(store: Store, objects: Iterable[Object]) -> Iterable[File]:
+def _look(store: Store, objects: Sequence[Object]) -> list[File]:
     def look(item: Object) -> File:
         with reading(item.uri):
             metadata = pq.read_metadata(RangeFile(store, item))
             return File(item.uri, item.size, metadata.num_rows, metadata.schema.to_arrow_schema().remove_metadata())
 
-    with ThreadPoolExecutor(16) as pool:
-        return [file for file in pool.map(look, objects) if file.rows]
+    return [file for file in side_by_side(look, objects) if file.rows]

@@ -23,7 +23,7 @@ def _folder(text: str) -> Path:
 
 def read_tar(path: Path) -> list[tuple[str, bytes]]:
     """Name and content of every member."""
-    from pipeline.storage import Disk
+    from pipeline.disk import Disk
     from pipeline.tar import Stream, members
 
     store = Disk()

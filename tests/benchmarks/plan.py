@@ -58,10 +58,11 @@ def say(shards: int, what: str, measured: tuple[float, float, float, str]) -> No
 def synthetic(folder: str, shards: int, night: str, state: str) -> None:
     """In a process of its own: plans `shards` made-up tars below `night`; `state` is what the output holds of them."""
     from pipeline.cut import cut
+    from pipeline.disk import Disk
     from pipeline.log import Log
     from pipeline.plan import make_plan
     from pipeline.spec import Input
-    from pipeline.storage import Disk, Object
+    from pipeline.storage import Object
 
     class MadeUp(Disk):
         def list(self, uri: str, *, glob: bool = True) -> Iterator[Object]:
@@ -100,8 +101,8 @@ def made_up(folder: str, shards: int) -> None:
 def many_nights(folder: str, shards: int, nights: int) -> None:
     import pyarrow as pa
 
+    from pipeline.disk import Disk
     from pipeline.log import Log, Run
-    from pipeline.storage import Disk
     from pipeline.unit import Part, Unit
 
     log = Log(Disk(), f"{folder}/out/0123456789ab")

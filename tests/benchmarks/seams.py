@@ -34,11 +34,11 @@ class Steps:
 
     def __init__(self, source: dict[str, str], batch: int, folder: Path) -> None:
         from pipeline.artifact import load_artifact
+        from pipeline.disk import Disk
         from pipeline.log import Log
         from pipeline.predict import Predict
         from pipeline.preprocess import Preprocess
         from pipeline.spec import Input, ModelSource, Output
-        from pipeline.storage import Disk
 
         wanted = ModelSource.model_validate(source)
         artifact = load_artifact(wanted.uri)
