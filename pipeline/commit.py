@@ -123,7 +123,7 @@ def serialise(table: pa.Table, unit: Unit, provenance: Provenance, compared: tup
         ok=ok,
         failed=failed.num_rows,
         failures=dict(sorted(Counter(failed.column("error_class").to_pylist()).items())),
-        inputs=tuple(dict.fromkeys(part.input for part in unit.parts)),
+        inputs=tuple(dict.fromkeys(part.pin for part in unit.parts)),
         attempt=provenance.attempt,
         code=provenance.code,
         compared=compared[0],
@@ -155,6 +155,6 @@ def commit_unit(
 def retire_unit(log: Log, unit: Unit, *, schema: pa.Schema, why: str, provenance: Provenance) -> bool:
     """Puts a tombstone where `unit` would be committed, so that its inputs can go into other units. False: it was committed
     before. Raises what `commit_unit` raises."""
-    inputs = tuple(part.input for part in unit.parts)
+    inputs = tuple(part.pin for part in unit.parts)
     footer = Footer(unit.id, provenance.fingerprint, inputs=inputs, attempt=provenance.attempt, code=provenance.code, split=why)
     return log.store.create(log.data_key(unit.id), tombstone(footer, schema)) or bool(log.footer(unit.id).split)

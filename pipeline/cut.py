@@ -6,7 +6,6 @@ border means reading the tar. Without opening shards the number of images is unk
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, InputMissing, JobError, NightlabelError, PermissionDenied, Temporary, Unidentified
-from pipeline.job.uris import absolute_input
-from pipeline.names import glob_prefix, spelt
+from pipeline.job.uris import absolute, absolute_input
+from pipeline.names import glob_prefix
 from pipeline.spec import Input
 from pipeline.storage import Object, RangeFile, Store
 from pipeline.unit import Part, Unit
@@ -52,9 +51,7 @@ def root_of(uri: str) -> str:
     base = glob_prefix(uri)
     if base != uri or _suffix(uri) in IMAGE_SUFFIXES:
         base = base.rpartition("/")[0]
-    if not base.startswith("s3://"):
-        base = spelt(os.path.abspath(base.removeprefix("file://")))
-    return base.rstrip("/") + "/"
+    return absolute(base).rstrip("/") + "/"
 
 
 def list_inputs(store: Store, wanted: Input, *, some: bool = False) -> Listing:
@@ -114,7 +111,7 @@ def cut(store: Store, wanted: Input, listing: Sequence[Object], *, tasks: int) -
     most = max(1, len(listing) // pieces)
     if wanted.format == "images":
         most = min(most, BUNDLE)
-    return _join([Part(item.uri, item.etag, item.size) for item in listing], most=most, size=UNIT_BYTES)
+    return _join([Part.of(item) for item in listing], most=most, size=UNIT_BYTES)
 
 
 def _join(parts: Sequence[Part], *, most: int, size: int) -> list[Unit]:
@@ -132,7 +129,7 @@ def _join(parts: Sequence[Part], *, most: int, size: int) -> list[Unit]:
 
 def _cut_parquet(store: Store, wanted: Input, listing: Sequence[Object], *, pieces: int) -> list[Unit]:
     size = min(UNIT_BYTES, max(1, sum(item.size for item in listing) // pieces))
-    small = [Part(item.uri, item.etag, item.size) for item in listing if item.size <= 2 * size]
+    small = [Part.of(item) for item in listing if item.size <= 2 * size]
     units = _join(small, most=max(1, len(listing) // pieces), size=size)
     large = [item for item in listing if item.size > 2 * size]
     unfit: list[JobError] = []
@@ -143,7 +140,7 @@ def _cut_parquet(store: Store, wanted: Input, listing: Sequence[Object], *, piec
             raise
         except (InputError, PermissionDenied, Temporary, JobError, *UNREADABLE) as error:
             # One unit, whose reading says what is wrong while the rest is labelled.
-            units.append(Unit((Part(item.uri, item.etag, item.size),)))
+            units.append(Unit((Part.of(item),)))
             unfit += [error] if isinstance(error, JobError) else []
     if unfit and len(unfit) == len(large) and not any(_fits(store, wanted, part) for part in small[:3]):
         raise unfit[0]  # no file is as the job says: better said now than after Ray has started
@@ -152,7 +149,7 @@ def _cut_parquet(store: Store, wanted: Input, listing: Sequence[Object], *, piec
 
 def _fits(store: Store, wanted: Input, part: Part) -> bool:
     try:
-        schema = pq.read_schema(RangeFile(store, Object(part.uri, part.size, part.etag)))
+        schema = pq.read_schema(RangeFile(store, part.object))
         check_columns(schema, wanted, part.uri)
     except (NightlabelError, *UNREADABLE):
         return False
@@ -169,8 +166,8 @@ def _split_rows(store: Store, wanted: Input, item: Object, *, size: int) -> list
     for first in range(0, footer.num_row_groups, together):
         start, stop = stop, stop + sum(sizes[first : first + together])
         if stop > start:  # row groups may be empty, and two empty ranges at the same row would be one unit twice
-            parts.append(Part(item.uri, item.etag, item.size, start, stop))
-    return [Unit((part,)) for part in (parts if len(parts) > 1 else [Part(item.uri, item.etag, item.size)])]
+            parts.append(Part.of(item, start, stop))
+    return [Unit((part,)) for part in (parts if len(parts) > 1 else [Part.of(item)])]
 
 
 def group_sizes(footer: pq.FileMetaData) -> list[int]:

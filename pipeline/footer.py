@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import Conflict, first_line
 from pipeline.rows import OUTPUT_SCHEMA_VERSION
 from pipeline.storage import RangeFile, Store
-from pipeline.unit import Input
+from pipeline.unit import Pin
 
 TOMBSTONE_BYTES = 4096
 #: A manifest says that all of a run stands, and nothing of it is looked at again.
@@ -40,7 +40,7 @@ class Footer:
     ok: int = 0
     failed: int = 0
     failures: Mapping[str, int] = field(default_factory=dict)
-    inputs: tuple[Input, ...] = ()
+    inputs: tuple[Pin, ...] = ()
     attempt: str = ""
     code: str = ""
     schema: int = OUTPUT_SCHEMA_VERSION
@@ -87,6 +87,14 @@ def read_footer(store: Store, key: str) -> Footer:
     ):
         raise Conflict(f"{key}: {metadata.num_rows} rows, its account says {footer}", need="an account that adds up", do=MOVE)
     return footer
+
+
+def failures(footers: Iterable[Footer]) -> dict[str, int]:
+    """By class, how many images of several units failed."""
+    sums = Counter[str]()
+    for footer in footers:
+        sums.update(footer.failures)
+    return dict(sorted(sums.items()))
 
 
 def totals(footers: Iterable[Footer]) -> dict[str, int]:

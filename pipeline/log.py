@@ -19,7 +19,7 @@ from pipeline.errors import Conflict, StoreError
 from pipeline.footer import TOMBSTONE_BYTES, Footer, read_footer
 from pipeline.job.uris import absolute
 from pipeline.storage import Object, Store, below, join, side_by_side
-from pipeline.unit import Input, Part, Unit
+from pipeline.unit import Part, Pin, Unit
 
 _PLAN = pa.schema(
     [
@@ -44,7 +44,7 @@ class Run:
     finished: bool
 
     @property
-    def inputs(self) -> set[Input]:
+    def inputs(self) -> set[Pin]:
         return set(zip(*(self.parts.column(name).to_pylist() for name in ("uri", "etag", "size")), strict=True))
 
     @property

@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipeline.errors import Temporary
 from pipeline.log import Log, Standing
 from pipeline.storage import Object
-from pipeline.unit import Input, Part, Unit
+from pipeline.unit import Part, Pin, Unit
 
 _ATTEMPTS = 60
 _PAUSE_S = 5.0
@@ -51,16 +51,15 @@ def make_plan(
     """
     uris = pa.array([item.uri for item in listing], pa.string())
     for attempt in range(_ATTEMPTS):
-        time.sleep(
-            random.uniform(0, min(attempt, _PAUSE_S))
-        )  # of many drivers that begin at the same minute one at a time gets on
+        # Of many drivers that begin at the same minute one at a time gets on.
+        time.sleep(random.uniform(0, min(attempt, _PAUSE_S)))
         # First the plans, then the objects: a plan that replaces a unit is younger than the unit's tombstone.
         runs = log.runs(uris)
         finished = {key for run in runs if run.finished for key in run.inputs}
         wanted = {(item.uri, item.etag, item.size): item for item in listing}
         wanted = {key: item for key, item in wanted.items() if key not in finished}
         known = {unit.id: unit for run in runs if not run.finished for unit in run.units}
-        known = {unit_id: unit for unit_id, unit in known.items() if any(part.input in wanted for part in unit.parts)}
+        known = {unit_id: unit for unit_id, unit in known.items() if any(part.pin in wanted for part in unit.parts)}
         standing = log.standing(known)
         adopted = _adopt(known, standing, wanted, present, retire)
         if adopted is None:
@@ -81,7 +80,7 @@ def make_plan(
 def _adopt(
     known: dict[str, Unit],
     standing: Standing,
-    wanted: Collection[Input],
+    wanted: Collection[Pin],
     present: Callable[[Part], bool],
     retire: Retire,
 ) -> dict[str, Unit] | None:
@@ -94,27 +93,27 @@ def _adopt(
     for unit in known.values():
         if unit.id in standing.split:
             continue
-        if unit.id in standing.committed or all(part.input in wanted or present(part) for part in unit.parts):
+        if unit.id in standing.committed or all(part.pin in wanted or present(part) for part in unit.parts):
             adopted[unit.id] = unit
         elif not retire(unit):
             return None
     return adopted
 
 
-def _new_units(wanted: dict[Input, Object], adopted: dict[str, Unit], known: dict[str, Unit], cut: Cut) -> Iterator[Unit]:
+def _new_units(wanted: dict[Pin, Object], adopted: dict[str, Unit], known: dict[str, Unit], cut: Cut) -> Iterator[Unit]:
     """Units for the inputs that have none: pieces of a unit that was split although its inputs are all there, so that one bad
     shard holds nothing else back; for all other inputs what `cut` says."""
-    taken = {part.input for unit in adopted.values() for part in unit.parts}
+    taken = {part.pin for unit in adopted.values() for part in unit.parts}
     free = {key: item for key, item in wanted.items() if key not in taken}
     tombs = known.keys() - adopted.keys()
     for unit_id in [unit_id for unit_id in known if unit_id in tombs]:
         parts = known[unit_id].parts
         # Only what was listed: of these inputs every unit is known, so no piece takes what another plan's unit has.
-        for piece in _split(known[unit_id], tombs) if all(part.input in wanted for part in parts) else ():
-            if all(part.input in free for part in piece.parts):
+        for piece in _split(known[unit_id], tombs) if all(part.pin in wanted for part in parts) else ():
+            if all(part.pin in free for part in piece.parts):
                 yield piece
                 for part in piece.parts:
-                    del free[part.input]
+                    del free[part.pin]
     for unit in cut(list(free.values())) if free else ():
         yield from _split(unit, tombs)
 

@@ -32,7 +32,7 @@ from pipeline.names import spelt
 from pipeline.rows import IMAGE, Failure, UnitError
 from pipeline.samples import Row, image_rows, too_large
 from pipeline.spec import Input, Limits
-from pipeline.storage import CONNECTIONS, Object, RangeFile, Store
+from pipeline.storage import CONNECTIONS, RangeFile, Store
 from pipeline.tar import Stream
 from pipeline.unit import Part, Unit
 
@@ -53,20 +53,21 @@ def read_unit(
     rows, schema = 0, IMAGE
     error: NightlabelError | None = None
     try:
-        read = _read_tar if wanted.format == "webdataset" else _read_parquet
-        for part in unit.parts if wanted.format != "images" else ():
-            for table in read(store, part, wanted, max_bytes):
-                _check_like(table.schema, schema if rows else table.schema, part.uri)
-                schema = table.schema
-                if table.num_rows:
-                    yield _numbered(table, unit.id, range(rows, rows + table.num_rows), only)
-                    rows += table.num_rows
         if wanted.format == "images":
             numbers = range(len(unit.parts)) if only is None else only
             for table in _read_images(store, tuple(unit.parts[number] for number in numbers), wanted, max_bytes):
                 yield _numbered(table, unit.id, numbers[rows : rows + table.num_rows])
                 rows += table.num_rows
             rows = len(unit.parts)
+        else:
+            read = _read_tar if wanted.format == "webdataset" else _read_parquet
+            for part in unit.parts:
+                for table in read(store, part, wanted, max_bytes):
+                    _check_like(table.schema, schema if rows else table.schema, part.uri)
+                    schema = table.schema
+                    if table.num_rows:
+                        yield _numbered(table, unit.id, range(rows, rows + table.num_rows), only)
+                        rows += table.num_rows
     except NightlabelError as caught:
         error = caught
     except MemoryError:
@@ -134,7 +135,7 @@ def _batches(rows: Iterator[Row], keep: tuple[str, ...]) -> Iterator[pa.Table]:
 
 
 def _read_tar(store: Store, part: Part, wanted: Input, max_bytes: int) -> Iterator[pa.Table]:
-    with Stream(store, Object(part.uri, part.size, part.etag)) as stream:
+    with Stream(store, part.object) as stream:
         yield from _batches(image_rows(stream, wanted.keep, max_bytes), wanted.keep)
 
 
@@ -142,9 +143,7 @@ def _read_parquet(store: Store, part: Part, wanted: Input, max_bytes: int) -> It
     """A key that comes twice is seen within the part: for the keys before it, each part would read the file from its start."""
     columns = [wanted.image_column, *((wanted.key_column,) if wanted.key_column else ()), *wanted.keep]
     try:
-        file = pq.ParquetFile(
-            RangeFile(store, Object(part.uri, part.size, part.etag)), buffer_size=8 * 2**20, page_checksum_verification=True
-        )
+        file = pq.ParquetFile(RangeFile(store, part.object), buffer_size=8 * 2**20, page_checksum_verification=True)
         check_columns(file.schema_arrow, wanted, part.uri)
         first, groups = _row_groups(file.metadata, part)
         image_table = partial(_image_table, uri=part.uri, wanted=wanted, seen=set(), max_bytes=max_bytes)
@@ -230,7 +229,7 @@ def _fetched(parts: tuple[Part, ...], roots: list[str], submit: Callable[[Part],
 
 def _fetch(store: Store, part: Part, *, max_bytes: int) -> Row:
     try:
-        return too_large(part.size, max_bytes) or {"bytes": store.read(part.uri, pinned=Object(part.uri, part.size, part.etag))}
+        return too_large(part.size, max_bytes) or {"bytes": store.read(part.uri, pinned=part.object)}
     except Unidentified:  # the others would fail like it, and be failed rows for good
         raise
     # Gone or replaced since the plan, or not ours to read: this image has no bytes, and the others of its unit have theirs.

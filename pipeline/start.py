@@ -20,7 +20,7 @@ from pipeline.model.preprocessing import PREPROCESSING_VERSION
 from pipeline.plan import Plan, make_plan
 from pipeline.rows import OUTPUT_SCHEMA_VERSION, output_schema
 from pipeline.spec import Job, ModelSource
-from pipeline.storage import Object, Store, join, open_input, open_store
+from pipeline.storage import Store, join, open_input, open_store
 from pipeline.unit import Part, Unit
 
 CODE_VERSION = importlib.metadata.version("nightlabel")
@@ -91,7 +91,7 @@ def split_unit(log: Log, unit: Unit, job: Job, artifact: Artifact, *, why: str) 
     schema = output_schema(
         embedding=architecture.features if output.embeddings else None,
         probabilities=architecture.classes if output.probabilities else None,
-        kept=kept_fields(store, job.input, [Object(part.uri, part.size, part.etag) for part in unit.parts]),
+        kept=kept_fields(store, job.input, [part.object for part in unit.parts]),
     )
     return retire_unit(log, unit, schema=schema, why=why, provenance=Provenance(log.fingerprint, "", CODE_VERSION))
 
@@ -110,7 +110,7 @@ def present(store: Store, part: Part) -> bool:
     """Is the input there, in the version that was planned? Where that cannot be told it is: its unit stays as it is, and whoever
     reads it says what is wrong."""
     try:
-        return store.head(part.uri) == Object(part.uri, part.size, part.etag)
+        return store.head(part.uri) == part.object
     except InputMissing:
         return False
     except Unidentified:

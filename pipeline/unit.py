@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-Input = tuple[str, str, int]  # what pins an input: URI, etag, size
+from pipeline.storage import Object
+
+Pin = tuple[str, str, int]  # one version of an input: URI, etag, size
 
 PIECES = 16  # of a unit that is split: 2,000 loose images are down to the culprit in three rounds and 48 objects, not in 2,000
 
@@ -23,9 +25,18 @@ class Part:
     start: int | None = None
     stop: int | None = None
 
+    @staticmethod
+    def of(item: Object, start: int | None = None, stop: int | None = None) -> Part:
+        return Part(item.uri, item.etag, item.size, start, stop)
+
     @property
-    def input(self) -> Input:
+    def pin(self) -> Pin:
         return self.uri, self.etag, self.size
+
+    @property
+    def object(self) -> Object:
+        """The input in the version that was listed."""
+        return Object(self.uri, self.size, self.etag)
 
 
 @dataclass(frozen=True)

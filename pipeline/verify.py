@@ -12,7 +12,7 @@ from pipeline.errors import Conflict, InputMissing
 from pipeline.footer import MOVE, Footer, totals
 from pipeline.log import Log, Run
 from pipeline.storage import side_by_side
-from pipeline.unit import Input, Part, Unit
+from pipeline.unit import Part, Pin, Unit
 
 
 def verify(log: Log, units: Sequence[Unit]) -> Iterator[Footer]:
@@ -37,14 +37,14 @@ def validate(log: Log) -> tuple[list[Footer], list[str]]:
     footers, problems = _footers(log)
     committed = {unit_id: footer for unit_id, footer in footers.items() if not footer.split}
     planned: set[str] = set()
-    owners: dict[Input, set[tuple[float, float, str]]] = defaultdict(set)
+    owners: dict[Pin, set[tuple[float, float, str]]] = defaultdict(set)
     runs = log.runs()
     for run in runs:
         units = run.units
         planned.update(unit.id for unit in units)
         for unit in units:
             for part in unit.parts if unit.id in committed else ():
-                owners[part.input].add(_rows(part, unit.id))
+                owners[part.pin].add(_rows(part, unit.id))
         if run.id in finished:
             problems += _check_manifest(log, run, [committed.get(unit.id) for unit in units])
     for (uri, _, _), held in owners.items():

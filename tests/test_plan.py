@@ -174,7 +174,7 @@ def test_drivers_that_plan_at_once_never_share_an_input(tmp_path):
     for thread in threads:
         thread.join()
     units = {unit.id: unit for plan in plans for unit in plan.units}
-    inputs = [part.input for unit in units.values() for part in unit.parts]
+    inputs = [part.pin for unit in units.values() for part in unit.parts]
     assert len(plans) == 8
     assert len(inputs) == len(set(inputs)), "one input in two units"
     assert log.runs()
@@ -224,7 +224,7 @@ class World:
     def committed(self) -> list[tuple[str, str, int]]:
         units = {unit.id: unit for run in self.log.runs() for unit in run.units}
         done = self.log.standing(units).committed
-        return [part.input for unit_id in done for part in units[unit_id].parts]
+        return [part.pin for unit_id in done for part in units[unit_id].parts]
 
 
 def triples(listing: list[Object]) -> list[Unit]:

@@ -7,7 +7,6 @@ came late or was left over is taken up as well, and a day that is labelled costs
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import pyarrow as pa
 
 from pipeline.cut import list_inputs
 from pipeline.errors import COMPLETE, ExitCode, InputMissing, JobError, NightlabelError
-from pipeline.footer import totals
+from pipeline.footer import failures, totals
 from pipeline.job.jobfile import asked_days, at_day
 from pipeline.job.quantity import exceeds
 from pipeline.job.schedule import WAIT_S, looked_back, looks_back
@@ -120,7 +119,7 @@ def run_nights(template: Job, days: tuple[Day, ...], *, label: Label, say: Say, 
 
 
 @contextmanager
-def leased(template: Job, *, say: Say, if_running: Policy | None = None) -> Iterator[Check | None]:
+def leased(template: Job, *, say: Say, if_running: Policy | None) -> Iterator[Check | None]:
     """Under the lease: what to call now and then, which raises UnitsLeft when another run takes over; None when another run is at
     it and the policy is to skip. `if_running` overrules the schedule's; a job that has neither takes no lease."""
     policy = if_running or (template.schedule.if_running if template.schedule else "share")
@@ -175,11 +174,12 @@ def _outcome(job: Job, label: Label, check: Check, day: Day, say: Say) -> Receip
 
 def _as_it_stands(job: Job, receipt: Receipt) -> Receipt:
     """Nothing was left to do: the receipt with the counts and the exit code of the run that did it, if too many failed."""
+    if receipt.exit_code:  # an absent input is graver
+        return receipt
     inputs = list_inputs(open_input(job.input), job.input, some=True).inputs
-    log = Log(open_store(receipt.where, job.output.s3), receipt.where)
-    footers = list(last_labelled(log, pa.array([item.uri for item in inputs], pa.string())))
-    sums, failures = totals(footers), sum((Counter(footer.failures) for footer in footers), Counter[str]())
-    if receipt.exit_code or not exceeds(sums["failed"], job.limits.max_failed, of=sums["in"]):  # an absent input is graver
+    footers = list(last_labelled(_log(job, receipt), pa.array([item.uri for item in inputs], pa.string())))
+    sums = totals(footers)
+    if not exceeds(sums["failed"], job.limits.max_failed, of=sums["in"]):
         return receipt
     return replace(
         receipt,
@@ -189,7 +189,7 @@ def _as_it_stands(job: Job, receipt: Receipt) -> Receipt:
         rows_in=sums["in"],
         ok=sums["ok"],
         failed=sums["failed"],
-        failures=dict(sorted(failures.items())),
+        failures=failures(footers),
         exit_code=ExitCode.TOO_MANY_FAILED,
     )
 
@@ -197,7 +197,11 @@ def _as_it_stands(job: Job, receipt: Receipt) -> Receipt:
 def _table(job: Job, outcome: Receipt | NightlabelError) -> Table:
     if not isinstance(outcome, Receipt):
         return None
-    return publish_labels(job, Log(open_store(outcome.where, job.output.s3), outcome.where), outcome.exit_code)
+    return publish_labels(job, _log(job, outcome), outcome.exit_code)
+
+
+def _log(job: Job, receipt: Receipt) -> Log:
+    return Log(open_store(receipt.where, job.output.s3), receipt.where)
 
 
 def publish_labels(job: Job, log: Log, exit_code: int) -> Table:

@@ -9,7 +9,6 @@ numbered through all of them. A retry that was killed is gone on with by the sam
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from pipeline.committer import Committer
 from pipeline.cut import list_inputs
 from pipeline.environment import set_ray_environment
 from pipeline.errors import JobError
-from pipeline.footer import reading
+from pipeline.footer import failures, reading, totals
 from pipeline.label import TRIES, Driver
 from pipeline.log import Log
 from pipeline.nights.generation import RUN, Generation, newest, read_footers, to_plan
@@ -128,7 +127,7 @@ class Retry(Driver):
         pins = {(item.uri, item.etag, item.size) for item in listing.inputs}
 
         def is_there(part: Part) -> bool:
-            return part.input in pins or present(store, part)  # a job may list less than the one that planned
+            return part.pin in pins or present(store, part)  # a job may list less than the one that planned
 
         generation = to_plan(log, self.classes)
         planned = generation.runs()
@@ -172,13 +171,7 @@ class Retry(Driver):
         retried = sum(len(self._tasks[footer.unit].only) for footer in footers)
         ok_before = sum(self._tasks[footer.unit].ok for footer in footers)
         everything = footers if left else read_footers(generation.store, list(newest(generation.base).values()))
-        sums = [(footer.rows_in, footer.failed) for footer in everything]
-        counts = {
-            "left": len(left),
-            "done": len(done),
-            "rows": sum(rows for rows, _ in sums),
-            "failed": sum(bad for _, bad in sums),
-        }
+        sums, limit = totals(everything), self.job.limits.max_failed
         outcome = Retried(
             job=self.job.name,
             where=generation.root,
@@ -188,9 +181,9 @@ class Retry(Driver):
             units_done=len(done),
             retried=retried,
             mended=sum(footer.ok for footer in footers) - ok_before,
-            failures=dict(sorted(sum((Counter(footer.failures) for footer in footers), Counter[str]()).items())),
+            failures=failures(footers),
             trouble=trouble,
-            exit_code=exit_code(trouble, **counts, limit=self.job.limits.max_failed),
+            exit_code=exit_code(trouble, left=len(left), done=len(done), rows=sums["in"], failed=sums["failed"], limit=limit),
         )
         if not left:
             generation.store.create(generation.run_key(RUN, "manifest.json"), outcome.manifest(footers))
