@@ -55,8 +55,9 @@ class Predict:
         error_class, error = _failures(batch, pa.array(broken))
         columns = {name: batch.column(name) for name in ("unit", "key", "source", "index", "width", "height")}
         columns |= {"error_class": error_class, "error": error, "status": _status(batch.column("key"), error_class)}
-        columns |= self._labelled(scores, scored)
-        names = ["unit", *rows.PREDICTION.names, *self._optional(columns, scores, at, scored)]
+        optional = self._optional(scores, at, scored)
+        columns |= self._labelled(scores, scored) | optional
+        names = ["unit", *rows.PREDICTION.names, *optional]
         kept = [name for name in batch.column_names if name not in rows.USED_UP]
         types = {field.name: field.type for field in rows.PREDICTION}
         if "exact" in batch.column_names:
@@ -103,16 +104,14 @@ class Predict:
             "topk": pa.ListArray.from_arrays(pa.array(offsets), ranked, type=rows.TOPK, mask=pa.array(~scored)),
         }
 
-    def _optional(self, columns: dict[str, pa.Array], scores: Scores, at: np.ndarray, scored: np.ndarray) -> list[str]:
-        """Adds the optional columns that the output wants, and names them."""
-        wanted = []
+    def _optional(self, scores: Scores, at: np.ndarray, scored: np.ndarray) -> dict[str, pa.Array]:
+        """The optional columns that the output wants."""
+        columns = {}
         if self.output.embeddings:
             columns["embedding"] = _vectors(scores.embeddings, at, scored)
-            wanted.append("embedding")
         if self.output.probabilities:
             columns["probabilities"] = _vectors(scores.probabilities, at, scored)
-            wanted.append("probabilities")
-        return wanted
+        return columns
 
 
 def _engine(

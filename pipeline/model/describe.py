@@ -12,12 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.artifact import FILES, INT8, Artifact
-from pipeline.model.huggingface import RESNET_SIZES, RESNETS, Architecture
+from pipeline.model.huggingface import BOTTLENECK, RESNET_SIZES, RESNETS, Architecture
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.spec import S3
 from pipeline.storage import head_if_there, join, open_store
-
-_BOTTLENECK = 4  # how many times narrower a bottleneck is than its output
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,7 @@ def layers(architecture: Architecture, size: int) -> tuple[Layer, ...]:
 def architecture_name(architecture: Architecture) -> str:
     """`ResNet-18`, with what sets it apart; `ResNet of 8 layers` when it is none of the known."""
     shape = architecture.layer_type, architecture.depths
-    known = next((layers for layers, known_shape in RESNETS.items() if known_shape == shape), None)
+    known = next((number for number, known_shape in RESNETS.items() if known_shape == shape), None)
     usual = architecture.embedding_size == 64 and architecture.hidden_sizes == RESNET_SIZES[architecture.layer_type]
     kernels = 2 if architecture.layer_type == "basic" else 3
     name = f"ResNet-{known}" if known and usual else f"ResNet of {kernels * sum(architecture.depths) + 2} layers"
@@ -144,7 +142,7 @@ def _stem_rows(architecture: Architecture, size: int) -> tuple[Layer, ...]:
 
 def _stage(architecture: Architecture, number: int, inputs: int, edge: int) -> Layer:
     depth, outputs = architecture.depths[number], architecture.hidden_sizes[number]
-    stride = 2 if number > 0 or architecture.downsample_in_first_stage else 1
+    stride = architecture.stride(number)
     blocks = [_block(architecture, (inputs, outputs), edge, stride)]
     after = _after(edge, stride)
     blocks += [_block(architecture, (outputs, outputs), after, 1)] * (depth - 1)
@@ -161,7 +159,7 @@ def _block(architecture: Architecture, channels: tuple[int, int], edge: int, str
     if architecture.layer_type == "basic":
         costs = [_convolution(inputs, outputs, 3, after), _convolution(outputs, outputs, 3, after)]
     else:
-        narrow = outputs // _BOTTLENECK
+        narrow = outputs // BOTTLENECK
         first = after if architecture.downsample_in_bottleneck else edge
         costs = [
             _convolution(inputs, narrow, 1, first),

@@ -54,6 +54,10 @@ class Architecture:
         """Length of the embedding: what the classifier sees."""
         return self.hidden_sizes[-1]
 
+    def stride(self, stage: int) -> int:
+        """Of the first layer of a stage; all others have 1."""
+        return 2 if stage > 0 or self.downsample_in_first_stage else 1
+
 
 #: The family of arXiv 1512.03385: by the number of layers the kind of block and the depths; by the kind the hidden sizes.
 RESNETS: dict[int, tuple[str, tuple[int, ...]]] = {
@@ -63,6 +67,7 @@ RESNETS: dict[int, tuple[str, tuple[int, ...]]] = {
     101: ("bottleneck", (3, 4, 23, 3)),
     152: ("bottleneck", (3, 8, 36, 3)),
 }
+BOTTLENECK = 4  # how many times narrower a bottleneck is than its output
 RESNET_SIZES = {"basic": (64, 128, 256, 512), "bottleneck": (256, 512, 1024, 2048)}
 
 

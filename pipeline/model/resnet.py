@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.errors import ModelError
-from pipeline.model.huggingface import Architecture
-
-_BOTTLENECK = 4  # how many times narrower a bottleneck is than its output
+from pipeline.model.huggingface import BOTTLENECK, Architecture
 
 
 class ConvNorm(nn.Module):
@@ -43,7 +41,7 @@ class Layer(nn.Module):
         if a.layer_type == "basic":
             layers = [ConvNorm(inputs, outputs, 3, stride=stride), ConvNorm(outputs, outputs, 3, relu=False)]
         else:
-            narrow = outputs // _BOTTLENECK
+            narrow = outputs // BOTTLENECK
             first, second = (stride, 1) if a.downsample_in_bottleneck else (1, stride)
             layers = [
                 ConvNorm(inputs, narrow, 1, stride=first),
@@ -70,9 +68,8 @@ class ResNet(nn.Module):
             embedder = _named(embedder=stem, pooler=pooler)
         stages, inputs = [], a.embedding_size
         for i, (depth, outputs) in enumerate(zip(a.depths, a.hidden_sizes, strict=True)):
-            stride = 2 if i > 0 or a.downsample_in_first_stage else 1
             rest = [Layer(a, outputs, outputs, 1) for _ in range(depth - 1)]
-            stages.append(_named(layers=nn.Sequential(Layer(a, inputs, outputs, stride), *rest)))
+            stages.append(_named(layers=nn.Sequential(Layer(a, inputs, outputs, a.stride(i)), *rest)))
             inputs = outputs
         self.resnet = _named(embedder=embedder, encoder=_named(stages=nn.Sequential(*stages)))
         self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(a.features, a.classes))
