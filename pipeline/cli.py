@@ -26,12 +26,9 @@ from pipeline.commands.options import Again, AsJson, Date, Dates, IfRunning, Job
 from pipeline.errors import ExitCode, Interrupted, NightlabelError
 
 if TYPE_CHECKING:
-    from pipeline.job.recipe import EvaluateJob, QuantizeJob
-    from pipeline.job.training import DistillJob, FinetuneJob
+    from pipeline.job.jobfile import PreparationJob
     from pipeline.plan import Plan
     from pipeline.prepare.outcome import Outcome
-
-    Preparation = FinetuneJob | DistillJob | QuantizeJob | EvaluateJob
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -78,7 +75,7 @@ def run(
     sys.exit(cli_nightly.print_nights(nights, as_json=as_json, path=job))
 
 
-def _run_preparation(job: Preparation, *, as_json: bool, command: str) -> NoReturn:
+def _run_preparation(job: PreparationJob, *, as_json: bool, command: str) -> NoReturn:
     from importlib import import_module
 
     from pipeline.prepare.extras import check_installed
@@ -150,6 +147,7 @@ def _plan_lines(planned: Plan, facts: dict[str, Any]) -> Iterator[str]:
 
 def validate(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     """Does the job's output hold together: every footer, every count, every manifest, no input labelled twice."""
+    from pipeline.footer import totals
     from pipeline.job.jobfile import load_label_job
     from pipeline.nights.generation import validate_all
     from pipeline.start import load_model, open_log, present
@@ -161,7 +159,7 @@ def validate(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     log = open_log(loaded, artifact)
     footers, problems = validate_all(log)
     unfinished = open_runs(log, partial(present, open_input(loaded.input)))
-    rows, ok, failed = (sum(getattr(footer, name) for footer in footers) for name in ("rows_in", "ok", "failed"))
+    rows, ok, failed = totals(footers).values()
     if as_json:
         counts = {"units": len(footers), "rows_in": rows, "ok": ok, "failed": failed}
         print_json({"where": log.root, **counts, "unfinished": unfinished, "problems": problems})

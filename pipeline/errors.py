@@ -104,7 +104,7 @@ class InputChanged(InputError):
 class ShardError(InputError):
     """A shard that cannot be read as a whole; `error_class` is one of rows.UnitError."""
 
-    def __init__(self, error_class: str, got: str, *, need: str = "", do: str = "") -> None:
+    def __init__(self, error_class: str, got: str, *, need: str, do: str) -> None:
         super().__init__(got, need=need, do=do)
         self.error_class = error_class
 

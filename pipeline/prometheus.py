@@ -26,11 +26,8 @@ from pipeline.spec import Job
 
 if TYPE_CHECKING:
     from pipeline.attempt import Observer
-    from pipeline.job.recipe import EvaluateJob, QuantizeJob
-    from pipeline.job.training import DistillJob, FinetuneJob
+    from pipeline.job.jobfile import AnyJob
     from pipeline.report import Receipt
-
-    Preparation = FinetuneJob | DistillJob | QuantizeJob | EvaluateJob
 
 EVERY_S = 30.0
 _PATIENCE_S = 5.0
@@ -105,7 +102,7 @@ class Metrics:
     `say` gets a line when that did not work at the end. Raises JobError for a destination that cannot be one.
     """
 
-    def __init__(self, to: str | None, job: Job | Preparation, *, say: Callable[[str], None]) -> None:
+    def __init__(self, to: str | None, job: AnyJob, *, say: Callable[[str], None]) -> None:
         if to is not None:
             _check(to)
         self.account = Account(job.name, time.time())

@@ -88,7 +88,7 @@ def _actors(pool: Pool, calls: int = 1) -> dict[str, Any]:
     return {"zero_copy_batch": True, "compute": ActorPoolStrategy(size=pool.size, **threads), **pool.options, **_ACTOR}
 
 
-def _item(unit: Unit, only: Only | None = None) -> dict[str, str]:
+def _item(unit: Unit, only: Only | None) -> dict[str, str]:
     rows = None if only is None else sorted(only[unit.id])
     return {"unit": json.dumps([[astuple(part) for part in unit.parts], rows])}
 

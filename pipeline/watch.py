@@ -18,9 +18,8 @@ T = TypeVar("T")
 
 _TICK_S = 1.0
 _END_S = 5.0
-_COMMENT = re.compile(
-    r"\n+(?=The above exception was|Failed to apply UDF)"
-)  # what Python and Ray Data add to an exception's text
+#: What Python and Ray Data add to an exception's text.
+_COMMENT = re.compile(r"\n+(?=The above exception was|Failed to apply UDF)")
 _QUEUED = 8  # blocks that wait for the driver; beyond that Ray's own back pressure holds the pass
 
 

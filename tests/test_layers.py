@@ -29,7 +29,7 @@ prepare.extras prepare.outcome prepare.data prepare.metrics prepare.card
 prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate prepare.timm_config
 prepare.importer prepare.augment prepare.images prepare.learner prepare.checkpoint prepare.epochs prepare.train
 prepare.workers prepare.dataset prepare.resume prepare.finetune prepare.distill prepare.digits
-prepare.onnx_export prepare.calibrate prepare.gate prepare.quantize
+prepare.calibrate prepare.gate prepare.quantize
 kube.types kube.pods kube.kuberay kube.cronjob kube.render kube.follow kube.apiserver kube.apply
 demo screen prometheus commands.options commands.model commands.nightly commands.cluster commands.kube cli __main__
 """

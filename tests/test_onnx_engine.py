@@ -16,6 +16,7 @@ from test_predict import images, table, tiny
 
 from pipeline.artifact import INT8, Artifact, Origin, build, save_artifact, with_files
 from pipeline.engines.onnx_engine import OnnxEngine
+from pipeline.engines.onnx_graph import to_onnx
 from pipeline.engines.openvino_engine import OpenVinoEngine
 from pipeline.engines.scores import Scores, Wanted
 from pipeline.engines.torch_engine import TorchEngine
@@ -24,7 +25,7 @@ from pipeline.model.huggingface import Architecture
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.model.resnet import fold
 from pipeline.predict import Predict
-from pipeline.prepare.onnx_export import to_onnx
+from pipeline.prepare.quantize import float32_graph
 from pipeline.spec import ModelSource, Output
 
 SMALL_STEM = Architecture("basic", (1, 1), (8, 16), classes=3, embedding_size=8, stem="small")
@@ -93,7 +94,7 @@ def test_scores_that_are_not_finite_are_told() -> None:
     engine = OnnxEngine(classifier_of(tiny(), np.inf), wanted=ALL, batch_size=2, threads=1)
     assert engine(images(3)).finite.tolist() == [False] * 3
     with pytest.raises(ModelError, match="are not finite"):
-        to_onnx(tiny(scale=3e38))
+        float32_graph(tiny(scale=3e38))
 
 
 def with_int8(artifact: Artifact, graph: bytes) -> Artifact:

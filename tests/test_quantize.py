@@ -27,12 +27,12 @@ from test_run import label, table
 from pipeline.artifact import INT8, Artifact, load_artifact, save_artifact
 from pipeline.decode import decode
 from pipeline.engines.onnx_engine import OnnxEngine
+from pipeline.engines.onnx_graph import to_onnx
 from pipeline.engines.scores import Wanted
 from pipeline.errors import InputMissing, JobError, ModelError
 from pipeline.job.recipe import Gate, QuantizeJob
 from pipeline.prepare import calibrate, gate
 from pipeline.prepare.gate import FLOAT32, Measurement, best_of, passes
-from pipeline.prepare.onnx_export import to_onnx
 from pipeline.prepare.outcome import Outcome
 from pipeline.prepare.quantize import run_job
 from pipeline.preprocess import resize_and_crop

@@ -16,11 +16,12 @@ from pipeline.errors import JobError, first_line
 from pipeline.job.complaints import line_of, sentences, shown
 from pipeline.job.recipe import EvaluateJob, QuantizeJob
 from pipeline.job.schedule import days_of
-from pipeline.job.training import DistillJob, FinetuneJob
+from pipeline.job.training import DistillJob, FinetuneJob, TrainingJob
 from pipeline.job.uris import Filled, with_uris
 from pipeline.spec import Job
 
-AnyJob = Job | FinetuneJob | DistillJob | QuantizeJob | EvaluateJob
+PreparationJob = TrainingJob | QuantizeJob | EvaluateJob
+AnyJob = Job | PreparationJob
 KINDS: dict[str, type[AnyJob]] = {
     "label": Job,
     "finetune": FinetuneJob,
@@ -90,12 +91,12 @@ def parse_job(raw: bytes, *, name: str = "job", date: str | None = None) -> AnyJ
     return one_day(_parse(raw, name), date, name=name)
 
 
-def one_day(job: Filled, date: str | None, *, name: str = "job") -> Filled:
+def one_day(job: Filled, date: str | None, *, name: str) -> Filled:
     """The job of the one day that `--date` names. Raises JobError: none, several, or none given where the job needs one."""
     return at_day(job, asked_day(job, date, name=name), name=name)
 
 
-def asked_day(job: BaseModel, date: str | None, *, name: str = "job") -> str | None:
+def asked_day(job: BaseModel, date: str | None, *, name: str) -> str | None:
     """The one day that `--date` names, or None. Raises JobError when it names none or several."""
     days = asked_days(job, date, name=name)
     if len(days) > 1:

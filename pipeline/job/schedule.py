@@ -105,10 +105,8 @@ def longest_gap(cron: str) -> float | None:
 
     first = datetime(2024, 1, 1)
     try:
-        ticks = takewhile(
-            lambda tick: tick.year < first.year + _YEARS, CronSim(cron.replace("?", "*"), first)
-        )  # in Kubernetes ? is *
-        seen = list(islice(ticks, _TICKS))
+        ticks = CronSim(cron.replace("?", "*"), first)  # in Kubernetes ? is *
+        seen = list(islice(takewhile(lambda tick: tick.year < first.year + _YEARS, ticks), _TICKS))
     except CronSimError:
         return None
     return max(((later - earlier).total_seconds() for earlier, later in pairwise(seen)), default=None)

@@ -207,3 +207,6 @@ class DistillJob(_Trains):
     """The artifact to begin from. Absent: a random start."""
     distillation: Distillation = Distillation()
     """How the student learns."""
+
+
+TrainingJob = FinetuneJob | DistillJob

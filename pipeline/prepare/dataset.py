@@ -26,7 +26,7 @@ class TrainingData:
     lines: tuple[str, ...]
 
 
-def read_data(wanted: Data, *, seed: int, known: tuple[str, ...] = ()) -> TrainingData:
+def read_data(wanted: Data, *, seed: int, known: tuple[str, ...]) -> TrainingData:
     """Of a training on labels. The classes are those that the job gives, else those `known` to the model to begin from when the
     labels are exactly these, else those found."""
     where = _where(wanted.train.uris, wanted.label)

@@ -37,6 +37,7 @@ from pipeline.prepare.learner import CrossEntropy, Learner, Normalise, Objective
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.prepare.resume import checkpoint_line, checkpoints, close, finished, job_key
 from pipeline.prepare.train import Result, Worker, fit
+from pipeline.prepare.workers import on_workers
 from pipeline.preprocess import Prepare
 from pipeline.start import load_source
 
@@ -45,11 +46,7 @@ Fit = Callable[[str, Objective, TrainingData], Result]
 
 def run_job(job: DistillJob, *, say: Say, command: str) -> Outcome:
     """Train as the job says, here or on Ray Train, and save the student."""
-    if job.workers.count > 1:
-        from pipeline.prepare.workers import together
-
-        return together(job, say=say, command=command)
-    return train_job(job, worker=Worker.here(job.workers), say=say, command=command)
+    return on_workers(job, train_job, say=say, command=command)
 
 
 def train_job(job: DistillJob, *, worker: Worker, say: Say, command: str) -> Outcome:

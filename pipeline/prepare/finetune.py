@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.artifact import Artifact, Origin, build, make_artifact
 from pipeline.errors import JobError
-from pipeline.job.training import DistillJob, FinetuneJob, RandomNetwork
+from pipeline.job.training import FinetuneJob, RandomNetwork, TrainingJob
 from pipeline.model.huggingface import Architecture, resnet, write_preprocessor
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.model.resnet import ResNet
@@ -20,16 +20,13 @@ from pipeline.prepare.learner import CrossEntropy, Learner, balanced_weights
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.prepare.resume import checkpoint_line, checkpoints, close, finished, job_key
 from pipeline.prepare.train import Result, Worker, fit
+from pipeline.prepare.workers import on_workers
 from pipeline.start import load_source
 
 
 def run_job(job: FinetuneJob, *, say: Say, command: str) -> Outcome:
     """Train as the job says, here or on Ray Train, and save the artifact."""
-    if job.workers.count > 1:
-        from pipeline.prepare.workers import together
-
-        return together(job, say=say, command=command)
-    return train_job(job, worker=Worker.here(job.workers), say=say, command=command)
+    return on_workers(job, train_job, say=say, command=command)
 
 
 def train_job(job: FinetuneJob, *, worker: Worker, say: Say, command: str) -> Outcome:
@@ -58,7 +55,7 @@ def train_job(job: FinetuneJob, *, worker: Worker, say: Say, command: str) -> Ou
     return close(job, key, worker, made=made, lines=(epoch_line(result),))
 
 
-def class_weights(job: FinetuneJob | DistillJob, data: TrainingData) -> Tensor | None:
+def class_weights(job: TrainingJob, data: TrainingData) -> Tensor | None:
     """Of the classes in the training images, when the job wants them balanced."""
     if job.training.class_weights == "none":
         return None
@@ -66,7 +63,7 @@ def class_weights(job: FinetuneJob | DistillJob, data: TrainingData) -> Tensor |
     return balanced_weights(np.bincount(labels[labels != NO_LABEL], minlength=len(data.classes)))
 
 
-def seen(job: FinetuneJob | DistillJob, start: Artifact | None) -> Preprocessing:
+def seen(job: TrainingJob, start: Artifact | None) -> Preprocessing:
     """The preprocessing of the new model. Raises JobError for values no image can be prepared with."""
     try:
         wanted = job.preprocessing.over(Preprocessing() if start is None else start.preprocessing)

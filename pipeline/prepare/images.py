@@ -149,7 +149,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
     """(epoch, index) of the visits of one worker: all images in an order of the epoch's own, dealt out to `world` workers; those
     that fill no last batch are other ones in every epoch. The trainer calls `set_epoch`."""
 
-    def __init__(self, count: int, *, batch: int, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, count: int, *, batch: int, seed: int, rank: int, world: int) -> None:
         self.count, self.batch, self.seed, self.rank, self.world = count, batch, seed, rank, world
         self.epoch = 0
 

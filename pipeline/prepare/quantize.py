@@ -18,6 +18,9 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.artifact import INT8, RECORD, Artifact, Origin, load_artifact, save_artifact, with_files
+from pipeline.engines.onnx_engine import OnnxEngine
+from pipeline.engines.onnx_graph import to_onnx
+from pipeline.engines.scores import Wanted
 from pipeline.errors import JobError, ModelError
 from pipeline.job.recipe import QuantizeJob
 from pipeline.model.describe import file_sizes
@@ -25,7 +28,6 @@ from pipeline.prepare.calibrate import calibrate, cpu_saturates, quantize, schem
 from pipeline.prepare.card import folder_name, model_card
 from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, image_rows, label_texts
 from pipeline.prepare.gate import BATCH, FLOAT32, Batch, Measurement, best_of, measure
-from pipeline.prepare.onnx_export import to_onnx
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.preprocess import Preprocess
 from pipeline.rows import pixels_view
@@ -43,7 +45,7 @@ def run_job(job: QuantizeJob, *, say: Say, command: str) -> Outcome:
     _check_free(job, source)
     threads, saturates = job.threads or torch.get_num_threads(), cpu_saturates()
     images = _Images(job, source, threads)
-    float32 = to_onnx(source)
+    float32 = float32_graph(source)
     say(f"calibrating on up to {job.calibration_images} images")
     ranges = calibrate(float32, images.calibration())
     candidates = {str(scheme): quantize(float32, ranges, scheme) for scheme in schemes(saturates=saturates)}
@@ -87,6 +89,16 @@ def _check_free(job: QuantizeJob, source: Artifact) -> None:
     if not standing.quantized or standing.origin.parents != (source.digest,):
         got = f"{job.output.uri}: holds {standing.digest}, made of something else"
         raise ModelError(got, need=f"nothing, or {source.digest} quantized", do="Take an empty folder")
+
+
+def float32_graph(source: Artifact) -> bytes:
+    """What is quantized. Raises ModelError when its scores of random pixels are not finite: their ranges would be infinite, and a
+    library fail of that much later, which does not say why."""
+    graph, size = to_onnx(source), source.preprocessing.size
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, size, size), dtype=np.uint8)
+    if not OnnxEngine(graph, wanted=Wanted(), batch_size=1)(pixels).finite.all():
+        raise ModelError("the model's scores of random pixels are not finite numbers", do="Train or import it again")
+    return graph
 
 
 @dataclass

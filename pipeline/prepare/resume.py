@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.artifact import RECORD, Artifact, load_artifact, save_artifact
 from pipeline.cut import list_inputs
 from pipeline.errors import JobError
-from pipeline.job.training import DistillJob, FinetuneJob
+from pipeline.job.training import TrainingJob
 from pipeline.model.describe import file_sizes
 from pipeline.model.preprocessing import PREPROCESSING_VERSION
 from pipeline.prepare.card import folder_name, model_card
@@ -28,10 +28,8 @@ from pipeline.prepare.train import Worker
 from pipeline.spec import Input
 from pipeline.storage import head_if_there, join, open_input, open_store
 
-Job = FinetuneJob | DistillJob
 
-
-def job_key(job: Job, parents: list[str]) -> str:
+def job_key(job: TrainingJob, parents: list[str]) -> str:
     """12 hex digits that name a training: the job but for names, places and who trains, the inputs as they are, the parents. What
     is left as it is by default is not in it: a field that is new in a later version makes no other training of an old job."""
     what = job.model_dump(
@@ -47,7 +45,7 @@ def _listing(wanted: Input) -> list[list[Any]]:
     return [[item.uri, item.size, item.etag] for item in list_inputs(open_input(wanted), wanted).inputs]
 
 
-def finished(job: Job, key: str, worker: Worker) -> Outcome | None:
+def finished(job: TrainingJob, key: str, worker: Worker) -> Outcome | None:
     """What to say when this very job is done already. The first worker looks, for all: they must not find different things.
 
     Raises JobError when something else stands in the artifact's place.
@@ -59,7 +57,7 @@ def finished(job: Job, key: str, worker: Worker) -> Outcome | None:
     return Outcome(()) if there is None else outcome(there, job, ("nothing to do: the artifact is there",))
 
 
-def _standing(job: Job, key: str) -> Artifact | None:
+def _standing(job: TrainingJob, key: str) -> Artifact | None:
     uri, s3 = job.output.uri, job.output.s3
     if head_if_there(open_store(uri, s3), join(uri, RECORD)) is None:
         names = file_sizes(uri, s3)
@@ -74,7 +72,7 @@ def _standing(job: Job, key: str) -> Artifact | None:
     return load_artifact(uri, s3)
 
 
-def checkpoints(job: Job, key: str) -> Path:
+def checkpoints(job: TrainingJob, key: str) -> Path:
     """The folder for the state of an unfinished training."""
     uri = job.output.uri.removeprefix("file://").rstrip("/")
     return Path(f"{job.name}.training" if uri.startswith("s3://") else f"{uri}.training", key).absolute()
@@ -84,7 +82,7 @@ def checkpoint_line(folder: Path) -> str:
     return f"checkpoints in {folder} until the model is saved; the same command goes on from them"
 
 
-def close(job: Job, key: str, worker: Worker, *, made: Callable[[], Artifact], lines: tuple[str, ...]) -> Outcome:
+def close(job: TrainingJob, key: str, worker: Worker, *, made: Callable[[], Artifact], lines: tuple[str, ...]) -> Outcome:
     """The first worker makes and saves the artifact, with its card, and says so; then all remove their checkpoints."""
     done = Outcome(())
     if worker.rank == 0:
@@ -96,7 +94,7 @@ def close(job: Job, key: str, worker: Worker, *, made: Callable[[], Artifact], l
     return done
 
 
-def _remove(job: Job, key: str) -> None:
+def _remove(job: TrainingJob, key: str) -> None:
     folder = checkpoints(job, key)
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -105,7 +103,7 @@ def _remove(job: Job, key: str) -> None:
         return
 
 
-def outcome(artifact: Artifact, job: Job, lines: tuple[str, ...]) -> Outcome:
+def outcome(artifact: Artifact, job: TrainingJob, lines: tuple[str, ...]) -> Outcome:
     """The receipt of a training job."""
     facts = {"where": job.output.uri, "digest": artifact.digest, **asdict(artifact.origin)}
     tail = (f"where   {job.output.uri}", f"digest  {artifact.digest}", f"next    nightlabel model show {job.output.uri}")

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,13 +177,12 @@ def _trainer(training: Training, worker: Worker, folder: Path, callbacks: Sequen
         )
 
 
-class _quiet(warnings.catch_warnings):
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Without Lightning's notes on the machine and its advice, which is for those who wrote the training."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*LeafSpec.*|.*lr_scheduler.step.*")
-        for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        return entered
+        yield

@@ -17,14 +17,21 @@ from typing import Any
 from pipeline.environment import set_ray_environment
 from pipeline.errors import JobError, NightlabelError, Temporary
 from pipeline.job.jobfile import dump_job, parse_job
-from pipeline.job.training import DistillJob, FinetuneJob, Workers
+from pipeline.job.training import TrainingJob, Workers
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.prepare.train import Worker
 
 _OBJECT_STORE = 128 * 2**20  # nothing but lines goes through it
 
 
-def together(job: FinetuneJob | DistillJob, *, say: Say, command: str) -> Outcome:
+def on_workers(job: TrainingJob, train_job: Callable[..., Outcome], *, say: Say, command: str) -> Outcome:
+    """`train_job`, of the module of the job's kind, in this process or on Ray Train."""
+    if job.workers.count > 1:
+        return _together(job, say=say, command=command)
+    return train_job(job, worker=Worker.here(job.workers), say=say, command=command)
+
+
+def _together(job: TrainingJob, *, say: Say, command: str) -> Outcome:
     """Run the job on its workers. Raises JobError when the cluster cannot hold them, and what the workers raise."""
     set_ray_environment()
     import ray
@@ -103,7 +110,7 @@ def _worker(config: dict[str, Any]) -> None:
     if os.path.isdir(config["folder"]):  # relative URIs and checkpoints are the driver's; a Ray that was up stands elsewhere
         os.chdir(config["folder"])
     job = parse_job(config["job"])
-    assert isinstance(job, FinetuneJob | DistillJob)  # the driver has sent it
+    assert isinstance(job, TrainingJob)  # the driver has sent it
     torch.set_num_threads(job.workers.cpus_per_worker or 1)
     context = ray.train.get_context()
     frozen = job.training.freeze > 0

@@ -33,8 +33,8 @@ from result import write_result  # noqa: E402
 def quantized(model: str, images: list[bytes], out: Path) -> str:
     """The artifact in the folder `model` with an int8 graph, per channel, calibrated with `images`; its folder."""
     from pipeline.artifact import INT8, load_artifact, save_artifact, with_files
+    from pipeline.engines.onnx_graph import to_onnx
     from pipeline.prepare.calibrate import Scheme, calibrate, quantize
-    from pipeline.prepare.onnx_export import to_onnx
     from pipeline.preprocess import Prepare
 
     artifact = load_artifact(model)
