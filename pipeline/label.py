@@ -118,8 +118,12 @@ class Driver:
 
     def _is_hopeless(self, unit: Unit) -> bool:
         """Wrong in itself: another pass reads the same bytes with the same rights."""
+        return self._trouble_of(unit) not in ("", *_PASSING)
+
+    def _trouble_of(self, unit: Unit) -> str:
+        """Its class; "" for none."""
         trouble = self.attempt.trouble.get(unit.id)
-        return trouble is not None and trouble.error_class not in _PASSING
+        return trouble.error_class if trouble else ""
 
     @property
     def _disputed(self) -> set[str]:
@@ -140,18 +144,15 @@ class Driver:
         joined = [unit for unit in plan.todo if len(unit.parts) > 1 and unit.id not in committer.refused]
         sure, unsure = list[Unit](), list[Unit]()
         for unit in joined:
+            trouble = self._trouble_of(unit)
             if self._is_hopeless(unit):
-                (unsure if self.attempt.trouble[unit.id].error_class in _OPEN else sure).append(unit)
-            elif self.tries[unit.id] >= TRIES and (self._is_lost(unit) or (committer.committed and unit.id in committer.broken)):
+                (unsure if trouble in _OPEN else sure).append(unit)
+            elif self.tries[unit.id] >= TRIES and (trouble == _LOST or (committer.committed and unit.id in committer.broken)):
                 unsure.append(unit)
         split = [unit for unit in unsure if len(committer.committed) > self.moved[unit.id]]
         if unsure and not split and not self.probed:
             self.probed, split = True, unsure[:1]
         return sure + split
-
-    def _is_lost(self, unit: Unit) -> bool:
-        trouble = self.attempt.trouble.get(unit.id)
-        return trouble is not None and trouble.error_class == _LOST
 
     def _one_pass(self, todo: list[Unit], committer: Committer, run_pass: RunPass) -> None:
         attempt, careful = self.attempt, self.tries[todo[0].id] == TRIES - 1

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pipeline.errors import COMPLETE, ExitCode, InputError
+from pipeline.errors import COMPLETE, Conflict, ExitCode, InputError, PermissionDenied, Temporary, UnfitError, Unidentified
 from pipeline.job.quantity import exceeds
 from pipeline.rows import UnitError
 from pipeline.spec import Job
@@ -151,14 +151,12 @@ def exit_code(trouble: tuple[UnitTrouble, ...], *, left: int, done: int, rows: i
     allows."""
     classes = {item.error_class for item in trouble}
     if left or classes:
-        broken = {*UnitError.__members__, InputError.error_class}
-        rights = {"PERMISSION_DENIED", "UNIDENTIFIED"}
         by_class = (
-            ({"CONFLICT"}, ExitCode.CONFLICT),
-            (broken, ExitCode.INPUT),
-            (rights, ExitCode.NO_PERMISSION),
-            ({"UNFIT"}, ExitCode.UNFIT),
-            ({"TEMPORARY"}, ExitCode.TEMPORARY),
+            ({Conflict.error_class}, ExitCode.CONFLICT),
+            ({*UnitError, InputError.error_class}, ExitCode.INPUT),
+            ({PermissionDenied.error_class, Unidentified.error_class}, ExitCode.NO_PERMISSION),
+            ({UnfitError.error_class}, ExitCode.UNFIT),
+            ({Temporary.error_class}, ExitCode.TEMPORARY),
         )
         return next((code for names, code in by_class if classes & names), ExitCode.UNITS_LEFT)
     if done and not rows:

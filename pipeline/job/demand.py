@@ -9,7 +9,7 @@ refusal is a sentence, that of a pool which never comes up is the night.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pipeline.job.resources import Cluster, Pool, Resources
@@ -52,7 +52,7 @@ def check_cluster(resources: Resources, cluster: Cluster) -> None:
 
 def check_demand(resources: Resources, nodes: Sequence[Node], *, where: str) -> None:
     """Hold the demand against the nodes of a cluster, which `where` names ("8 workers"). Raises ValueError with the sentence."""
-    pools = [pool for pool in resources.pools() if pool.size]
+    pools, cpus = [pool for pool in resources.pools() if pool.size], [node.cpus for node in nodes]
     _check_sums(resources, nodes, where)
     for pool in pools:
         if not any(node.holds(pool) for node in nodes):
@@ -67,22 +67,23 @@ def check_demand(resources: Resources, nodes: Sequence[Node], *, where: str) -> 
         if left:
             raise ValueError(
                 f"resources: {left} of {pool.size} {pool.name} {pool.kind}s find no node with {_takes(pool)} left, the cluster "
-                f"has {_sum(nodes, _cpus, where)} CPUs. Lower {pool.name}.{pool.kind}s, or bring more or larger nodes"
+                f"has {_sum(cpus, where)} CPUs. Lower {pool.name}.{pool.kind}s, or bring more or larger nodes"
             )
 
 
 def _check_sums(resources: Resources, nodes: Sequence[Node], where: str) -> None:
-    if _fixed(resources.cpus) > _fixed(sum(node.cpus for node in nodes)):
+    cpus, gpus = [node.cpus for node in nodes], [node.gpus for node in nodes]
+    if _fixed(resources.cpus) > _fixed(sum(cpus)):
         parts = " + ".join(f"{name} {count} × {share:g}" for name, count, share, *_ in resources.pools())
         raise ValueError(
-            f"resources: the job asks for {resources.cpus:g} CPUs ({parts}), the cluster has {_sum(nodes, _cpus, where)}. "
+            f"resources: the job asks for {resources.cpus:g} CPUs ({parts}), the cluster has {_sum(cpus, where)}. "
             "Lower the actors or their cpus_per_actor, or bring more CPUs"
         )
-    if _fixed(resources.gpus) > _fixed(sum(node.gpus for node in nodes)):
+    if _fixed(resources.gpus) > _fixed(sum(gpus)):
         pool = resources.predict
         raise ValueError(
             f"resources: predict asks for {resources.gpus:g} GPUs ({pool.actors} actors × {pool.gpus_per_actor:g}), the cluster "
-            f"has {_sum(nodes, _gpus, where)}. Lower predict.actors, set predict.gpus_per_actor to 0 for CPUs, or bring more GPUs"
+            f"has {_sum(gpus, where)}. Lower predict.actors, set predict.gpus_per_actor to 0 for CPUs, or bring more GPUs"
         )
 
 
@@ -137,16 +138,7 @@ def _fixed(amount: float) -> int:
     return round(amount * 10_000)
 
 
-def _cpus(node: Node) -> float:
-    return node.cpus
-
-
-def _gpus(node: Node) -> float:
-    return node.gpus
-
-
-def _sum(nodes: Sequence[Node], amount: Callable[[Node], float], where: str) -> str:
-    amounts = [amount(node) for node in nodes]
+def _sum(amounts: Sequence[float], where: str) -> str:
     if len(amounts) > 1 and len(set(amounts)) == 1:
         return f"{sum(amounts):g} ({where} × {amounts[0]:g})"
     return f"{sum(amounts):g} on {where}"

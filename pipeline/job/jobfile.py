@@ -87,7 +87,7 @@ def _read(path: Path) -> bytes:
 
 
 def parse_job(raw: bytes, *, name: str = "job", date: str | None = None) -> AnyJob:
-    """Same, from bytes. `name` is what messages call the file, `date` one day, in any of the forms that `--date` takes."""
+    """The job in YAML text. `name` is what messages call the file, `date` one day, in any of the forms that `--date` takes."""
     return one_day(_parse(raw, name), date, name=name)
 
 

@@ -17,11 +17,11 @@ import torch
 
 from pipeline.artifact import Artifact
 from pipeline.predict import Predict
-from pipeline.prepare.data import LeftOut
+from pipeline.prepare.data import MAX_PIXELS, LeftOut
 from pipeline.prepare.metrics import Predictions
 from pipeline.preprocess import Preprocess
 from pipeline.rows import pixels_view
-from pipeline.spec import Limits, ModelSource, Output
+from pipeline.spec import ModelSource, Output
 
 TRUTH = "truth"
 TOP = 5
@@ -67,7 +67,7 @@ class Evaluator:
 
     def __init__(self, artifact: Artifact, source: ModelSource, *, device: str, batch_size: int) -> None:
         self.artifact, threads = artifact, torch.get_num_threads()
-        self._preprocess = Preprocess(artifact.preprocessing, max_pixels=Limits().max_pixels, threads=threads)
+        self._preprocess = Preprocess(artifact.preprocessing, max_pixels=MAX_PIXELS, threads=threads)
         self._predict = Predict(
             artifact,
             source,

@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 from pipeline.cut import UNREADABLE, cut, list_inputs
 from pipeline.errors import InputError, JobError, NightlabelError, PermissionDenied, Temporary, UnfitError, Unidentified
 from pipeline.read import read_unit
-from pipeline.spec import Input
+from pipeline.spec import Input, Limits
 from pipeline.storage import RangeFile, open_input
 
 NO_LABEL = -1
+MAX_PIXELS = Limits().max_pixels  # as in labelling
 _LISTED, _SHOWN = 50, 3  # keys of images left out, of each reason: those that are recorded, and those on a screen
 _ERRORS = {kind.error_class: kind for kind in (Temporary, PermissionDenied, Unidentified, UnfitError)}
 

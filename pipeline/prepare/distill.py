@@ -21,7 +21,7 @@ from pipeline.errors import JobError
 from pipeline.job.training import Distillation, DistillJob
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.model.resnet import ResNet
-from pipeline.prepare.data import NO_LABEL
+from pipeline.prepare.data import MAX_PIXELS, NO_LABEL
 from pipeline.prepare.dataset import TrainingData, read_taught
 from pipeline.prepare.finetune import (
     architecture_of,
@@ -32,7 +32,7 @@ from pipeline.prepare.finetune import (
     seen,
     starting_network,
 )
-from pipeline.prepare.images import MAX_PIXELS, Images, seeded
+from pipeline.prepare.images import Images, seeded
 from pipeline.prepare.learner import CrossEntropy, Learner, Normalise, Objective
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.prepare.resume import checkpoint_line, checkpoints, close, finished, job_key

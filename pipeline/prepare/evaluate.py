@@ -58,8 +58,8 @@ def run_job(job: EvaluateJob, *, say: Say, command: str) -> Outcome:
         raise UnfitError("evaluate: torch sees no CUDA device", need="one", do="Set gpus to 0, or repair the driver")
     model = load_source(job.model)
     other = load_source(job.compare, field="compare") if job.compare else None
-    if other is not None:
-        _same_classes(job, model, other)
+    if job.compare and other:
+        _check_classes(model, other, uri=job.compare.uri)
     subject = _subject(job, model, other)
     found = standing(job.output, subject)
     first = f"nothing to do: {job.name} is evaluated already" if found else f"evaluated {job.name}"
@@ -196,19 +196,16 @@ def _blocks(tables: Iterable[pa.Table], least: int) -> Iterator[pa.Table]:
         yield pa.concat_tables(rest)
 
 
-def _same_classes(job: EvaluateJob, model: Artifact, other: Artifact) -> None:
+def _check_classes(model: Artifact, other: Artifact, *, uri: str) -> None:
     if model.labels == other.labels:
         return
     pairs = zip(model.labels, other.labels, strict=False)
     at = next((number for number, (one, two) in enumerate(pairs) if one != two), None)
-    difference = f"{len(other.labels):,} classes" if at is None else f"{other.labels[at]!r} as class {at}"
-    need = (
-        f"the classes of the model in the same order ({len(model.labels):,})"
-        if at is None
-        else f"{model.labels[at]!r}, as in the model"
-    )
-    uri = job.compare.uri if job.compare else ""
-    raise ModelError(f"{uri}: has {difference}", need=need, do="Compare with a model of the same classes")
+    if at is None:
+        has, need = f"{len(other.labels):,} classes", f"the classes of the model in the same order ({len(model.labels):,})"
+    else:
+        has, need = f"{other.labels[at]!r} as class {at}", f"{model.labels[at]!r}, as in the model"
+    raise ModelError(f"{uri}: has {has}", need=need, do="Compare with a model of the same classes")
 
 
 def _subject(job: EvaluateJob, model: Artifact, other: Artifact | None) -> Record:

@@ -22,11 +22,10 @@ from pipeline.decode import decode
 from pipeline.errors import JobError
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Augmentation
-from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, has_labels, image_rows, label_texts
+from pipeline.prepare.data import MAX_PIXELS, NO_LABEL, LeftOut, class_index, has_labels, image_rows, label_texts
 from pipeline.preprocess import Preprocess
-from pipeline.spec import Input, Limits
+from pipeline.spec import Input
 
-MAX_PIXELS = Limits().max_pixels  # as in labelling
 _PRIME = 1_000_003
 
 

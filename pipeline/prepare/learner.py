@@ -138,9 +138,9 @@ class Learner(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         wanted = self.training_
         groups = decay_groups(self, wanted.weight_decay)
-        # Fused is the faster one, but under AMP Lightning cannot clip its gradients.
-        # None is torch's own choice, False a loop over the tensors, which on a GPU is five launches for each of them.
-        # Nor can SGD's go on with parameters that have moved beside some that thaw and have not (torch 2.15).
+        # Fused is the faster one, but under AMP Lightning cannot clip its gradients. Nor can SGD's go on with parameters that
+        # have moved beside some that thaw and have not (torch 2.15). Then None, torch's own choice: False would be a loop over
+        # the tensors, which on a GPU is five launches for each of them.
         thaws = wanted.optimizer == "sgd" and wanted.freeze and wanted.unfreeze_epoch
         clips = wanted.gradient_clip and precision_of(wanted, self.device.type) != "float32"
         fused = None if thaws or clips else True

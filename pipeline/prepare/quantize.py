@@ -26,12 +26,12 @@ from pipeline.job.recipe import QuantizeJob
 from pipeline.model.describe import file_sizes
 from pipeline.prepare.calibrate import calibrate, cpu_saturates, quantize, schemes
 from pipeline.prepare.card import folder_name, model_card
-from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, image_rows, label_texts
+from pipeline.prepare.data import MAX_PIXELS, NO_LABEL, LeftOut, class_index, image_rows, label_texts
 from pipeline.prepare.gate import BATCH, FLOAT32, Batch, Measurement, best_of, measure
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.preprocess import Preprocess
 from pipeline.rows import pixels_view
-from pipeline.spec import Input, Limits
+from pipeline.spec import Input
 from pipeline.start import load_source
 from pipeline.storage import head_if_there, join, open_store
 
@@ -152,7 +152,7 @@ class _Images:
             yield f"{self.overlap} of {self.measured} measured images were calibrated with, others would judge better"
 
     def _sound(self, wanted: Input, *, label: str | None = None, most: int | None) -> Iterator[pa.Table]:
-        prepare = Preprocess(self.source.preprocessing, max_pixels=Limits().max_pixels, threads=self.threads)
+        prepare = Preprocess(self.source.preprocessing, max_pixels=MAX_PIXELS, threads=self.threads)
         for table in map(prepare, image_rows(wanted, label=label, most=most)):
             self.left_out.add_failed(table)
             sound = table.filter(pc.is_valid(table["pixels"]))

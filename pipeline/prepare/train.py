@@ -27,8 +27,9 @@ from pipeline.job.training import Training, Workers
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Augmentation
 from pipeline.prepare.checkpoint import BEST, LAST, Keep, OneStep, make_folder, read, replace
+from pipeline.prepare.data import MAX_PIXELS
 from pipeline.prepare.epochs import Epoch, EpochLog, Patience
-from pipeline.prepare.images import MAX_PIXELS, EpochDataset, EpochSampler, Images
+from pipeline.prepare.images import EpochDataset, EpochSampler, Images
 from pipeline.prepare.learner import MEASURED, Learner, precision_of
 from pipeline.prepare.outcome import Say
 from pipeline.preprocess import Prepare
