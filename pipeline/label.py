@@ -131,7 +131,7 @@ class Driver:
         return {unit_id for unit_id, trouble in self.attempt.trouble.items() if trouble.error_class == Conflict.error_class}
 
     def _replan(self, before: int) -> Plan:
-        _, plan = plan_job(self.job, self.artifact, tell=lambda *_, **__: None)
+        _, plan = plan_job(self.job, self.artifact)
         plan = replace(plan, committed=plan.committed - self._disputed)
         self.attempt.tell("replanned", run=plan.run_id, units=len(plan.units), done=len(plan.committed), before=before)
         return plan

@@ -106,16 +106,16 @@ def _new_units(wanted: dict[Pin, Object], adopted: dict[str, Unit], known: dict[
     taken = {part.pin for unit in adopted.values() for part in unit.parts}
     free = {key: item for key, item in wanted.items() if key not in taken}
     tombs = known.keys() - adopted.keys()
-    for unit_id in [unit_id for unit_id in known if unit_id in tombs]:
-        parts = known[unit_id].parts
-        # Only what was listed: of these inputs every unit is known, so no piece takes what another plan's unit has.
-        for piece in _split(known[unit_id], tombs) if all(part.pin in wanted for part in parts) else ():
-            if all(part.pin in free for part in piece.parts):
-                yield piece
-                for part in piece.parts:
-                    del free[part.pin]
-    for unit in cut(list(free.values())) if free else ():
-        yield from _split(unit, tombs)
+    # Only what was listed: of these inputs every unit is known, so no piece takes what another plan's unit has.
+    whole = [unit for unit in known.values() if unit.id in tombs and all(part.pin in wanted for part in unit.parts)]
+    for piece in (piece for unit in whole for piece in _split(unit, tombs)):
+        if all(part.pin in free for part in piece.parts):
+            yield piece
+            for part in piece.parts:
+                del free[part.pin]
+    if free:
+        for unit in cut(list(free.values())):
+            yield from _split(unit, tombs)
 
 
 def _split(unit: Unit, tombs: Collection[str]) -> Iterator[Unit]:

@@ -59,16 +59,17 @@ def load_source(source: ModelSource | Start, *, weights: bool = True, field: str
     return artifact
 
 
-def plan_job(job: Job, artifact: Artifact, *, write: bool = True, tell: Callable[..., None] | None = None) -> tuple[Log, Plan]:
+def plan_job(
+    job: Job, artifact: Artifact, *, write: bool = True, some: bool = True, tell: Callable[..., None] = lambda *_, **__: None
+) -> tuple[Log, Plan]:
     """List, subtract, cut, store: the plan that a run of `job` works from; `tell` hears of objects that no reader takes, and of
-    URIs that have no input; without it, one of them is InputMissing. Needs neither Ray nor torch."""
+    URIs that have no input. Without `some`, one such URI is InputMissing. Needs neither Ray nor torch."""
     log = open_log(job, artifact)
     store = open_input(job.input)
-    listing = list_inputs(store, job.input, some=tell is not None)
-    if listing.ignored and tell is not None:
+    listing = list_inputs(store, job.input, some=some)
+    if listing.ignored:
         tell("ignored", suffixes=dict(listing.ignored), text=count_suffixes(listing.ignored))
-    if tell is not None:
-        tell_missing(listing, tell)
+    tell_missing(listing, tell)
     cutter = partial(cut, store, job.input, tasks=job.resources.read.tasks)
 
     def retire(unit: Unit) -> bool:

@@ -42,8 +42,8 @@ def validate(log: Log) -> tuple[list[Footer], list[str]]:
     for run in runs:
         units = run.units
         planned.update(unit.id for unit in units)
-        for unit in units:
-            for part in unit.parts if unit.id in committed else ():
+        for unit in (unit for unit in units if unit.id in committed):
+            for part in unit.parts:
                 owners[part.pin].add(_rows(part, unit.id))
         if run.id in finished:
             problems += _check_manifest(log, run, [committed.get(unit.id) for unit in units])

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from test_artifact import RESNET18, TINY, made, weights
 
-from pipeline.artifact import Artifact, Origin, load_artifact, save_artifact, with_files
+from pipeline.artifact import Origin, load_artifact, save_artifact, with_files
 from pipeline.prepare.card import folder_name, model_card
 from pipeline.prepare.importer import import_model
 
@@ -26,10 +26,6 @@ ORIGIN = Origin(
 def front_matter(card: bytes) -> dict[str, object]:
     _, front, _ = card.decode().split("---\n", 2)
     return yaml.safe_load(front)
-
-
-def with_origin(artifact: Artifact, origin: Origin) -> Artifact:
-    return replace(artifact, origin=origin)
 
 
 def test_it_says_it_all_on_one_page():

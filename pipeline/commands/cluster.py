@@ -182,4 +182,4 @@ def _truth(job: Job) -> str:
 def _plan(job: Job) -> Any:
     from pipeline.start import load_model, plan_job
 
-    return plan_job(job, load_model(job, weights=False), write=False)[1]
+    return plan_job(job, load_model(job, weights=False), write=False, some=False)[1]
