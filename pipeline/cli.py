@@ -78,7 +78,7 @@ def run(
 def _run_preparation(job: PreparationJob, *, as_json: bool, command: str) -> NoReturn:
     from importlib import import_module
 
-    from pipeline.prepare.extras import check_installed
+    from pipeline.extras import check_installed
 
     check_installed(job.kind)
     outcome: Outcome = import_module(f"pipeline.prepare.{job.kind}").run_job(job, say=say, command=command)
@@ -187,7 +187,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Train a small model on handwritten digits and label the rest: no network, no account, no GPU, under 3 minutes."""
-    from pipeline.prepare.extras import check_installed
+    from pipeline.extras import check_installed
 
     check_installed("demo")
     from pipeline.demo import run_demo

@@ -13,7 +13,7 @@ PIPELINE = Path(__file__).resolve().parent.parent / "pipeline"
 
 #: Top to bottom. A name stands for pipeline/<name>.py or, with a dot, for a module of a sub-package.
 ROWS = """
-errors environment names job.arithmetic job.quantity job.fields job.placement job.resources job.demand rows
+errors extras environment names job.arithmetic job.quantity job.fields job.placement job.resources job.demand rows
 model.preprocessing job.schedule job.uris spec
 job.recipe job.training job.complaints job.jobfile job.reference storage disk s3_errors s3
 model.modeling_small_stem model.huggingface model.resnet artifact model.describe
@@ -25,7 +25,7 @@ attempt committer start watch cluster stages run keep label
 nights.generation tables.published tables.delta tables.iceberg tables.publish nights.lease nights.notify nights.nightly
 nights.retried nights.retry
 ship submit
-prepare.extras prepare.outcome prepare.data prepare.metrics prepare.card
+prepare.outcome prepare.data prepare.metrics prepare.card
 prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate prepare.timm_config
 prepare.importer prepare.augment prepare.images prepare.learner prepare.checkpoint prepare.epochs prepare.train
 prepare.workers prepare.dataset prepare.resume prepare.finetune prepare.distill prepare.digits

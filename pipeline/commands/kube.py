@@ -51,7 +51,7 @@ def apply(
     ] = False,
 ) -> None:
     """Make the job's Kubernetes objects, follow the run and end with its exit code. Ctrl-C leaves it running."""
-    from pipeline.prepare.extras import check_installed
+    from pipeline.extras import check_installed
 
     check_installed("apply")
     from pipeline.kube.apiserver import Api

@@ -8,7 +8,6 @@ refused, since nobody could say then which images it has.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cut import kept_fields, list_inputs
-from pipeline.errors import JobError, StoreError, Temporary, UnfitError
+from pipeline.errors import JobError, StoreError, Temporary
+from pipeline.extras import check_installed
 from pipeline.footer import reading
 from pipeline.job.uris import absolute
 from pipeline.log import Log
@@ -34,7 +34,6 @@ _LOOKED_AT = 16
 #: What deltalake (1.6) makes another path of, and finds no table there, for ever: it reads paths as URLs, and does so twice. On
 #: S3 it and pyiceberg leave out what stands behind a `#`.
 _MISREAD = r"%[0-9A-Fa-f]{2}|\\|[\x00-\x1f\x7f]"
-_PACKAGES = {"delta": "deltalake", "iceberg": "pyiceberg"}
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,7 @@ def check_publisher(job: Job) -> None:
     before the images than after them."""
     if job.publish is None:
         return
-    package = _PACKAGES[job.publish.format]
-    if importlib.util.find_spec(package) is None:
-        do = f"Install the extra: pip install 'nightlabel[{job.publish.format}]'"
-        raise UnfitError(f"publish needs {package}, which is not installed", do=do)
+    check_installed(job.publish.format)
     place = spelt(absolute(job.output.uri))
     misread = [*([_MISREAD] if job.publish.format == "delta" else []), *(["#"] if place.startswith("s3://") else [])]
     if misread and (found := re.search("|".join(misread), place)):

@@ -6,19 +6,21 @@ import importlib.util
 
 from pipeline.errors import UnfitError
 
-#: kind: (extra of the distribution, the modules it brings).
+#: What is asked for: (extra of the distribution, the modules it brings).
 _EXTRAS = {
     "finetune": ("train", ("lightning",)),
     "distill": ("train", ("lightning",)),
     "apply": ("kubernetes", ("kubernetes",)),
     "demo": ("demo", ("lightning", "sklearn")),
+    "delta": ("delta", ("deltalake",)),
+    "iceberg": ("iceberg", ("pyiceberg",)),
 }
 
 
-def check_installed(kind: str) -> None:
+def check_installed(what: str) -> None:
     """Raises UnfitError when something is missing."""
-    extra, modules = _EXTRAS.get(kind, ("", ()))
+    extra, modules = _EXTRAS.get(what, ("", ()))
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         do = f"Install the extra: pip install 'nightlabel[{extra}]'"
-        raise UnfitError(f"{kind} needs {', '.join(modules)}, and there is no {', '.join(missing)}", do=do)
+        raise UnfitError(f"{what} needs {', '.join(modules)}, and there is no {', '.join(missing)}", do=do)
