@@ -16,7 +16,8 @@ from pipeline.errors import COMPLETE, ExitCode, NightlabelError
 
 if TYPE_CHECKING:
     from pipeline.attempt import Observer
-    from pipeline.nights.nightly import Day, Night, Policy, Table
+    from pipeline.job.schedule import Policy
+    from pipeline.nights.nightly import Day, Night, Table
     from pipeline.prometheus import Metrics
     from pipeline.report import Receipt
     from pipeline.spec import Job

@@ -8,9 +8,11 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
+
+from pipeline.job.schedule import Policy
 
 JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML; jobs/README.md lists its fields.")]
 Date = Annotated[str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today or yesterday.")]
@@ -18,7 +20,7 @@ Dates = Annotated[
     str | None, typer.Option(help="Fills {date} in the job's URIs: YYYY-MM-DD, today, yesterday, or A..B: every day from A to B.")
 ]
 IfRunning = Annotated[
-    Literal["skip", "queue", "replace", "share"] | None,
+    Policy | None,
     typer.Option(
         help="When another run of the job is at it: overrules schedule.if_running; share takes no lease and works beside it."
     ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 
@@ -19,7 +19,7 @@ from pipeline.errors import COMPLETE, ExitCode, InputMissing, JobError, Nightlab
 from pipeline.footer import failures, totals
 from pipeline.job.jobfile import asked_days, at_day
 from pipeline.job.quantity import exceeds
-from pipeline.job.schedule import WAIT_S, looked_back, looks_back
+from pipeline.job.schedule import WAIT_S, Policy, looked_back, looks_back
 from pipeline.job.uris import above_days
 from pipeline.log import Log
 from pipeline.nights.generation import last_labelled
@@ -30,7 +30,6 @@ from pipeline.spec import Job
 from pipeline.storage import join, open_input, open_store
 from pipeline.tables.publish import Published, check_columns, check_publisher, publish
 
-Policy = Literal["skip", "queue", "replace", "share"]
 Check = Callable[[], None]
 Label = Callable[[Job, Check], Receipt]  # labels a job, and calls the check now and then, which may raise
 Table = Published | NightlabelError | None  # what became of it; None: the job wants none, or not everything is labelled
