@@ -7,10 +7,13 @@ cannot be told from a refusal. The price is the table of errors in `s3_errors`.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import random
 import re
 import time
+import zlib
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,17 +21,21 @@ from typing import Any, TypeVar
 
 from botocore import exceptions as sdk
 
-from pipeline.errors import InputMissing, StoreError, Temporary
+from pipeline.errors import InputMissing, PermissionDenied, StoreError, Temporary, Unidentified
 from pipeline.names import anything, glob_matcher, glob_prefix
-from pipeline.s3_errors import INTERRUPTED, explanation, is_temporary, said, status
+from pipeline.s3_errors import INTERRUPTED, explanation, is_stale, is_temporary, is_throttled, said, status
+from pipeline.s3_fetch import CHUNK, Fetch, etag_of, length_of
 from pipeline.spec import S3
 from pipeline.storage import Object, changed
 
 T = TypeVar("T")
 
 ATTEMPTS = 6
+PATIENT = 10  # of a server that asks to be slower, whose prefixes take minutes to scale while half of what comes is refused
+LONGEST = 16  # as a multiple of `backoff`: no wait is longer
 PAGE = 1000  # keys of one list request, S3's maximum
-CHUNK = 2**20  # what a resumed read can lose at most
+CONNECTIONS = 32  # of a process: 16 loose images, four ranges of each tar
+_BUCKET = re.compile(r"s3://(arn:[^/]+:accesspoint/[^/]+|[^/]*)/?")
 
 
 @dataclass(frozen=True)
@@ -47,15 +54,27 @@ class S3Store:
     def list(self, uri: str, *, glob: bool = True) -> Iterator[Object]:
         bucket, name = _split(uri)
         prefix, matches = (glob_prefix(name), glob_matcher(name)) if glob else (name, anything)
+        alone: Object | None = None
+        refused: PermissionDenied | None = None
         if prefix == name:
+            matches = anything
             if name and not name.endswith("/"):
                 try:
-                    yield self.head(uri)
-                    return
+                    alone = self.head(uri)
                 except InputMissing:
-                    prefix = f"{name}/"
-            matches = anything
-        yield from sorted(self._pages(bucket, prefix, matches), key=lambda found: found.uri)
+                    pass
+                except Unidentified:
+                    raise
+                except PermissionDenied as error:  # so S3 says that it is absent to who may list this folder alone
+                    refused = error
+                if alone is not None and alone.size:
+                    yield alone
+                    return
+                prefix = f"{name}/"
+        found = sorted(self._pages(bucket, prefix, matches), key=lambda found: found.uri)
+        if refused is not None and not found:
+            raise refused
+        yield from found or ([alone] if alone else [])  # an object of no bytes beside a folder is its marker
 
     def head(self, uri: str) -> Object:
         bucket, key = _split(uri)
@@ -65,10 +84,11 @@ class S3Store:
             try:
                 answer = await client.head_object(**wanted)
             except sdk.ClientError as error:
-                if status(error) == 400:  # what a HEAD is answered has no body, so none of S3's words; a GET is told them
-                    (await client.get_object(**wanted, Range="bytes=0-0"))["Body"].close()
-                raise
-            return Object(uri, answer["ContentLength"], answer["ETag"].strip('"'))
+                if status(error) not in (400, 403):
+                    raise
+                answer = await client.get_object(**wanted)  # a HEAD's answer has no body, so none of S3's words; a GET is told
+                answer["Body"].close()
+            return Object(uri, length_of(answer, uri), etag_of(answer, uri))
 
         return self._retry(attempt, uri)
 
@@ -76,28 +96,36 @@ class S3Store:
         if stop is not None and stop <= start:
             return b""
         bucket, key = _split(uri)
-        fetch = _Fetch({"Bucket": bucket, "Key": key, **self._payer}, start, stop, pinned.etag if pinned else None)
-        try:
-            self._retry(fetch.attempt, uri)
-        except sdk.ClientError as error:
-            if status(error) == 412 or fetch.size:
-                raise changed(uri) from error
-            # 416: a range behind the end is empty, as in a slice
-        return b"".join(fetch.pieces)
+        fetch = Fetch({"Bucket": bucket, "Key": key, **self._payer}, start, stop, pinned.etag if pinned else None)
+        before = 0
+        while True:
+            try:
+                self._retry(fetch.attempt, uri, known=(412, 416))
+                break
+            except Temporary:
+                if fetch.size - before < CHUNK:  # else it gets on, however often it is cut
+                    raise
+                before = fetch.size
+            except sdk.ClientError as error:
+                if status(error) == 412 or fetch.size:
+                    raise changed(uri) from error
+                break  # 416: a range behind the end is empty, as in a slice
+        if pinned is not None and fetch.size != max(0, min(stop or pinned.size, pinned.size) - start):
+            raise changed(uri)
+        return fetch.data
 
     def create(self, uri: str, data: bytes) -> bool:
         bucket, key = _split(uri)
 
         async def attempt(client: Any) -> bool:
-            await client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", ChecksumAlgorithm="CRC32", **self._payer)
+            checksum = _checksum(data, plain=client.meta.config.request_checksum_calculation == "when_required")
+            await client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", **checksum, **self._payer)
             return True
 
         try:
-            return self._retry(attempt, uri, writing=True)
-        except sdk.ClientError as error:
-            if status(error) == 412:
-                return False
-            raise
+            return self._retry(attempt, uri, known=(304, 412), writing=True)
+        except sdk.ClientError:  # 304 says MinIO of before April 2024
+            return False
 
     def _pages(self, bucket: str, prefix: str, matches: Callable[[str], bool]) -> Iterator[Object]:
         request = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE, **self._payer}
@@ -106,10 +134,14 @@ class S3Store:
             for entry in page.get("Contents", ()):
                 key = entry["Key"]
                 if not key.endswith("/") and matches(key):
-                    yield Object(f"s3://{bucket}/{key}", entry["Size"], entry["ETag"].strip('"'))
+                    yield Object(uri := f"s3://{bucket}/{key}", entry["Size"], etag_of(entry, uri))
             if not page.get("IsTruncated"):
                 return
-            request = {**request, "ContinuationToken": page["NextContinuationToken"]}
+            token = page.get("NextContinuationToken")
+            if not token or token == request.get("ContinuationToken"):
+                got = f"s3://{bucket}/{prefix}: the listing goes on after {PAGE} keys, and the server does not say where"
+                raise StoreError(got, need="a server that knows ListObjectsV2", do="Update the server")
+            request = {**request, "ContinuationToken": token}
 
     @property
     def _payer(self) -> dict[str, str]:
@@ -119,22 +151,51 @@ class S3Store:
         if (found := self._clients.get(os.getpid())) is not None:
             return found
         import s3fs  # 1 s of imports, so not before the first request
+        from aiobotocore.session import AioSession
 
         connect, read = self.timeouts
+        session = AioSession()
+        session.get_component("event_emitter").register_last("before-parameter-build", _unchecked_range)
         made = s3fs.S3FileSystem(
             anon=self.options.anonymous,
             endpoint_url=self.options.endpoint,
             client_kwargs={"region_name": self.options.region or os.environ.get("AWS_REGION")},
-            config_kwargs={"connect_timeout": connect, "read_timeout": read, "retries": {"total_max_attempts": 1}},
+            config_kwargs={
+                **{"connect_timeout": connect, "read_timeout": read},
+                **{"retries": {"total_max_attempts": 1}, "max_pool_connections": CONNECTIONS},
+            },
+            session=session,
             skip_instance_cache=True,
         )
         return self._clients.setdefault(os.getpid(), made)
 
-    def _retry(self, attempt: Callable[[Any], Awaitable[T]], uri: str, *, writing: bool = False) -> T:
-        """Run `attempt` until it succeeds. Raises our errors, and ClientError for 412 and 416, whose meaning the caller knows."""
-        from fsspec.asyn import sync
+    def _retry(
+        self, attempt: Callable[[Any], Awaitable[T]], uri: str, *, known: tuple[int, ...] = (), writing: bool = False
+    ) -> T:
+        """Run `attempt` until it succeeds. Raises our errors, and ClientError for the statuses whose meaning the caller knows."""
+        number, renewed = 0, False
+        while True:
+            filesystem = self._filesystem()
+            try:
+                return self._once(filesystem, attempt, uri)
+            except (sdk.ClientError, sdk.BotoCoreError, *INTERRUPTED) as error:
+                if status(error) in known:
+                    raise
+                if is_stale(error) and not renewed:
+                    renewed = True
+                    if self._clients.get(os.getpid()) is filesystem:  # else another thread has looked for new ones already
+                        self._clients.pop(os.getpid(), None)
+                elif not is_temporary(error):
+                    raise explanation(error, uri, writing) from error
+                number += 1
+                if number >= (PATIENT if is_throttled(error) else ATTEMPTS):
+                    got = f"{self.options.server or 'AWS S3'} did not answer well in {number} attempts, at last: {said(error)}"
+                    do = "Check that the endpoint is reachable, then run again; what is done stays done"
+                    raise Temporary(f"{uri}: {got}", do=do) from error
+            time.sleep(random.uniform(0, self.backoff * min(2 ** (number - 1), LONGEST)))
 
-        filesystem = self._filesystem()
+    def _once(self, filesystem: Any, attempt: Callable[[Any], Awaitable[T]], uri: str) -> T:
+        from fsspec.asyn import sync
 
         async def run() -> T:
             try:
@@ -145,79 +206,30 @@ class S3Store:
                 raise StoreError(f"{uri}: {error}", need=need, do=do) from error
             return await attempt(client)
 
-        trouble = Exception()
-        for number in range(ATTEMPTS):
-            if number:
-                time.sleep(random.uniform(0, self.backoff * 2 ** (number - 1)))
-            try:
-                result: T = sync(filesystem.loop, run)
-                return result
-            except (sdk.ClientError, sdk.BotoCoreError, *INTERRUPTED) as error:
-                if status(error) in (412, 416):
-                    raise
-                if not is_temporary(error):
-                    raise explanation(error, uri, writing) from error
-                trouble = error
-        where = self.options.server or "AWS S3"
-        raise Temporary(
-            f"{uri}: {where} did not answer well in {ATTEMPTS} attempts, at last: {said(trouble)}",
-            do="Check that the endpoint is reachable, then run again; what is done stays done",
-        ) from trouble
-
-
-@dataclass
-class _Fetch:
-    """One ranged read over several attempts: each continues behind the last byte that arrived, on the same version."""
-
-    request: dict[str, str]
-    start: int
-    stop: int | None
-    etag: str | None
-    pieces: list[bytes] = field(default_factory=list)
-    size: int = 0
-    expected: int = -1
-
-    async def attempt(self, client: Any) -> None:
-        if self.size == self.expected:  # the connection broke behind the last byte
-            return
-        request, at = dict(self.request), self.start + self.size
-        if self.etag is not None:
-            request["IfMatch"] = f'"{self.etag}"'
-        if at or self.stop is not None:  # a range of an empty object is an error
-            request["Range"] = f"bytes={at}-{'' if self.stop is None else self.stop - 1}"
-        answer = await client.get_object(**request)
-        etag, end = answer["ETag"].strip('"'), self._end(answer, at) if "Range" in request else answer["ContentLength"]
-        if etag != (self.etag or etag):  # If-Match is ignored
-            raise changed(f"s3://{self.request['Bucket']}/{self.request['Key']}")
-        self.etag = etag
-        arrived, before = self.size, len(self.pieces)
-        self.expected = end - self.start
-        try:
-            async with answer["Body"] as body:
-                async for chunk in body.iter_chunks(CHUNK):
-                    self.pieces.append(chunk)
-                    self.size += len(chunk)
-        except sdk.FlexibleChecksumError:  # S3 sends a checksum with whole objects; which byte is wrong it does not tell
-            del self.pieces[before:]
-            self.size = arrived
-            raise
-        if self.size != self.expected:  # some servers give less than they are asked for: the rest is asked for again
-            raise sdk.IncompleteReadError(actual_bytes=self.size, expected_bytes=self.expected)
-
-    def _end(self, answer: dict[str, Any], at: int) -> int:
-        """Where the bytes end that are wanted of the object, as far as it goes. Raises StoreError where others are given."""
-        span = re.match(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange", ""))
-        if span is None and at == 0 and self.stop is not None and answer["ContentLength"] <= self.stop:
-            return int(answer["ContentLength"])  # a server may answer a range of all of it with all of it
-        if span is None or int(span[1]) != at:
-            raise StoreError(f"{self.request['Bucket']}: the server ignores ranges", need="an S3 server that serves them")
-        return int(span[3]) if self.stop is None else min(self.stop, int(span[3]))
+        result: T = sync(filesystem.loop, run)
+        return result
 
 
 async def _page(client: Any, request: dict[str, Any]) -> dict[str, Any]:
     return dict(await client.list_objects_v2(**request))
 
 
+def _unchecked_range(params: dict[str, Any], **_: object) -> None:
+    """Of a range no checksum is asked for: some servers send that of the whole object, S3 itself at times that of its parts."""
+    if "Range" in params:
+        params.pop("ChecksumMode", None)
+
+
+def _checksum(data: bytes, *, plain: bool) -> dict[str, str]:
+    """As a header. The SDK would send it behind the body over HTTPS, in chunks that many servers do not read. With `plain`, which
+    is the SDK's own setting for servers that refuse newer headers, it is the oldest one."""
+    if plain:
+        return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
+    return {"ChecksumCRC32": base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()}
+
+
 def _split(uri: str) -> tuple[str, str]:
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    return bucket, key
+    """(bucket, key); an access point's ARN, which may hold a slash, is a bucket."""
+    match = _BUCKET.match(uri)
+    assert match is not None
+    return match[1], uri[match.end() :]

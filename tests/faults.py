@@ -22,7 +22,7 @@ ERROR = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>scripted</Message>
 class Fault:
     """What to do to one request. `method` and `path` (a part of path and query) choose it; None and "" take any."""
 
-    kind: Literal["status", "reset", "hang", "delay", "truncate", "stall", "corrupt", "lost", "overwrite"]
+    kind: Literal["status", "reset", "hang", "delay", "truncate", "stall", "corrupt", "lost", "overwrite", "edit", "raw"]
     method: str | None = None
     path: str = ""
     status: int = 503
@@ -33,6 +33,10 @@ class Fault:
     """truncate, stall, corrupt: bytes of the body that arrive before it happens."""
     seconds: float = 0.0
     """delay: before the request is passed on."""
+    headers: tuple[tuple[str, str | None], ...] = ()
+    """edit: of the server's answer; None takes one out."""
+    answer: bytes = b""
+    """raw: all of it, without asking the server."""
     # overwrite: as a server does that does not know If-None-Match, it answers a refused create with 200.
 
     def fits(self, method: str, path: str) -> bool:
@@ -102,12 +106,14 @@ class FaultProxy:
     async def _answer(self, fault: Fault | None, request: bytes, writer: asyncio.StreamWriter) -> str:
         """Answer or not; "hang" when the client shall wait until it has had enough."""
         kind = fault.kind if fault else "none"
-        if fault is None or kind in ("truncate", "stall", "corrupt", "lost", "overwrite"):
+        if fault is None or kind in ("truncate", "stall", "corrupt", "lost", "overwrite", "edit"):
             answer = await self._forward(request)
         elif kind == "status":
             body = ERROR % fault.code.encode()
             answer = b"HTTP/1.1 %d x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % (fault.status, len(body))
             answer += b"" if request.startswith(b"HEAD ") else body
+        elif kind == "raw":
+            answer = fault.answer
         elif kind == "delay":
             await asyncio.sleep(fault.seconds)
             answer = await self._forward(request)
@@ -124,6 +130,8 @@ class FaultProxy:
             answer = answer[:cut] + rest
         if kind == "overwrite" and b" 412 " in answer.split(b"\r\n", 1)[0]:
             answer = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+        if fault and kind == "edit":
+            answer = _edited(answer, dict(fault.headers))
         writer.write(answer)
         await writer.drain()
         return "hang" if kind in ("hang", "stall") else "done"
@@ -146,6 +154,14 @@ async def _request(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
     body = await reader.readexactly(int(headers.get(b"content-length", 0)))
     kept = [line for line in lines if line.partition(b":")[0].lower() not in (b"connection", b"expect")]
     return b"\r\n".join([*kept, b"Connection: close", b"", b""]), body
+
+
+def _edited(answer: bytes, headers: dict[str, str | None]) -> bytes:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    names = {name.lower().encode() for name in headers}
+    kept = [line for line in head.split(b"\r\n") if line.partition(b":")[0].lower() not in names]
+    added = [f"{name}: {value}".encode() for name, value in headers.items() if value is not None]
+    return b"\r\n".join([*kept, *added, b"", body])
 
 
 @contextlib.contextmanager
