@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import Conflict, JobError
+from pipeline.errors import Conflict, InputMissing, JobError, Temporary
 from pipeline.footer import Footer, tombstone
 from pipeline.log import Log
 from pipeline.rows import PREDICTION, SAME_LABEL, TIMINGS
@@ -143,7 +143,7 @@ def commit_unit(
     key = log.data_key(unit.id)
     if log.store.create(key, data):
         return footer, True
-    standing = log.footer(unit.id)
+    standing = _standing(log, unit)
     told = (standing.unit, standing.fingerprint, footer.rows_in if standing.split else standing.rows_in)
     if told != (unit.id, provenance.fingerprint, footer.rows_in):
         got = f"{key}: holds {standing.rows_in} rows of unit {standing.unit}, fingerprint {standing.fingerprint}"
@@ -157,4 +157,13 @@ def retire_unit(log: Log, unit: Unit, *, schema: pa.Schema, why: str, provenance
     before. Raises what `commit_unit` raises."""
     inputs = tuple(part.pin for part in unit.parts)
     footer = Footer(unit.id, provenance.fingerprint, inputs=inputs, attempt=provenance.attempt, code=provenance.code, split=why)
-    return log.store.create(log.data_key(unit.id), tombstone(footer, schema)) or bool(log.footer(unit.id).split)
+    return log.store.create(log.data_key(unit.id), tombstone(footer, schema)) or bool(_standing(log, unit).split)
+
+
+def _standing(log: Log, unit: Unit) -> Footer:
+    """What stands where a create was refused. That nothing does is no word on an input: replicas may differ."""
+    try:
+        return log.footer(unit.id)
+    except InputMissing as error:
+        key = log.data_key(unit.id)
+        raise Temporary(f"{key}: was there when it was to be created, and is not when looked at", do="Run again") from error

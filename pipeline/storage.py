@@ -56,12 +56,13 @@ class Store(Protocol):
         be our own when a reply was lost; the caller looks."""
 
 
-def open_store(uri: str, s3: S3 | None = None) -> Store:
-    """The store that serves `uri` and every other URI of its scheme. `s3` says how to reach it when it is S3."""
+def open_store(uri: str, s3: S3 | None = None, *, silence: float = 60.0) -> Store:
+    """The store that serves `uri` and every other URI of its scheme. `s3` says how to reach it when it is S3, `silence` after how
+    many seconds without a byte it is asked again."""
     if uri.startswith("s3://"):
         from pipeline.s3 import S3Store  # here, because S3 clients take a second to import
 
-        return S3Store(s3 or S3())
+        return S3Store(s3 or S3(), timeouts=(5.0, silence))
     from pipeline.disk import Disk
 
     return Disk()

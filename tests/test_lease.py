@@ -190,6 +190,59 @@ def test_a_beat_that_fails_hides_no_stop(tmp_path):
         until(lambda: "asked this run to stop" in held._end)
 
 
+def test_an_outage_that_the_watcher_sees_too_is_no_death_of_the_holder(tmp_path):
+    """The store keeps both waiting for longer than a silent holder is given."""
+    up, looks = threading.Event(), list[str]()
+    up.set()
+
+    class Store(Disk):
+        def create(self, uri: str, data: bytes) -> bool:
+            assert up.wait(30)
+            return super().create(uri, data)
+
+    class Watched(Disk):
+        def list(self, uri: str, *, glob: bool = True) -> Iterator[Object]:
+            found = [*super().list(uri, glob=glob)]
+            looks.append(uri)
+            if len(looks) == 4:  # of the second state
+                up.clear()
+                time.sleep(FAST.dead + 0.2)
+                up.set()
+            return iter(found)
+
+    folder, said = str(tmp_path / "leases"), list[str]()
+    with take((Store(), folder), pace=replace(FAST, beat=0.5)) as held:
+        until(lambda: held._beats)
+        assert take((Watched(), folder), said=said) is None, said
+        held.check()
+    assert len(looks) > 4
+
+
+def test_who_ends_does_not_listen_any_more(tmp_path):
+    """On a store that hangs each of these requests would be minutes."""
+    beats, free, reads = threading.Event(), threading.Event(), list[str]()
+
+    class Slow(Disk):
+        def create(self, uri: str, data: bytes) -> bool:
+            if "/beats/" in uri:
+                beats.set()
+                assert free.wait(30)
+            return super().create(uri, data)
+
+        def read(self, uri: str, **options: Any) -> bytes:
+            reads.append(uri)
+            return super().read(uri, **options)
+
+    held = take((Slow(), str(tmp_path / "leases")))
+    assert beats.wait(30)
+    with ThreadPoolExecutor(1) as pool:
+        end = pool.submit(held.__exit__)
+        until(held._over.is_set)
+        free.set()
+        end.result()
+    assert reads == []
+
+
 HOLD = """
 import sys, time
 from pipeline.nights.lease import LeaseStore

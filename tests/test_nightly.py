@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import Fault, fault_proxy
 from inprocess import without_ray
 from shards import write_tars
 from test_lease import FAST, until
@@ -34,7 +36,7 @@ from pipeline.job.jobfile import at_day, parse_job
 from pipeline.job.schedule import Schedule, days_of
 from pipeline.label import Driver
 from pipeline.nights import nightly, notify
-from pipeline.nights.lease import LeaseStore
+from pipeline.nights.lease import LeaseStore, LeaseTiming
 from pipeline.nights.nightly import Day, Night, asked, gravest, lease_folder, run_nights
 from pipeline.prometheus import Metrics
 from pipeline.report import Receipt
@@ -257,6 +259,18 @@ def test_days_in_buckets_of_their_own_have_no_place_for_a_lease(tmp_path):
     wanted = template(tmp_path, output={"uri": "s3://labels-{date}/x/"})
     with pytest.raises(JobError, match=words), nightly.leased(wanted, say=print, if_running="queue"):
         pass
+
+
+def test_a_beat_does_not_wait_long_for_an_answer(tmp_path, s3, monkeypatch):
+    monkeypatch.setattr(nightly, "SILENCE_S", 0.5)
+    monkeypatch.setattr(nightly, "LeaseStore", partial(LeaseStore, pace=LeaseTiming(beat=0.1)))
+    with fault_proxy(s3.port) as proxy:
+        out = f"s3://{s3.bucket()}/labels"
+        wanted = template(tmp_path, output={"uri": out, "s3": {"endpoint": proxy.endpoint, "region": "us-east-1"}})
+        proxy.script(Fault("hang", "PUT", "/beats/"))
+        with nightly.leased(wanted, say=print, if_running="queue"):
+            until(lambda: any("/beats/" in item.uri for item in open_store("s3://", s3.options).list(f"{out}/", glob=False)))
+        assert not proxy.pending
 
 
 def test_what_another_run_at_it_does(tmp_path):

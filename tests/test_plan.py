@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pipeline import log, storage
 from pipeline.commit import Provenance, UnitBuffer, commit_unit, retire_unit, serialise
 from pipeline.disk import Disk
-from pipeline.errors import Conflict, StoreError
+from pipeline.errors import Conflict, StoreError, Temporary
 from pipeline.log import Log
 from pipeline.plan import Plan
 from pipeline.plan import make_plan as plan_for
@@ -420,6 +420,19 @@ def test_footer_is_read_back(tmp_path):
     footer, _ = commit(log, unit)
     assert log.footer(unit.id) == footer
     assert footer.inputs == (("/in/a", "1", 10), ("/in/b", "1", 10))
+
+
+def test_what_refuses_a_create_and_then_is_not_there_is_no_fault_of_an_input(tmp_path):
+    """Replicas of a store that differ, or a hand between the two looks."""
+
+    class Differing(Disk):
+        def create(self, uri: str, data: bytes) -> bool:
+            return False
+
+    log, unit = Log(Differing(), str(tmp_path / "0123456789ab")), pairs(objects("a", "b"))[0]
+    for act in (commit, retire):
+        with pytest.raises(Temporary, match="was there when it was to be created"):
+            act(log, unit)
 
 
 def test_a_unit_is_in_a_plan_once_and_a_plan_that_names_one_twice_is_read(tmp_path):

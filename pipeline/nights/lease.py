@@ -118,6 +118,8 @@ class Lease:
         while not self._over.wait(self._leases.pace.beat):
             with contextlib.suppress(NightlabelError):  # a beat that fails is a beat late
                 self._beat()
+            if self._over.is_set():  # each request may take minutes, and whoever ends waits for them
+                return
             overtaken = self._heard("terms", self._term + 1, "took over, having heard nothing from this run")
             self._end = overtaken or self._heard("stops", self._term, "asked this run to stop") or self._end
 
@@ -147,7 +149,9 @@ class LeaseStore:
         began = asked = since = time.monotonic()
         seen: State | None = None
         while True:
+            asks = time.monotonic()
             state, now = self.state(), time.monotonic()
+            since += now - asks  # a store that is slow to answer the watcher is slow to take the holder's beats
             free = self._why_free(state)
             if state is not None and not free:
                 if seen is not None and state != seen and if_running == "skip":

@@ -30,6 +30,7 @@ from pipeline.spec import Job
 from pipeline.storage import join, open_input, open_store
 from pipeline.tables.publish import Published, check_columns, check_publisher, publish
 
+SILENCE_S = 15.0  # of a lease's store, until it is asked again: a beat that waited 60 s is almost too late
 Check = Callable[[], None]
 Label = Callable[[Job, Check], Receipt]  # labels a job, and calls the check now and then, which may raise
 Table = Published | NightlabelError | None  # what became of it; None: the job wants none, or not everything is labelled
@@ -125,7 +126,8 @@ def leased(template: Job, *, say: Say, if_running: Policy | None) -> Iterator[Ch
     if policy == "share":
         yield lambda: None
         return
-    leases = LeaseStore(open_store(template.output.uri, template.output.s3), lease_folder(template))
+    store = open_store(template.output.uri, template.output.s3, silence=SILENCE_S)
+    leases = LeaseStore(store, lease_folder(template))
     lease = leases.acquire(policy, wait=template.schedule.wait if template.schedule else WAIT_S, say=say)
     if lease is None:
         yield None
