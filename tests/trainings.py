@@ -49,7 +49,7 @@ def write_shards(folder: Path, count: int, *, classes: int = 2, label: str = "nu
 
 def logits_of(network: ResNet, images: Images, preprocessing: Preprocessing) -> torch.Tensor:
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-    crops = [resize_and_crop(decode(image.as_buffer(), max_pixels=10**6), preprocessing) for image in images.encoded]
+    crops = [resize_and_crop(decode(images[row], max_pixels=10**6), preprocessing) for row in range(len(images))]
     pixels = torch.stack([(torch.tensor(crop) / 255 - mean) / std for crop in crops])
     with torch.inference_mode():
         return network.eval()(pixels)

@@ -94,7 +94,7 @@ def _judged(job: DistillJob, data: TrainingData, said: np.ndarray, say: Say) -> 
     training, validation = data.images
     if job.data.label is None:
         say("no labels: the epoch is chosen by agreement with the teacher, and that is what counts as right")
-        return replace(data, images=(training, Images(validation.encoded, said))), {}
+        return replace(data, images=(training, replace(validation, labels=said))), {}
     right = float((said == validation.labels).mean())
     say(f"the teacher is right on {right:.2%} of the validation images")
     return data, {"teacher_accuracy": right}
@@ -184,7 +184,7 @@ def answers(teacher: Artifact, images: Images, worker: Worker) -> np.ndarray:
     best = [np.empty(0, np.int64)]
     with torch.inference_mode():
         for at in range(0, len(images), 64):
-            batch = [torch.tensor(prepare(memoryview(image.as_buffer()))[0]) for image in images.encoded[at : at + 64]]
+            batch = [torch.tensor(prepare(images[row])[0]) for row in range(at, min(at + 64, len(images)))]
             best.append(network(normalise(torch.stack(batch).to(device))).argmax(dim=1).cpu().numpy())
     return np.concatenate(best)
 

@@ -141,8 +141,8 @@ def _loaders(
     )
     prepare, size = Prepare(preprocessing, MAX_PIXELS), preprocessing.size
     pixels = torch.empty((len(data[1]), 3, size, size), dtype=torch.uint8)
-    for row, image in enumerate(data[1].encoded):
-        pixels.numpy()[row] = prepare(memoryview(image.as_buffer()))[0]
+    for row in range(len(data[1])):
+        pixels.numpy()[row] = prepare(data[1][row])[0]
     held = TensorDataset(pixels, torch.from_numpy(data[1].labels))
     return train, DataLoader(held, batch_size=2 * training.batch_size, pin_memory=pinned)
 
