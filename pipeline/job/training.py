@@ -49,11 +49,13 @@ class Data(Model):
     """Labelled images to train on and to choose the best epoch by."""
 
     train: Input
-    """Images to train on."""
+    """Images to train on. Every worker holds all of them in memory, encoded: 100,000 photographs of 110 kB are 11 GB. What will
+    not fit is refused after the first shards."""
     validation: Input | None = None
     """Images that choose the best epoch; when absent, `validation_share` of `train`, never trained on."""
     validation_share: Annotated[Fraction, between(in_percent, "0.01%", "99.99%")] = 0.1
-    """Share of every class held back when there is no `validation`."""
+    """Share of every class held back when there is no `validation`, drawn by the images' bytes: when shards come, those that were
+    held back stay so, but for a few in a hundred."""
     label: Label | None = "cls"
     """Sidecar or column with the label, a class name or its number in `classes`; null, for distill: there are none."""
     classes: tuple[str, ...] = ()
@@ -84,11 +86,13 @@ class Training(Model):
     epochs: Count = 12
     """Passes over the training images, at most."""
     batch_size: Annotated[int, Field(ge=2)] = 64
-    """Images of one step of one worker; batch normalisation needs two."""
+    """Images of one step of one worker, so a step has workers.count times as many; batch normalisation, which every worker does
+    alone, needs two. In every epoch fewer than a step has are left out, other ones each time."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with Nesterov momentum of 0.9."""
     learning_rate: Positive = 1e-3
-    """Highest rate, after the warm-up; for SGD 0.1 is usual."""
+    """Highest rate, after the warm-up; for SGD 0.1 is usual. It is the rate as it stands, whatever batch_size and workers.count
+    are."""
     weight_decay: NotNegative = 0.05
     """Decay of convolution and classifier weights; norms and biases have none. For SGD 5e-4 is usual."""
     warmup_epochs: NotNegative = 1.0

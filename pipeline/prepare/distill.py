@@ -59,7 +59,7 @@ def train_job(job: DistillJob, *, worker: Worker, say: Say, command: str) -> Out
         return done
     preprocessing = seen(job, start)
     _check(job, teacher, preprocessing)
-    data = read_taught(job.data, seed=job.training.seed, classes=teacher.labels)
+    data = read_taught(job.data, seed=job.training.seed, classes=teacher.labels, say=say, beside=worker.beside)
     root = checkpoints(job, key)
     for line in (*data.lines, classifier_line(start, data.classes), checkpoint_line(root)):
         say(line)

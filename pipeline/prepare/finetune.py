@@ -37,7 +37,8 @@ def train_job(job: FinetuneJob, *, worker: Worker, say: Say, command: str) -> Ou
     if (done := finished(job, key, worker)) is not None:
         return done
     preprocessing = seen(job, start)
-    data = read_data(job.data, seed=job.training.seed, known=() if start is None else start.labels)
+    known = () if start is None else start.labels
+    data = read_data(job.data, seed=job.training.seed, known=known, say=say, beside=worker.beside)
     folder = checkpoints(job, key)
     for line in (*data.lines, classifier_line(start, data.classes), checkpoint_line(folder)):
         say(line)

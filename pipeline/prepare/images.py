@@ -24,6 +24,8 @@ from pipeline.errors import JobError
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Augmentation
 from pipeline.prepare.data import MAX_PIXELS, NO_LABEL, LeftOut, class_index, has_labels, image_rows, label_texts
+from pipeline.prepare.outcome import Say
+from pipeline.prepare.room import Room
 from pipeline.preprocess import Preprocess
 from pipeline.spec import Input
 
@@ -61,18 +63,20 @@ class Found:
     left_out: LeftOut
 
 
-def read_images(wanted: Input, *, label: str | None, unlabelled: bool = False) -> Found:
+def read_images(
+    wanted: Input, *, label: str | None, unlabelled: bool = False, say: Say = lambda _: None, beside: int = 1
+) -> Found:
     """Every sound image of `wanted`. One that cannot be decoded is left out, and without `unlabelled` one without a label is too.
-    `label` None: there are none to look for.
+    `label` None: there are none to look for. `beside` workers do so on this machine.
 
-    Raises InputError for an input that cannot be read, JobError when nothing is left.
+    Raises InputError for an input that cannot be read, JobError when nothing is left, and when not all will fit into memory.
     """
     check = Preprocess(Preprocessing(size=1), max_pixels=MAX_PIXELS, threads=torch.get_num_threads())
     if label is not None and unlabelled and not has_labels(wanted, label):
         label = None
     encoded: list[pa.ChunkedArray] = []
     texts: list[str | None] = []
-    left_out = LeftOut()
+    left_out, room = LeftOut(), Room(wanted, say=say, beside=beside)
     for table in image_rows(wanted, label=label):
         checked = check(table)
         left_out.add_failed(checked)
@@ -83,6 +87,7 @@ def read_images(wanted: Input, *, label: str | None, unlabelled: bool = False) -
             left_out.add("NO_LABEL", table["key"].filter(pa.array(bare)).to_pylist())
             keep &= ~bare
         encoded.append(table["bytes"].filter(pa.array(keep)))
+        room.add(table["source"][0].as_py(), images=len(encoded[-1]), held=encoded[-1].nbytes)
         texts += [named[number] for number in np.flatnonzero(keep).tolist()]
     if not texts:
         what = "sound image" if unlabelled else "sound image with a label"

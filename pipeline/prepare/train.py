@@ -32,6 +32,7 @@ from pipeline.prepare.epochs import Epoch, EpochLog, Patience
 from pipeline.prepare.images import EpochDataset, EpochSampler, Images
 from pipeline.prepare.learner import MEASURED, Learner, precision_of
 from pipeline.prepare.outcome import Say
+from pipeline.prepare.room import check_room, free_memory
 from pipeline.preprocess import Prepare
 
 _LIGHTNING = {"float32": "32-true", "float16": "16-mixed", "bfloat16": "bf16-mixed"}
@@ -62,6 +63,8 @@ class Worker:
     plugins: tuple[Any, ...] = ()
     broadcast: Callable[[Any], Any] = lambda value: value
     """What the first worker gives, on all of them."""
+    beside: int = 1
+    """How many workers there are on this one's machine, itself among them."""
 
     @staticmethod
     def here(workers: Workers) -> Worker:
@@ -140,6 +143,8 @@ def _loaders(
         pin_memory=pinned,
     )
     prepare, size = Prepare(preprocessing, MAX_PIXELS), preprocessing.size
+    room, free = len(data[1]) * 3 * size**2, free_memory()
+    check_room(f"the {len(data[1]):,} images to validate with, as pixels,", room, free=free, beside=worker.beside)
     pixels = torch.empty((len(data[1]), 3, size, size), dtype=torch.uint8)
     for row in range(len(data[1])):
         pixels.numpy()[row] = prepare(data[1][row])[0]

@@ -122,6 +122,7 @@ def _worker(config: dict[str, Any]) -> None:
         lambda: RayDDPStrategy(find_unused_parameters=frozen),  # type: ignore[no-untyped-call]
         (RayLightningEnvironment(),),  # type: ignore[no-untyped-call]
         _broadcast,
+        context.get_local_world_size(),
     )
     lines = config["lines"]
     say: Callable[[str], None] = (lambda _: None) if worker.rank else lines.put
