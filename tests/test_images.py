@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from pipeline.errors import InputError, JobError
 from pipeline.job.training import Augment
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Augmentation
-from pipeline.prepare.data import NO_LABEL, LeftOut, class_index
+from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, image_rows
 from pipeline.prepare.images import (
     EpochDataset,
     EpochSampler,
@@ -57,6 +58,40 @@ def test_what_is_left_out_is_counted_and_listed(tmp_path: Path):
     assert [bytes(image.as_buffer()) for image in found.encoded] == [picture(n) for n in range(3)]
     with_unlabelled = read_images(Input(uri=str(tmp_path)), label="cls", unlabelled=True)
     assert with_unlabelled.texts == ["1", "1", "1", None]
+
+
+def shards_of_one_class(folder: Path, sizes: list[int]) -> Input:
+    for number, size in enumerate(sizes):
+        members = {
+            f"{number}_{row}.{name}": data for row in range(size) for name, data in (("png", picture(0)), ("cls", b"%d" % number))
+        }
+        (folder / f"{number:03d}.tar").write_bytes(tar_bytes(members))
+    return Input(uri=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "expected"),
+    [
+        ([9, 9, 9, 9], 8, {"0": 2, "1": 2, "2": 2, "3": 2}),
+        ([9, 1, 9, 9], 8, {"0": 3, "1": 1, "2": 2, "3": 2}),  # what a small one lacks
+        ([2, 2, 2, 2], 100, {"0": 2, "1": 2, "2": 2, "3": 2}),
+        ([9, 9, 9, 9], 2, {"0": 1, "2": 1}),
+        ([1] * 40, 24, None),
+        ([4] * 40, 32, {str(number): 2 for number in [0, 2, 5, 7, 10, 12, 15, 17, 20, 22, 25, 27, 30, 32, 35, 37]}),
+    ],
+)
+def test_a_number_of_images_comes_from_many_shards(tmp_path: Path, sizes: list[int], most: int, expected: dict[str, int] | None):
+    wanted = shards_of_one_class(tmp_path, sizes)
+    labels = [label for table in image_rows(wanted, label="cls", most=most) for label in table["cls"].to_pylist()]
+    assert len(labels) == min(most, sum(sizes))
+    assert expected is None or Counter(labels) == expected
+
+
+def test_a_number_of_loose_images_is_taken_from_the_first_to_the_last(tmp_path: Path):
+    for number in range(10):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    tables = image_rows(Input(uri=str(tmp_path), format="images"), most=5)
+    assert [key for table in tables for key in table["key"].to_pylist()] == ["0.png", "2.png", "4.png", "6.png", "8.png"]
 
 
 def test_nothing_to_train_on_and_broken_shards_are_one_sentence(tmp_path: Path):

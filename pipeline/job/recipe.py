@@ -62,7 +62,7 @@ class Measured(Model):
     label: Label = "cls"
     """Sidecar or column that holds the label, a class name or its number."""
     images: Count | None = None
-    """At most this many, from the front."""
+    """At most this many, alike from the front of 16 shards; in shards of one class each that is 16 classes."""
 
     @model_validator(mode="after")
     def _labelled(self) -> Measured:
@@ -90,7 +90,7 @@ class QuantizeJob(Preparation):
     calibration: Input
     """Images that show the ranges of the activations; no labels are needed."""
     calibration_images: Count = 256
-    """How many of them, from the front."""
+    """How many of them, alike from the front of 16 shards; of loose images, from the first to the last."""
     data: Measured
     """Labelled images of several classes that the gate measures with; not those of the calibration."""
     gate: Gate = Gate()

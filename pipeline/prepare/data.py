@@ -18,10 +18,11 @@ from pipeline.cut import UNREADABLE, cut, list_inputs
 from pipeline.errors import InputError, JobError, NightlabelError, PermissionDenied, Temporary, UnfitError, Unidentified
 from pipeline.read import read_unit
 from pipeline.spec import Input, Limits
-from pipeline.storage import RangeFile, open_input
+from pipeline.storage import Object, RangeFile, Store, open_input
 
 NO_LABEL = -1
 MAX_PIXELS = Limits().max_pixels  # as in labelling
+SPREAD = 16  # shards that a number of images comes from: of each one a first range of 8 MB is fetched
 _LISTED, _SHOWN = 50, 3  # keys of images left out, of each reason: those that are recorded, and those on a screen
 _ERRORS = {kind.error_class: kind for kind in (Temporary, PermissionDenied, Unidentified, UnfitError)}
 
@@ -53,25 +54,46 @@ class LeftOut:
 
 
 def image_rows(wanted: Input, *, label: str | None = None, most: int | None = None) -> Iterator[pa.Table]:
-    """Tables of rows.IMAGE, plus the column `label` when one is named, of at most `most` images from the front.
+    """Tables of rows.IMAGE, plus the column `label` when one is named. With `most`, at most so many images: from the front of
+    SPREAD shards alike, for in whole shards, as in loose images, there is often one class after the other.
 
     Raises what an end row says about a unit that cannot be read: InputError, or what may be the store's fault.
     """
     wanted = wanted.model_copy(update={"keep": (label,) if label else ()})
     store = open_input(wanted)
-    left = most
-    for unit in cut(store, wanted, list_inputs(store, wanted).inputs, tasks=1):
+    inputs = list_inputs(store, wanted).inputs
+    if most is None or wanted.format == "images":
+        yield from _rows(store, wanted, inputs if most is None else _evenly(inputs, most), label=label)
+        return
+    # What a small one lacks, larger ones make up for.
+    picked = sorted(_evenly(inputs, min(SPREAD, most)), key=lambda item: item.size)
+    rest = [item for item in inputs if item not in picked]
+    for place, item in enumerate(picked + rest):
+        share = -(-most // max(1, len(picked) - place))
+        for table in _rows(store, wanted, [item], label=label) if share else ():
+            images = table.slice(0, share)
+            share, most = share - images.num_rows, most - images.num_rows
+            yield images
+            if not share:
+                break
+
+
+def _evenly(inputs: list[Object], most: int) -> list[Object]:
+    """At most so many of them, from the first to the last."""
+    count = min(most, len(inputs))
+    return [inputs[place * len(inputs) // count] for place in range(count)]
+
+
+def _rows(store: Store, wanted: Input, inputs: list[Object], *, label: str | None) -> Iterator[pa.Table]:
+    for unit in cut(store, wanted, inputs, tasks=1):
         for table in read_unit(store, unit, wanted=wanted):
             for end in table.filter(pc.is_null(table["key"])).to_pylist():
                 if end["error_class"] is not None:
                     kind: type[NightlabelError] = _ERRORS.get(end["error_class"], InputError)
                     raise kind(end["error"].rstrip("."))
-            images = table.filter(pc.is_valid(table["key"])).slice(0, left)
-            left = None if left is None else left - images.num_rows
+            images = table.filter(pc.is_valid(table["key"]))
             if images.num_rows:
                 yield _with_texts(images, label) if label else images
-            if left == 0:
-                return
 
 
 def _with_texts(images: pa.Table, label: str) -> pa.Table:
