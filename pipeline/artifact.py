@@ -41,6 +41,7 @@ CONFIG, PREPROCESSOR, WEIGHTS, INT8 = "config.json", "preprocessor_config.json",
 #: What the digest covers, in the order of writing; the last two are optional.
 FILES = (CONFIG, PREPROCESSOR, WEIGHTS, INT8, MODELING)
 RECORD, CARD = "artifact.json", "README.md"
+EPOCHS = "epochs"  # in `Origin.data`: what each came to
 
 
 @dataclass(frozen=True)

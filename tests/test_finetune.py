@@ -79,6 +79,11 @@ def test_an_artifact_with_its_origin(tmp_path: Path, start: str):
     assert made.origin.data["left_out"] == {"train": {"NOT_AN_IMAGE": 1, "NO_LABEL": 1}}
     assert made.origin.data["left_out_images"] == {"train": {"NOT_AN_IMAGE": ["x"], "NO_LABEL": ["y"]}}
     assert made.origin.data["training"]["seed"] == 0
+    epochs = made.origin.data["epochs"]
+    assert [(epoch["number"], set(epoch)) for epoch in epochs] == [
+        (number, {"number", "loss", "validation_loss", "accuracy", "seconds"}) for number in (1, 2, 3)
+    ]
+    assert made.origin.metrics["accuracy"] == max(epoch["accuracy"] for epoch in epochs)
     held = labelled(
         read_images(Input(uri=write_shards(tmp_path / "held", 30, classes=3, first=500)), label="cls"), SIDES, where="x"
     )
@@ -88,6 +93,7 @@ def test_an_artifact_with_its_origin(tmp_path: Path, start: str):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "nightlabel run test.yaml" in card
     assert "| accuracy |" in card
+    assert "* epochs: 3 in artifact.json" in card
     assert "* left_out_images: train NOT_AN_IMAGE x, NO_LABEL y" in card
     from transformers import AutoModelForImageClassification
 

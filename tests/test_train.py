@@ -80,6 +80,14 @@ def test_loss_falls_the_model_learns_and_the_epochs_are_told(tmp_path: Path):
     assert result.weights.keys() == tiny_network().state_dict().keys()
 
 
+def test_a_long_epoch_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pipeline.prepare.epochs.EVERY_S", 0.0)
+    _, said = trained(tmp_path, QUICK.model_copy(update={"epochs": 1}), worker=Worker(world=2))
+    steps = r"epoch 1 of 1: step (\d) of 4, loss \d\.\d{3}, [\d,]+ images/s, [\d.]+ min to go"
+    assert [found[1] for line in said if (found := re.fullmatch(steps, line))] == ["1", "2", "3"]
+    assert len(said) == 4, "and the epoch"
+
+
 def test_same_seed_same_weights_and_another_seed_others(tmp_path: Path):
     drawn = {"augment": Augment(crop=(0.5, 1), jitter=0.2, trivial=True, erase=0.5), "mixup": 0.2, "cutmix": 1.0}
     changed = QUICK.model_copy(update={**drawn, "epochs": 2})
@@ -157,6 +165,23 @@ def test_checkpoints_that_are_damaged_gone_or_cannot_be_written_are_one_sentence
         trained(tmp_path, settings)
     with pytest.raises(StoreError, match=r"/dev/full/x/last\.ckpt: Not a directory; required: a place for checkpoints"):
         replace(Path("/dev/full/x/last.ckpt"), b"")
+
+
+def test_what_a_kill_or_a_full_disk_left_half_written_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "last.123.part").write_bytes(b"half")
+    trained(tmp_path, QUICK.model_copy(update={"epochs": 1}))
+    whole = {"best.ckpt", "last.ckpt"}
+    assert {path.name for path in tmp_path.iterdir()} == whole
+
+    def full(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StoreError, match="No space left on device"):
+        replace(tmp_path / "last.ckpt", b"more")
+    assert {path.name for path in tmp_path.iterdir()} == whole
 
 
 @pytest.mark.filterwarnings("ignore")  # torch has its doubts about some

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.artifact import FILES, INT8, Artifact
+from pipeline.artifact import FILES, INT8, RECORD, Artifact
 from pipeline.model.huggingface import BOTTLENECK, RESNET_SIZES, RESNETS, Architecture
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.spec import S3
@@ -124,6 +124,8 @@ def plain(value: Any) -> str:
     """A value of artifact.json as a reader wants it: no brackets, no quotes."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {plain(inner)}" for name, inner in value.items()) or "none"
+    if isinstance(value, (list, tuple)) and value and all(isinstance(row, dict) for row in value):
+        return f"{len(value):,} in {RECORD}"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(plain, value)) or "none"
     if value is None:

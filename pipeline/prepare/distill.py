@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.artifact import Artifact, Origin, build, make_artifact
+from pipeline.artifact import EPOCHS, Artifact, Origin, build, make_artifact
 from pipeline.errors import JobError
 from pipeline.job.training import Distillation, DistillJob
 from pipeline.model.preprocessing import Preprocessing
@@ -31,6 +31,7 @@ from pipeline.prepare.finetune import (
     metrics,
     seen,
     starting_network,
+    told,
 )
 from pipeline.prepare.images import Images, seeded
 from pipeline.prepare.learner import CrossEntropy, Learner, Normalise, Objective
@@ -82,7 +83,8 @@ def train_job(job: DistillJob, *, worker: Worker, say: Say, command: str) -> Out
 
     def made() -> Artifact:
         settings = {"training": job.training.model_dump(mode="json"), "distillation": job.distillation.model_dump(mode="json")}
-        origin = Origin(parents, data.facts | {"job": key, **settings}, numbers, command)
+        epochs = {EPOCHS: told(result)} | ({f"baseline_{EPOCHS}": told(plain)} if plain is not None else {})
+        origin = Origin(parents, data.facts | {"job": key, **settings, **epochs}, numbers, command)
         return make_artifact(architecture, result.weights, labels=teacher.labels, preprocessing=preprocessing, origin=origin)
 
     return close(job, key, worker, made=made, lines=tuple(_side_by_side(result, numbers)))

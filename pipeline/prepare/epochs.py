@@ -14,6 +14,8 @@ from pipeline.errors import ModelError
 from pipeline.job.training import Training
 from pipeline.prepare.outcome import Say
 
+EVERY_S = 30.0
+
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
@@ -27,14 +29,24 @@ class Epoch:
 
 
 class EpochLog(pl.Callback):
-    """Keeps the epochs, in the checkpoint too, and tells them as they end."""
+    """Keeps the epochs, in the checkpoint too, and tells them as they end; of a long one also how far it is. `images` are those
+    of a step, of all workers."""
 
-    def __init__(self, say: Say, total: int) -> None:
+    def __init__(self, say: Say, total: int, images: int) -> None:
         self.epochs: list[Epoch] = []
-        self._say, self._total, self._since = say, total, 0.0
+        self._say, self._total, self._images, self._since, self._told = say, total, images, 0.0, 0.0
 
     def on_train_epoch_start(self, *_: Any) -> None:
-        self._since = time.perf_counter()
+        self._since = self._told = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        now, done, of = time.perf_counter(), batch_idx + 1, int(trainer.num_training_batches)
+        if now - self._told > EVERY_S and done < of:
+            self._told, pace = now, done / (now - self._since)
+            self._say(
+                f"epoch {len(self.epochs) + 1} of {self._total}: step {done:,} of {of:,}, loss {float(outputs['loss']):.3f}, "
+                f"{pace * self._images:,.0f} images/s, {(of - done) / pace / 60:,.1f} min to go"
+            )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         loss, validation_loss, accuracy = (

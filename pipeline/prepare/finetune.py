@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 from torch import Tensor, nn
 
-from pipeline.artifact import Artifact, Origin, build, make_artifact
+from pipeline.artifact import EPOCHS, Artifact, Origin, build, make_artifact
 from pipeline.errors import JobError
 from pipeline.job.training import FinetuneJob, RandomNetwork, TrainingJob
 from pipeline.model.huggingface import Architecture, resnet, write_preprocessor
@@ -48,7 +48,7 @@ def train_job(job: FinetuneJob, *, worker: Worker, say: Say, command: str) -> Ou
     result = fit(learner, data.images, preprocessing=preprocessing, worker=worker, folder=folder, say=say)
 
     def made() -> Artifact:
-        facts = data.facts | {"job": key, "training": job.training.model_dump(mode="json")}
+        facts = data.facts | {"job": key, "training": job.training.model_dump(mode="json"), EPOCHS: told(result)}
         origin = Origin(parents, facts, metrics(result), command)
         architecture = architecture_of(start, job.network, len(data.classes))
         return make_artifact(architecture, result.weights, labels=data.classes, preprocessing=preprocessing, origin=origin)
@@ -126,6 +126,11 @@ def metrics(result: Result, *, judge: str = "accuracy") -> dict[str, float]:
         "epoch": best.number,
         "epochs": len(result.epochs),
     }
+
+
+def told(result: Result) -> list[dict[str, float]]:
+    """Every epoch, for the artifact: what curves are drawn from."""
+    return [asdict(epoch) for epoch in result.epochs]
 
 
 def epoch_line(result: Result, *, right: str = "right") -> str:

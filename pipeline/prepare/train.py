@@ -91,7 +91,7 @@ def fit(
         got = f"{len(data[0]):,} images to train on and {len(data[1]):,} to validate with"
         raise JobError(got, need=f"a batch of {wanted} and one", do="Give more images or lower training.batch_size")
     make_folder(folder)
-    log, patience = EpochLog(say, training.epochs), Patience(training)
+    log, patience = EpochLog(say, training.epochs, wanted), Patience(training)
     state = _standing(folder, worker, say)
     if state is not None:
         log.load_state_dict(state["callbacks"][log.state_key])
