@@ -131,6 +131,10 @@ def test_classes_are_found_by_size_or_alphabet_and_given_ones_keep_their_order()
         find_classes(["cat", "cat"], (), where="x")
     with pytest.raises(JobError, match=r"x: dog; required: one of 2 classes, cat, cow, or its number\. Correct the labels"):
         find_classes(["cat", "dog"], ("cat", "cow"), where="x")
+    with pytest.raises(
+        JobError, match=r'x: a label is {"id": 1}; required: the name of a class, or its number\. Write the class'
+    ):
+        find_classes(['{"id": 2}', '{"id": 1}'], (), where="x")
 
 
 def test_a_label_is_a_name_or_a_number_and_the_name_wins():

@@ -99,10 +99,13 @@ def read_images(
 
 def find_classes(texts: list[str | None], given: tuple[str, ...], *, where: str) -> tuple[str, ...]:
     """The classes of labels: those `given`, or the labels found, numbers by size and names by alphabet. Raises JobError for one
-    class only, and for a label outside of those given."""
+    class only, for a label outside of those given, and for JSON objects."""
     found = {text for text in texts if text is not None}
     if given:
         class_index(sorted(found), given, where=where)
+    elif objects := [text for text in found if text.startswith("{")]:  # of img2dataset and its like; each is another one
+        do = "Write the class of each into a sidecar or column of its own, and name that"
+        raise JobError(f"{where}: a label is {min(objects)[:60]}", need="the name of a class, or its number", do=do)
     numeric = all(text.isascii() and text.isdigit() for text in found)
     classes = given or tuple(sorted(found, key=lambda text: (int(text), text) if numeric else (0, text)))
     if len(found) == 1:
