@@ -1,23 +1,26 @@
-"""Whether a training's images fit into memory: what is free, and a refusal after the first shards."""
+"""Whether a training's images fit into memory, and where they lie if not: what is free, and a refusal after the first shards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 from shards import tar_bytes
 from trainings import SMALL, picture, tiny_network, write_shards
 
-from pipeline.errors import JobError
+from pipeline.errors import JobError, StoreError
 from pipeline.job.training import Data, Training
-from pipeline.prepare import data, images, room, train
+from pipeline.prepare import data, images, room
 from pipeline.prepare.dataset import read_data
 from pipeline.prepare.images import labelled, read_images
 from pipeline.prepare.learner import CrossEntropy, Learner
 from pipeline.prepare.room import free_memory
+from pipeline.prepare.shelf import Shelf
 from pipeline.prepare.train import Worker, fit
 from pipeline.spec import Input
 
@@ -44,6 +47,11 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return read
 
 
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, *, memory: int = 1, disk: int = 10**12) -> None:
+    monkeypatch.setattr(room, "free_memory", lambda: memory)
+    monkeypatch.setattr(room, "free_disk", lambda _: disk)
+
+
 def test_images_that_will_not_fit_are_refused_after_the_first_shards(
     tmp_path: Path, blocks: list[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -57,7 +65,69 @@ def test_images_that_will_not_fit_are_refused_after_the_first_shards(
     monkeypatch.setattr(room, "free_memory", lambda: 2 * held)
     assert len(read_images(Input(uri=uri), label="cls").encoded) == 320
     with pytest.raises(JobError, match="for each of 2 workers on this machine"):
-        read_data(Data(train=Input(uri=uri)), seed=0, say=silent, beside=2)
+        read_data(Data(train=Input(uri=uri)), seed=0, known=(), shelf=Shelf(beside=2))
+
+
+def test_what_does_not_fit_into_memory_lies_in_a_file_that_serves_again(
+    tmp_path: Path, blocks: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    wanted, said = Input(uri=write_shards(tmp_path / "in", 64)), list[str]()
+    broken = tar_bytes({"x.png": b"\x89PNG nothing", "x.cls": b"1", "y.png": picture(64), "y.cls": b"0"})
+    (tmp_path / "in/z.tar").write_bytes(broken)
+    held = read_images(wanted, label="cls")
+    short_of_memory(monkeypatch)
+    shelf = Shelf(tmp_path / "training", say=said.append)
+    before = pa.total_allocated_bytes()
+    filed = read_images(wanted, label="cls", shelf=shelf)
+    assert pa.total_allocated_bytes() - before < 10_000 < filed.encoded.nbytes, "it is mapped"
+    read = len(blocks)
+    again = read_images(wanted, label="cls", shelf=shelf)
+    assert len(blocks) == read, "nothing is read a second time"
+    for found in (filed, again):
+        assert found.encoded.to_pylist() == held.encoded.to_pylist()
+        assert (found.texts, found.left_out) == (held.texts, held.left_out)
+    assert [line.partition(":")[0] for line in said] == [
+        f"the images go to {tmp_path}/training/train-0.arrow, for memory is short",
+        "images of before",
+    ]
+    assert shelf.standing("validation") is None
+    monkeypatch.setattr("pipeline.prepare.shelf.CODE_VERSION", "another")
+    assert shelf.standing("train") is None, "another version may decode otherwise"
+
+
+def test_a_file_that_was_begun_is_no_file_and_what_fails_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    wanted, shelf = Input(uri=write_shards(tmp_path / "in", 64)), Shelf(tmp_path / "training")
+    short_of_memory(monkeypatch)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.prepare.shelf.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            read_images(wanted, label="cls", shelf=shelf)
+    assert list((tmp_path / "training").iterdir()) == []
+    (tmp_path / "training/train-0.arrow").write_bytes(b"half of it")
+    assert len(read_images(wanted, label="cls", shelf=shelf).texts) == 64
+    with pytest.raises(JobError, match="no sound image with a label"):
+        read_images(wanted, label="none", shelf=shelf, name="validation")
+    assert sorted(path.name for path in (tmp_path / "training").iterdir()) == ["train-0.arrow", "train-0.json"]
+
+
+def test_the_larger_of_disk_and_memory_is_taken_and_a_full_one_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    wanted = Input(uri=write_shards(tmp_path / "in", 64))
+    held = read_images(wanted, label="cls").encoded.nbytes
+    short_of_memory(monkeypatch, memory=held, disk=2 * held)
+    assert len(read_images(wanted, label="cls", shelf=Shelf(tmp_path / "a")).texts) == 64
+    with pytest.raises(JobError, match=f"for each of 2 workers on this machine, and .* of the disk of {tmp_path}/b are free"):
+        read_images(wanted, label="cls", shelf=Shelf(tmp_path / "b", beside=2))
+    short_of_memory(monkeypatch, memory=int(1.2 * held), disk=held)
+    assert len(read_images(wanted, label="cls", shelf=Shelf(tmp_path / "c")).texts) == 64
+    assert not (tmp_path / "c").exists()
+    (tmp_path / "file").write_bytes(b"")
+    short_of_memory(monkeypatch)
+    with pytest.raises(StoreError, match="a place for checkpoints"):
+        read_images(wanted, label="cls", shelf=Shelf(tmp_path / "file/c"))
 
 
 def test_sidecars_take_no_room_and_one_large_shard_is_refused_when_it_no_longer_fits(
@@ -74,19 +144,24 @@ def test_sidecars_take_no_room_and_one_large_shard_is_refused_when_it_no_longer_
         read_images(Input(uri=str(tmp_path / "a.tar")), label="cls")
 
 
-def test_pixels_to_validate_with_want_room_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_pixels_to_validate_with_are_decoded_anew_where_they_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found = labelled(read_images(Input(uri=write_shards(tmp_path / "in", 32)), label="cls"), ("0", "1"), where="x")
-    monkeypatch.setattr(train, "free_memory", lambda: 3 * 16 * 16 * 32)
-    learner = Learner(tiny_network(), CrossEntropy(0.0), SMALL, Training(batch_size=8))
-    with pytest.raises(JobError, match="the 32 images to validate with, as pixels, take 0\\.0 GB, and"):
-        fit(learner, (found, found), preprocessing=SMALL, worker=Worker(), folder=tmp_path / "out", say=silent)
+    results = []
+    for name, memory in (("held", 10**9), ("anew", 1)):
+        monkeypatch.setattr(room, "free_memory", lambda memory=memory: memory)
+        torch.manual_seed(0)
+        learner = Learner(tiny_network(), CrossEntropy(0.0), SMALL, Training(batch_size=8, epochs=2))
+        worker, folder = Worker(loaders=1), tmp_path / name
+        results.append(fit(learner, (found, found), preprocessing=SMALL, worker=worker, folder=folder, say=silent))
+    kept = [[replace(epoch, seconds=0.0) for epoch in result.epochs] for result in results]
+    assert kept[0] == kept[1]
 
 
 def test_a_long_reading_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     uri = write_shards(tmp_path, 96)
     monkeypatch.setattr(room, "EVERY_S", 0.0)
     said: list[str] = []
-    read_images(Input(uri=uri), label="cls", say=said.append)
+    read_images(Input(uri=uri), label="cls", shelf=Shelf(say=said.append))
     assert said == [
         "32 images read, 0% of 0.0 GB",
         "64 images read, 33% of 0.0 GB",

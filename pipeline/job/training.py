@@ -49,8 +49,9 @@ class Data(Model):
     """Labelled images to train on and to choose the best epoch by."""
 
     train: Input
-    """Images to train on. Every worker holds all of them in memory, encoded: 100,000 photographs of 110 kB are 11 GB. What will
-    not fit is refused after the first shards."""
+    """Images to train on. Every worker holds all of them, encoded, 11 GB for 100,000 photographs of 110 kB: in memory where they
+    fit into half of what is free, else in a file beside the checkpoints. What fits into neither is refused after the first
+    shards."""
     validation: Input | None = None
     """Images that choose the best epoch; when absent, `validation_share` of `train`, never trained on."""
     validation_share: Annotated[Fraction, between(in_percent, "0.01%", "99.99%")] = 0.1

@@ -46,7 +46,7 @@ class Keep(ModelCheckpoint):
 def make_folder(folder: Path) -> None:
     """For checkpoints; before the training, for whoever cannot write there wants to know now. What a kill has left half written
     is removed: some 140 MB each time. Raises StoreError."""
-    with _explained(folder):
+    with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for part in folder.glob("*.part"):
             part.unlink(missing_ok=True)
@@ -55,7 +55,7 @@ def make_folder(folder: Path) -> None:
 def replace(path: Path, content: bytes | memoryview) -> None:
     """Write a file in one step. Raises StoreError when that cannot be."""
     part = path.with_suffix(f".{os.getpid()}.part")
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             part.write_bytes(content)
@@ -84,7 +84,8 @@ def read(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """The operating system's errors as StoreError: there is no place for what a training leaves there."""
     try:
         yield
     except OSError as error:

@@ -13,8 +13,8 @@ from typing import Any
 from pipeline.errors import JobError
 from pipeline.job.training import Data
 from pipeline.prepare.data import NO_LABEL, LeftOut
-from pipeline.prepare.images import Found, Images, find_classes, fitting, labelled, read_images, split
-from pipeline.prepare.outcome import Say
+from pipeline.prepare.images import Images, find_classes, fitting, labelled, read_images, split
+from pipeline.prepare.shelf import Found, Shelf
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,22 @@ class TrainingData:
     lines: tuple[str, ...]
 
 
-def read_data(wanted: Data, *, seed: int, known: tuple[str, ...], say: Say, beside: int) -> TrainingData:
-    """Of a training on labels, with `beside` workers on this machine. The classes are those that the job gives, else those
-    `known` to the model to begin from when the labels are exactly these, else those found."""
+def read_data(wanted: Data, *, seed: int, known: tuple[str, ...], shelf: Shelf) -> TrainingData:
+    """Of a training on labels. The classes are those that the job gives, else those `known` to the model to begin from when the
+    labels are exactly these, else those found."""
     where = _where(wanted.train.uris, wanted.label)
-    train = read_images(wanted.train, label=wanted.label, say=say, beside=beside)
-    held = _read_held(wanted, say=say, beside=beside)
+    train = read_images(wanted.train, label=wanted.label, shelf=shelf)
+    held = _read_held(wanted, shelf=shelf)
     classes = find_classes(train.texts, wanted.classes or fitting(train.texts, known), where=where)
     return _together(wanted, train, held, classes=classes, seed=seed)
 
 
-def read_taught(wanted: Data, *, seed: int, classes: tuple[str, ...], say: Say, beside: int) -> TrainingData:
+def read_taught(wanted: Data, *, seed: int, classes: tuple[str, ...], shelf: Shelf) -> TrainingData:
     """Of a training on the answers of a teacher of these classes: images without a label are trained on too, and when no labels
     are named, those to validate with have none either. Raises JobError for named labels of which none is there."""
     where = _where(wanted.train.uris, wanted.label)
-    train = read_images(wanted.train, label=wanted.label, unlabelled=True, say=say, beside=beside)
-    held = _read_held(wanted, say=say, beside=beside)
+    train = read_images(wanted.train, label=wanted.label, unlabelled=True, shelf=shelf)
+    held = _read_held(wanted, shelf=shelf)
     if wanted.label is not None and held is None and not any(train.texts):
         do = "Name some as data.validation, or set data.label to null: then agreement with the teacher chooses"
         raise JobError(f"{where}: no image has a label", need="labelled images to choose the best epoch by", do=do)
@@ -51,10 +51,11 @@ def read_taught(wanted: Data, *, seed: int, classes: tuple[str, ...], say: Say, 
     return _together(wanted, train, held, classes=classes, seed=seed)
 
 
-def _read_held(wanted: Data, *, say: Say, beside: int) -> Found | None:
+def _read_held(wanted: Data, *, shelf: Shelf) -> Found | None:
     if wanted.validation is None:
         return None
-    return read_images(wanted.validation, label=wanted.label, unlabelled=wanted.label is None, say=say, beside=beside)
+    bare = wanted.label is None
+    return read_images(wanted.validation, label=wanted.label, unlabelled=bare, shelf=shelf, name="validation")
 
 
 def _where(uris: tuple[str, ...], label: str | None) -> str:

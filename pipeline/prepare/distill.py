@@ -37,6 +37,7 @@ from pipeline.prepare.images import Images, seeded
 from pipeline.prepare.learner import CrossEntropy, Learner, Normalise, Objective
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.prepare.resume import checkpoint_line, checkpoints, close, finished, job_key
+from pipeline.prepare.shelf import Shelf
 from pipeline.prepare.train import Result, Worker, fit
 from pipeline.prepare.workers import on_workers
 from pipeline.preprocess import Prepare
@@ -60,8 +61,9 @@ def train_job(job: DistillJob, *, worker: Worker, say: Say, command: str) -> Out
         return done
     preprocessing = seen(job, start)
     _check(job, teacher, preprocessing)
-    data = read_taught(job.data, seed=job.training.seed, classes=teacher.labels, say=say, beside=worker.beside)
     root = checkpoints(job, key)
+    shelf = Shelf(root, worker.rank, worker.beside, say)
+    data = read_taught(job.data, seed=job.training.seed, classes=teacher.labels, shelf=shelf)
     for line in (*data.lines, classifier_line(start, data.classes), checkpoint_line(root)):
         say(line)
     data, known = _judged(

@@ -19,6 +19,7 @@ from pipeline.prepare.images import seeded
 from pipeline.prepare.learner import CrossEntropy, Learner, balanced_weights
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.prepare.resume import checkpoint_line, checkpoints, close, finished, job_key
+from pipeline.prepare.shelf import Shelf
 from pipeline.prepare.train import Result, Worker, fit
 from pipeline.prepare.workers import on_workers
 from pipeline.start import load_source
@@ -38,8 +39,9 @@ def train_job(job: FinetuneJob, *, worker: Worker, say: Say, command: str) -> Ou
         return done
     preprocessing = seen(job, start)
     known = () if start is None else start.labels
-    data = read_data(job.data, seed=job.training.seed, known=known, say=say, beside=worker.beside)
     folder = checkpoints(job, key)
+    shelf = Shelf(folder, worker.rank, worker.beside, say)
+    data = read_data(job.data, seed=job.training.seed, known=known, shelf=shelf)
     for line in (*data.lines, classifier_line(start, data.classes), checkpoint_line(folder)):
         say(line)
     network = starting_network(start, job.network, data.classes, seed=job.training.seed)

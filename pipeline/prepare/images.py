@@ -1,8 +1,8 @@
-"""Images to train on: encoded in memory, decoded and changed at random on every visit, so a random crop has the whole picture.
+"""Images to train on: held encoded, decoded and changed at random on every visit, so a random crop has the whole picture.
 
 What a visit draws depends on (seed, epoch, image) and on nothing else: not on how many workers or loaders there are, nor on
-whether the training was killed and goes on. The price: every worker holds all of its data set, 110 kB a photograph, 100,000
-photographs in 11 GB, and no more than that, for a split is two lists of positions; and a decode of 1.4 ms for each visit.
+whether the training was killed and goes on. The price: every worker has all of its data set on a `shelf`, 110 kB a photograph,
+100,000 photographs in 11 GB, and no more than that, for a split is two lists of positions; and a decode of 1.4 ms for each visit.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, TensorDataset
 
 from pipeline.decode import decode
 from pipeline.errors import JobError
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Augmentation
 from pipeline.prepare.data import MAX_PIXELS, NO_LABEL, LeftOut, class_index, has_labels, image_rows, label_texts
-from pipeline.prepare.outcome import Say
-from pipeline.prepare.room import Room
-from pipeline.preprocess import Preprocess
+from pipeline.prepare.shelf import IN_MEMORY, Found, Place, Shelf
+from pipeline.preprocess import Prepare, Preprocess
 from pipeline.spec import Input
 
 _PRIME = 1_000_003
@@ -54,29 +53,32 @@ class Images:
         return Images(self.encoded, self.labels[where], where if self.where is None else self.where[where])
 
 
-@dataclass(frozen=True)
-class Found:
-    """What was read: sound images, their labels as text, and those left out."""
-
-    encoded: pa.ChunkedArray
-    texts: list[str | None]
-    left_out: LeftOut
-
-
 def read_images(
-    wanted: Input, *, label: str | None, unlabelled: bool = False, say: Say = lambda _: None, beside: int = 1
+    wanted: Input, *, label: str | None, unlabelled: bool = False, shelf: Shelf = IN_MEMORY, name: str = "train"
 ) -> Found:
-    """Every sound image of `wanted`. One that cannot be decoded is left out, and without `unlabelled` one without a label is too.
-    `label` None: there are none to look for. `beside` workers do so on this machine.
+    """Every sound image of `wanted`, put on the `shelf` under a `name`, or found there. One that cannot be decoded is left out,
+    and without `unlabelled` one without a label is too. `label` None: there are none to look for.
 
-    Raises InputError for an input that cannot be read, JobError when nothing is left, and when not all will fit into memory.
+    Raises InputError for an input that cannot be read, JobError when nothing is left, and when the shelf has not room for all.
     """
+    if (standing := shelf.standing(name)) is not None:
+        return standing
+    with shelf.place(name, wanted) as place:
+        found = place.found(_put(wanted, place, label=label, unlabelled=unlabelled))
+        if not found.texts:
+            what = "sound image" if unlabelled else "sound image with a label"
+            got = f"{', '.join(wanted.uris)}: no {what}" + (f"; left out: {found.left_out}" if found.left_out.counts else "")
+            need = f"images to train on, their labels in {label}" if label else "images to train on"
+            raise JobError(got, need=need, do="Check the URI and the label's name")
+    return found
+
+
+def _put(wanted: Input, place: Place, *, label: str | None, unlabelled: bool) -> LeftOut:
+    """All that are to be had in their place; which are not."""
     check = Preprocess(Preprocessing(size=1), max_pixels=MAX_PIXELS, threads=torch.get_num_threads())
     if label is not None and unlabelled and not has_labels(wanted, label):
         label = None
-    encoded: list[pa.ChunkedArray] = []
-    texts: list[str | None] = []
-    left_out, room = LeftOut(), Room(wanted, say=say, beside=beside)
+    left_out = LeftOut()
     for table in image_rows(wanted, label=label):
         checked = check(table)
         left_out.add_failed(checked)
@@ -86,15 +88,9 @@ def read_images(
             bare = keep & [text is None for text in named]
             left_out.add("NO_LABEL", table["key"].filter(pa.array(bare)).to_pylist())
             keep &= ~bare
-        encoded.append(table["bytes"].filter(pa.array(keep)))
-        room.add(table["source"][0].as_py(), images=len(encoded[-1]), held=encoded[-1].nbytes)
-        texts += [named[number] for number in np.flatnonzero(keep).tolist()]
-    if not texts:
-        what = "sound image" if unlabelled else "sound image with a label"
-        got = f"{', '.join(wanted.uris)}: no {what}" + (f"; left out: {left_out}" if left_out.counts else "")
-        need = f"images to train on, their labels in {label}" if label else "images to train on"
-        raise JobError(got, need=need, do="Check the URI and the label's name")
-    return Found(pa.chunked_array([chunk for array in encoded for chunk in array.chunks], pa.large_binary()), texts, left_out)
+        texts = [named[number] for number in np.flatnonzero(keep).tolist()]
+        place.add(table["source"][0].as_py(), table["bytes"].filter(pa.array(keep)), texts)
+    return left_out
 
 
 def find_classes(texts: list[str | None], given: tuple[str, ...], *, where: str) -> tuple[str, ...]:
@@ -162,6 +158,27 @@ class EpochDataset(Dataset[tuple[Tensor, int]]):
         image = decode(self.images[index], max_pixels=MAX_PIXELS)
         with seeded(self.seed, epoch, index):
             return self.augmentation(image), int(self.images.labels[index])
+
+
+class AtWork(Dataset[tuple[Tensor, int]]):
+    """Item (index) is (pixels uint8 [3, S, S] as labelling sees them, class)."""
+
+    def __init__(self, images: Images, preprocessing: Preprocessing) -> None:
+        self.images, self.size, self.prepare = images, preprocessing.size, Prepare(preprocessing, MAX_PIXELS)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(self.prepare(self.images[index])[0]), int(self.images.labels[index])
+
+
+def in_memory(images: AtWork) -> TensorDataset:
+    """The same, decoded once."""
+    pixels = torch.empty((len(images), 3, images.size, images.size), dtype=torch.uint8)
+    for row in range(len(images)):
+        pixels[row] = images[row][0]
+    return TensorDataset(pixels, torch.from_numpy(images.images.labels))
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -1,10 +1,11 @@
-"""Whether images that are to be held fit into memory: said after the first shards, not by the kernel in the last one.
+"""Whether the images of a training fit into memory or on the disk: said after the first shards, not in the last one.
 
 A listing knows how large shards are, and not how much of them is images, so what is to come is judged by what has come.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -12,22 +13,26 @@ from pipeline.cut import list_inputs
 from pipeline.errors import JobError
 from pipeline.prepare.outcome import Say
 from pipeline.spec import Input
-from pipeline.storage import open_store
+from pipeline.storage import open_input
 
 EVERY_S = 10.0
 ENOUGH = 256 * 2**20  # bytes of shards read to their end that the rest is judged by
 _SHARE = 0.9  # of what is free: the training wants some too
+_EASILY = 0.5  # of the memory that is free
 _UNLIMITED = 2**60
 
 
 class Room:
-    """Images of `wanted` that one of `beside` workers on this machine is to hold, on their way in."""
+    """Images of `wanted` on their way to one of `beside` workers on this machine: into memory where they fit with ease, or where
+    the disk of `folder` has less room, and there is none without a `folder`; else there."""
 
-    def __init__(self, wanted: Input, *, say: Say, beside: int) -> None:
-        inputs = list_inputs(open_store(wanted.uris[0], wanted.s3), wanted).inputs
-        self._sizes = {item.uri: item.size for item in inputs}
-        self._where, self._say, self._beside, self._free = ", ".join(wanted.uris), say, beside, free_memory()
+    def __init__(self, wanted: Input, *, folder: Path | None, beside: int, say: Say) -> None:
+        self._sizes = {item.uri: item.size for item in list_inputs(open_input(wanted), wanted).inputs}
+        self._where, self._say, self._beside = ", ".join(wanted.uris), say, beside
         self._total = sum(self._sizes.values())
+        memory, disk = free_memory(), 0 if folder is None else free_disk(folder)
+        self.in_memory = memory is None or self._total * beside <= _EASILY * memory or disk <= memory
+        self._free, self._of = (memory, "memory") if self.in_memory else (disk, f"the disk of {folder}")
         self._images = self._held = self._finished = self._held_of_finished = 0
         self._source, self._told = "", time.monotonic()
 
@@ -40,22 +45,32 @@ class Room:
         self._images += images
         self._held += held
         grown = self._held_of_finished / self._finished * self._total if self._finished >= ENOUGH else 0
-        check_room(f"{self._where}: the images", max(grown, self._held), free=self._free, beside=self._beside)
+        self._check(max(grown, self._held))
         if time.monotonic() - self._told > EVERY_S:
             self._told = time.monotonic()
             self._say(f"{self._images:,} images read, {self._finished / max(1, self._total):.0%} of {self._total / 1e9:,.1f} GB")
 
+    def _check(self, size: float) -> None:
+        if self._free is None or size * self._beside <= _SHARE * self._free:
+            return
+        each = f" for each of {self._beside} workers on this machine" if self._beside > 1 else ""
+        raise JobError(
+            f"{self._where}: the images take {_giga(size)}{each}, and {_giga(self._free)} of {self._of} are free",
+            need="room for all of them, in memory or where the checkpoints are",
+            do="Name fewer shards, pack smaller images, or take a larger disk",
+        )
 
-def check_room(what: str, size: float, *, free: int | None, beside: int) -> None:
-    """Raises JobError where each of `beside` workers on a machine is to hold `size` bytes, and `free` are not enough."""
-    if free is None or size * beside <= _SHARE * free:
-        return
-    each = f" for each of {beside} workers on this machine" if beside > 1 else ""
-    raise JobError(
-        f"{what} take {_giga(size)}{each}, and {_giga(free)} of memory are free",
-        need="room for all of them, since a training holds its images in memory",
-        do="Name fewer shards, pack smaller images, or take a machine with more memory",
-    )
+
+def fits(size: int, *, beside: int) -> bool:
+    """Whether each of `beside` workers on this machine may hold `size` bytes in memory."""
+    free = free_memory()
+    return free is None or size * beside <= _EASILY * free
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that may be written there, whether or not it is there yet."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    return shutil.disk_usage(there).free
 
 
 def free_memory(root: Path = Path("/")) -> int | None:

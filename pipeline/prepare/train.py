@@ -20,20 +20,18 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from pipeline.errors import JobError, UnfitError
 from pipeline.job.training import Training, Workers
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Augmentation
 from pipeline.prepare.checkpoint import BEST, LAST, Keep, OneStep, make_folder, read, replace
-from pipeline.prepare.data import MAX_PIXELS
 from pipeline.prepare.epochs import Epoch, EpochLog, Patience
-from pipeline.prepare.images import EpochDataset, EpochSampler, Images
+from pipeline.prepare.images import AtWork, EpochDataset, EpochSampler, Images, in_memory
 from pipeline.prepare.learner import MEASURED, Learner, precision_of
 from pipeline.prepare.outcome import Say
-from pipeline.prepare.room import check_room, free_memory
-from pipeline.preprocess import Prepare
+from pipeline.prepare.room import fits
 
 _LIGHTNING = {"float32": "32-true", "float16": "16-mixed", "bfloat16": "bf16-mixed"}
 
@@ -142,14 +140,19 @@ def _loaders(
         persistent_workers=worker.loaders > 0,  # else 14 are forked from a process with a GPU again for every epoch
         pin_memory=pinned,
     )
-    prepare, size = Prepare(preprocessing, MAX_PIXELS), preprocessing.size
-    room, free = len(data[1]) * 3 * size**2, free_memory()
-    check_room(f"the {len(data[1]):,} images to validate with, as pixels,", room, free=free, beside=worker.beside)
-    pixels = torch.empty((len(data[1]), 3, size, size), dtype=torch.uint8)
-    for row in range(len(data[1])):
-        pixels.numpy()[row] = prepare(data[1][row])[0]
-    held = TensorDataset(pixels, torch.from_numpy(data[1].labels))
-    return train, DataLoader(held, batch_size=2 * training.batch_size, pin_memory=pinned)
+    held = AtWork(data[1], preprocessing)
+    once = fits(len(held) * 3 * preprocessing.size**2, beside=worker.beside)
+    loaders = 0 if once else worker.loaders
+    seen: Dataset[Any] = in_memory(held) if once else held
+    validation = DataLoader(
+        seen,
+        batch_size=2 * training.batch_size,
+        num_workers=loaders,
+        multiprocessing_context="fork" if loaders else None,
+        persistent_workers=loaders > 0,
+        pin_memory=pinned,
+    )
+    return train, validation
 
 
 def _trainer(training: Training, worker: Worker, folder: Path, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
