@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import random
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +22,8 @@ from hypothesis import strategies as st
 from pipeline import log, storage
 from pipeline.commit import Provenance, UnitBuffer, commit_unit, retire_unit, serialise
 from pipeline.disk import Disk
-from pipeline.errors import Conflict, StoreError, Temporary
+from pipeline.errors import Conflict, InputMissing, StoreError, Temporary
+from pipeline.footer import Footer
 from pipeline.log import Log
 from pipeline.plan import Plan
 from pipeline.plan import make_plan as plan_for
@@ -141,6 +145,9 @@ def test_a_broken_unit_is_split_and_stays_split(tmp_path):
     after = make_plan(log, objects("a", "b", "c"))
     assert sorted(owners(after).values()) == [["/in/a"], ["/in/b"], ["/in/c"]]
     assert make_plan(log, objects("a", "b", "c")) == after
+    for unit in after.units:
+        commit(log, unit)
+    assert (sorted(footer.unit for footer in validate(log)[0]), validate(log)[1]) == (sorted(owners(after)), [])
 
 
 def test_what_another_driver_listed_stays_in_its_unit_but_what_is_gone_breaks_it(tmp_path):
@@ -316,11 +323,13 @@ def test_second_commit_of_a_unit_accepts_what_stands(tmp_path):
 
 def test_something_else_in_our_place_is_a_conflict(tmp_path):
     log = log_at(tmp_path)
-    one, two, three = pairs(objects("a", "b", "c", "d", "e", "f"))
+    one, two, three, four = pairs(objects("a", "b", "c", "d", "e", "f", "g", "h"))
     commit(log, one)
-    Path(log.data_key(two.id)).write_bytes(Path(log.data_key(one.id)).read_bytes())
+    sound = Path(log.data_key(one.id)).read_bytes()
+    Path(log.data_key(two.id)).write_bytes(sound)
     Path(log.data_key(three.id)).write_bytes(b"hello")
-    for unit in (two, three):
+    Path(log.data_key(four.id)).write_bytes(sound[:-40] + bytes(32) + sound[-8:])  # a footer that is none
+    for unit in (two, three, four):
         with pytest.raises(Conflict) as caught:
             commit(log, unit)
         assert caught.value.exit_code == 6
@@ -356,10 +365,125 @@ def test_validate_names_open_runs_and_damaged_manifests(tmp_path):
     commit(log, plan.units[1])
     assert (open_runs(log, lambda part: True), validate(log)[1]) == ([], [])
     finish(log, plan)
+    moved = Path(log.data_key(plan.units[0].id)).rename(tmp_path / "moved")
+    assert open_runs(log, lambda part: True) == [], "its manifest says that it is over; what is wrong validate says"
+    moved.rename(log.data_key(plan.units[0].id))
     manifest = Path(log.run_key(plan.run_id, "manifest.json"))
     for damaged in (b"", b"[]", b'{"rows": {"in": 8}}', b"\xff"):
         manifest.write_bytes(damaged)
         assert ["manifest.json: not a manifest" in problem for problem in validate(log)[1]] == [True], damaged
+
+
+def test_nothing_else_is_verified_as_a_unit(tmp_path):
+    log = log_at(tmp_path)
+    foreign, retired, other = pairs(objects("a", "b", "c", "d", "e", "f"))
+    commit(log, other)
+    Path(log.data_key(foreign.id)).write_bytes(Path(log.data_key(other.id)).read_bytes())
+    retire(log, retired)
+    for unit, words in ((foreign, f"holds unit {other.id}"), (retired, "holds a tombstone")):
+        with pytest.raises(Conflict, match=words):
+            list(verify(log, [unit]))
+    commit(log, (unit := pairs(objects("g"))[0]), by=Provenance("e" * 12, "attempt-1", "0"))
+    with pytest.raises(Conflict, match="fingerprint eeeeeeeeeeee"):
+        list(verify(log, [unit]))
+    problems = validate(log)[1]
+    for unit, words in ((foreign, f"its account is of unit {other.id}"), (unit, f"its account is of unit {unit.id}, eeee")):
+        assert any(log.data_key(unit.id) in problem and words in problem for problem in problems)
+
+
+def test_rows_that_are_in_two_committed_units_are_told_and_ranges_that_meet_are_fine(tmp_path):
+    log_of_runs = log_at(tmp_path)
+    ranges = [(0, 50), (50, 70), (70, None)]
+    units = [Unit((Part("/in/a.parquet", "1", 10, start, stop),)) for start, stop in ranges]
+    log_of_runs.append(units, after=[])
+    for unit in units:
+        commit(log_of_runs, unit)
+    assert validate(log_of_runs)[1] == []
+    for start, stop in ((60, 65), (None, 10), (80, 90)):
+        folder = tmp_path / f"{start}"
+        shutil.copytree(tmp_path / OURS.fingerprint, folder / OURS.fingerprint)
+        log, twice = log_at(folder), Unit((Part("/in/a.parquet", "1", 10, start, stop),))
+        log.append([twice], after=log.runs())
+        assert validate(log)[1] == [], "planned is not labelled"
+        commit(log, twice)
+        (problem,) = validate(log)[1]
+        assert problem.startswith("/in/a.parquet: labelled twice")
+        assert twice.id in problem
+
+
+def test_a_manifest_is_held_against_its_units(tmp_path):
+    log = log_at(tmp_path)
+    plan = make_plan(log, objects("a", "b", "c"))
+    for unit in plan.units:
+        commit(log, unit)
+    finish(log, plan)
+    manifest = Path(log.run_key(plan.run_id, "manifest.json"))
+    for name in ("in", "ok", "failed"):
+        manifest.write_text(json.dumps({"rows": {"in": 8, "ok": 6, "failed": 2} | {name: 0}}))
+        (problem,) = validate(log)[1]
+        assert "its units hold {'in': 8, 'ok': 6, 'failed': 2}" in problem
+
+
+def test_a_run_that_ends_while_it_is_validated_is_no_mistake(tmp_path, monkeypatch):
+    log_of_runs = log_at(tmp_path)
+    plan = make_plan(log_of_runs, objects("a", "b"))
+    listed = Log.objects
+
+    def ends(self: Log) -> dict[str, Object]:
+        found = listed(self)
+        commit(self, plan.units[0])
+        finish(self, plan)
+        return found
+
+    monkeypatch.setattr(Log, "objects", ends)
+    assert validate(log_of_runs) == ([], [])
+
+
+def test_what_validate_cannot_read_is_a_problem_and_a_store_that_is_away_is_not(tmp_path, monkeypatch):
+    log_of_runs = log_at(tmp_path)
+    (unit,) = make_plan(log_of_runs, objects("a")).units
+    commit(log_of_runs, unit)
+    for error in (InputMissing("somebody moved it"), Temporary("the store is away")):
+
+        def fail(self: Log, unit_id: str, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(Log, "footer", fail)
+        if isinstance(error, Temporary):
+            with pytest.raises(Temporary):
+                validate(log_of_runs)
+        else:
+            assert validate(log_of_runs) == ([], ["somebody moved it."])
+
+
+ACCOUNT = Footer("u" * 32, OURS.fingerprint, rows_in=4, ok=3, failed=1, failures={"CORRUPT": 1})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({}, None),
+        ({"rows_in": 5, "ok": 4}, "adds up"),
+        ({"ok": 2}, "adds up"),
+        ({"failures": {"CORRUPT": 2}}, "adds up"),
+        ({"split": "a tombstone, with rows"}, "adds up"),
+        ({"inputs": [["/in/a"]]}, "not a unit of nightlabel"),
+        ({"inputs": None}, "not a unit of nightlabel"),
+        ({"of another day": 1}, "not a unit of nightlabel"),
+    ],
+)
+def test_an_account_that_does_not_add_up_is_a_conflict(tmp_path, wrong, words):
+    log, account = log_at(tmp_path), json.dumps({**asdict(ACCOUNT), **wrong})
+    for metadata, said in (({"nightlabel": account}, words), ({"nightlabel": "no JSON"}, "not a unit"), (None, "not a unit")):
+        sink = io.BytesIO()
+        pq.write_table(prediction_rows(4, failed=1).replace_schema_metadata(metadata), sink, store_schema=bool(metadata))
+        Path(log.data_key(ACCOUNT.unit)).parent.mkdir(parents=True, exist_ok=True)
+        Path(log.data_key(ACCOUNT.unit)).write_bytes(sink.getvalue())
+        if said is None:
+            assert log.footer(ACCOUNT.unit) == ACCOUNT
+            continue
+        with pytest.raises(Conflict, match=said):
+            log.footer(ACCOUNT.unit)
 
 
 def test_counts_that_do_not_add_up_are_not_written():

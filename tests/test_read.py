@@ -17,7 +17,7 @@ from shards import picture, tar_bytes, write_parquet
 
 from pipeline.cut import count_suffixes, cut, kept_fields, list_inputs
 from pipeline.disk import Disk
-from pipeline.errors import InputMissing, JobError, PermissionDenied, ShardError, StoreError, Unidentified
+from pipeline.errors import InputMissing, JobError, PermissionDenied, ShardError, StoreError, Temporary, Unidentified
 from pipeline.read import BATCH_BYTES, read_unit
 from pipeline.spec import Input
 from pipeline.storage import Object
@@ -54,7 +54,7 @@ def names(data: bytes, *, chunk: int = 1 << 20, tmp: Path) -> list[tuple[str, by
 @pytest.mark.parametrize("chunk", [512, 700, 1 << 20])
 def test_members_equal_tarfile(tmp_path, tar_format, chunk):
     long = "" if tar_format == tarfile.USTAR_FORMAT else "d/" + "x" * 200 + "é"
-    content = {"a.jpg": b"1" * 511, "b/c.jpg": b"", "d.cls": b"2" * 512, f"{long}e.jpg": b"3" * 5000}
+    content = {"a.jpg": b"1" * 511, "b/c.jpg": b"", "d.cls": b"2" * 512, f"{long}e.jpg": b"3" * 5000, "f.jpg": b"4"}
     assert names(tar_bytes(content, tar_format=tar_format), chunk=chunk, tmp=tmp_path) == list(content.items())
 
 
@@ -64,7 +64,7 @@ TAR = tar_bytes({"a.jpg": b"1" * 700, "b.jpg": b"2" * 100, "c.jpg": b"3" * 1024}
 def test_headers_of_old_tars(tmp_path):
     """Sums of signed bytes, a folder that is a file with a slash at the end, and a path in two fields."""
     folder = tarfile.TarInfo("b/")
-    folder.type = tarfile.AREGTYPE
+    folder.type, folder.size = tarfile.AREGTYPE, 512  # of what, nobody knows: no data of it follows
     long = tarfile.TarInfo("x" * 90 + "/" + "y" * 90 + ".jpg")
     signed = bytearray(tarfile.TarInfo("caf\udce9.jpg").tobuf(tarfile.USTAR_FORMAT, "utf-8"))
     assert bytes(signed[:4]) == b"caf\xe9"
@@ -76,6 +76,36 @@ def test_headers_of_old_tars(tmp_path):
     signed[150] ^= 1
     path.write_bytes(plain + signed + rest)
     assert rows_of(path)[1]["error_class"] == "TAR_CORRUPT"
+
+
+def header(name: str, kind: bytes, content: bytes = b"", *, size: int | None = None) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, len(content) if size is None else size
+    return info.tobuf(tarfile.USTAR_FORMAT) + content.ljust(-(-len(content) // 512) * 512, b"\0")
+
+
+def test_headers_of_rare_kinds(tmp_path):
+    long = f"{'d' * 90}/{'x' * 90}.jpg"
+    path = b" path=pax.jpg\n"
+    parts = [
+        header("contiguous.jpg", tarfile.CONTTYPE, b"1"),
+        *(header(f"{number}.jpg", kind, size=512) for number, kind in enumerate((tarfile.CHRTYPE, tarfile.BLKTYPE, b"6"))),
+        header("././@LongLink", tarfile.GNUTYPE_LONGNAME, long.encode() + b"\0"),
+        header("././@LongLink", tarfile.GNUTYPE_LONGLINK, b"y" * 120),
+        header("cut", tarfile.SYMTYPE),
+        header("solaris", tarfile.SOLARIS_XHDTYPE, b"%d" % (len(path) + 2) + path),
+        header("a.jpg", tarfile.REGTYPE, b"2"),
+        header("global", tarfile.XGLTYPE, b"%d" % (len(path) + 2) + path),
+        header("b.jpg", tarfile.REGTYPE, b"3"),
+    ]
+    (tmp_path / "x.tar").write_bytes(b"".join(parts) + bytes(1024))
+    rows, end = rows_of(tmp_path)
+    assert end["error_class"] is None
+    assert [(row["key"], row["bytes"]) for row in rows] == [("contiguous", b"1"), (long[:-4], None), ("pax", b"2"), ("b", b"3")]
+    for kind in (tarfile.GNUTYPE_SPARSE, b"M"):
+        (tmp_path / "x.tar").write_bytes(header("a.jpg", kind, b"1") + bytes(1024))
+        _, end = rows_of(tmp_path)
+        assert (end["error_class"], "sparse file, or goes on" in end["error"]) == ("TAR_CORRUPT", True)
 
 
 @settings(deadline=None, max_examples=150)
@@ -309,6 +339,16 @@ def test_loose_images_have_relative_keys_and_fail_one_by_one(tmp_path):
     ]
 
 
+def test_keys_are_relative_to_the_nearest_folder_that_is_named(tmp_path):
+    for name in ("a.jpg", "b/c.jpg", "d/e/f.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    wanted = Input(uri=[str(tmp_path), str(tmp_path / "d/*/*.jpg"), str(tmp_path / "b")], format="images")
+    unit = Unit(tuple(Part(item.uri, item.etag, item.size) for item in list_inputs(STORE, wanted).inputs))
+    rows = pa.concat_tables(read_unit(STORE, unit, wanted=wanted)).to_pylist()
+    assert [row["key"] for row in rows[:-1]] == ["a.jpg", "c.jpg", "e/f.jpg"]
+
+
 TIB = 2**40  # of zeros, on a disk that does not store them
 
 
@@ -367,12 +407,15 @@ def test_the_limit_is_the_jobs_and_is_of_images_alone(tmp_path):
         assert rows[1].get("cls", "3" * 2000) in ("", "3" * 2000)
 
 
-def test_a_shard_that_changed_or_went_since_the_plan(tmp_path):
-    path = tmp_path / "x.tar"
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_a_shard_that_changed_or_went_since_the_plan(tmp_path, kind):
+    path = tmp_path / ("x.tar" if kind == "webdataset" else "x.parquet")
     path.write_bytes(TAR)
-    wanted = Input(uri=str(tmp_path))
+    wanted = Input(uri=str(tmp_path), format=kind)
     (unit,) = cut(STORE, wanted, list_inputs(STORE, wanted).inputs, tasks=1)
     path.write_bytes(TAR + b"\0" * 512)
+    if kind == "parquet":  # sound, and another
+        write_parquet(path, [picture(1)])
     assert pa.concat_tables(read_unit(STORE, unit, wanted=wanted)).to_pylist()[-1]["error_class"] == "INPUT_CHANGED"
     path.unlink()
     assert pa.concat_tables(read_unit(STORE, unit, wanted=wanted)).to_pylist()[-1]["error_class"] == "INPUT_MISSING"
@@ -522,11 +565,9 @@ def test_an_empty_path_leaves_the_name_of_the_header(tmp_path):
     assert (row["key"], row["bytes"]) == ("a", b"abc")
 
 
-def test_a_record_of_thousands_of_digits_is_a_damaged_tar(tmp_path):
-    content = b"1" * 5000 + b" path=a.jpg\n"
-    header = tarfile.TarInfo("pax")
-    header.type, header.size = tarfile.XHDTYPE, len(content)
-    (tmp_path / "x.tar").write_bytes(header.tobuf() + content.ljust(-(-len(content) // 512) * 512, b"\0") + TAR)
+@pytest.mark.parametrize("length", [b"1" * 5000, b"0", b"99", b"-1", b""])
+def test_a_record_of_no_length_is_a_damaged_tar(tmp_path, length):
+    (tmp_path / "x.tar").write_bytes(header("pax", tarfile.XHDTYPE, length + b" path=a.jpg\n") + TAR)
     rows, end = rows_of(tmp_path)
     assert not rows
     assert (end["error_class"], "PAX" in end["error"]) == ("TAR_CORRUPT", True)
@@ -592,6 +633,44 @@ def test_trouble_of_the_machine_is_no_corrupt_file(tmp_path, monkeypatch, error,
     assert end["error_class"] == error_class
 
 
+def test_a_tar_for_which_there_is_no_memory_is_no_broken_tar(tmp_path):
+    (tmp_path / "x.tar").write_bytes(TAR)
+    wanted = Input(uri=str(tmp_path))
+    (unit,) = cut(STORE, wanted, list_inputs(STORE, wanted).inputs, tasks=1)
+    (end,) = pa.concat_tables(read_unit(Refusing(MemoryError()), unit, wanted=wanted)).to_pylist()
+    assert (end["error_class"], "not enough memory" in end["error"]) == ("TEMPORARY", True)
+
+
+@pytest.mark.parametrize(
+    ("error", "image", "unit"),
+    [
+        (PermissionDenied("not this one"), "FETCH_FAILED", None),
+        (StoreError("no such region"), None, "UNFIT"),
+        (Temporary("slow down"), None, "TEMPORARY"),
+        (Unidentified("who?"), None, "UNIDENTIFIED"),
+    ],
+)
+def test_what_is_wrong_with_a_store_makes_no_image_a_failed_one(tmp_path, error, image, unit):
+    """For a failed row is committed, and not read again."""
+    (tmp_path / "a.jpg").write_bytes(b"1")
+    wanted = Input(uri=str(tmp_path), format="images")
+    (one,) = cut(STORE, wanted, list_inputs(STORE, wanted).inputs, tasks=1)
+    *rows, end = pa.concat_tables(read_unit(Refusing(error), one, wanted=wanted)).to_pylist()
+    assert [row["error_class"] for row in rows] == ([image] if image else [])
+    assert end["error_class"] == unit
+
+
+def test_a_file_without_rows_has_no_types_that_others_must_have(tmp_path):
+    for name, labels in (("a", pa.array([], pa.null())), ("b", pa.array([1], pa.int64()))):
+        rows = {"key": ["x"] * len(labels), "image": pa.array([b"1"] * len(labels), pa.binary()), "label": labels}
+        pq.write_table(pa.table(rows), tmp_path / f"{name}.parquet")
+    parts = [Part(item.uri, item.etag, item.size) for item in STORE.list(str(tmp_path))]
+    wanted = Input(uri=str(tmp_path), format="parquet", keep=("label",))
+    for some in (parts, parts[::-1]):
+        end = list(read_unit(STORE, Unit(tuple(some)), wanted=wanted))[-1].to_pylist()[-1]
+        assert (end["error_class"], end["index"]) == (None, 1), end["error"]
+
+
 KEPT = {
     "view": pa.array(["a", "b"], pa.string_view()),
     "large": pa.array(["a", "b"], pa.large_string()),
@@ -629,6 +708,25 @@ def test_keys_of_parquet_are_text_and_a_number_for_a_null_is_no_duplicate(tmp_pa
         ("2", None),
         ("2", "DUPLICATE_KEY"),
     ]
+
+
+def test_a_small_file_without_the_column_is_a_sentence_too(tmp_path):
+    """Its columns are not looked at when it is planned."""
+    write_parquet(tmp_path / "a.parquet", [b"1"])
+    item = STORE.head(str(tmp_path / "a.parquet"))
+    wanted = Input(uri=str(tmp_path), format="parquet", keep=("caption",))
+    (end,) = pa.concat_tables(read_unit(STORE, Unit((Part(item.uri, item.etag, item.size),)), wanted=wanted)).to_pylist()
+    assert (end["error_class"], "no column caption" in end["error"]) == ("UNFIT", True)
+
+
+def test_batches_are_bounded_in_rows_and_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.read.BATCH_BYTES", 100)
+    sizes = [*[0] * 70, *[1] * 10, 100, 60, 60, 1]
+    (tmp_path / "x.tar").write_bytes(tar_bytes({f"{number}.jpg": b"x" * size for number, size in enumerate(sizes)}))
+    wanted = Input(uri=str(tmp_path))
+    (unit,) = cut(STORE, wanted, list_inputs(STORE, wanted).inputs, tasks=1)
+    tables = [table.num_rows for table in read_unit(STORE, unit, wanted=wanted)]
+    assert tables == [64, 17, 2, 1, 1], "the last is the end row"
 
 
 def test_two_columns_of_one_name_are_a_sentence(tmp_path):
