@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from pipeline import log, storage
 from pipeline.commit import Provenance, UnitBuffer, commit_unit, retire_unit, serialise
 from pipeline.disk import Disk
-from pipeline.errors import Conflict, InputMissing, StoreError, Temporary
+from pipeline.errors import Conflict, InputMissing, JobError, StoreError, Temporary
 from pipeline.footer import Footer
 from pipeline.log import Log
 from pipeline.plan import Plan
 from pipeline.plan import make_plan as plan_for
-from pipeline.rows import PREDICTION
+from pipeline.rows import PREDICTION, SAME_LABEL, TIMINGS
 from pipeline.storage import Object
 from pipeline.unit import Part, Unit
 from pipeline.verify import open_runs, validate, verify
@@ -383,11 +383,11 @@ def test_nothing_else_is_verified_as_a_unit(tmp_path):
     for unit, words in ((foreign, f"holds unit {other.id}"), (retired, "holds a tombstone")):
         with pytest.raises(Conflict, match=words):
             list(verify(log, [unit]))
-    commit(log, (unit := pairs(objects("g"))[0]), by=Provenance("e" * 12, "attempt-1", "0"))
+    commit(log, (strange := pairs(objects("g"))[0]), by=Provenance("e" * 12, "attempt-1", "0"))
     with pytest.raises(Conflict, match="fingerprint eeeeeeeeeeee"):
-        list(verify(log, [unit]))
+        list(verify(log, [strange]))
     problems = validate(log)[1]
-    for unit, words in ((foreign, f"its account is of unit {other.id}"), (unit, f"its account is of unit {unit.id}, eeee")):
+    for unit, words in ((foreign, f"is of unit {other.id}"), (strange, f"is of unit {strange.id}, eeee")):
         assert any(log.data_key(unit.id) in problem and words in problem for problem in problems)
 
 
@@ -537,6 +537,26 @@ def test_a_unit_error_completes_the_unit_and_an_empty_unit_has_no_rows():
     assert empty.complete
     assert empty.table().num_rows == 0
     assert serialise(empty.table(), pairs(objects("a"))[0], OURS)[1].rows_in == 0
+
+
+def test_a_buffer_sums_what_it_has_and_an_end_row_adds_nothing():
+    fields = [*(field.with_nullable(True) for field in PREDICTION), *((name, pa.float32()) for name in TIMINGS.values())]
+    schema, buffer = pa.schema([*fields, (SAME_LABEL, pa.bool_())]), UnitBuffer()
+    rows = [row | dict.fromkeys(TIMINGS.values(), 0.5) for row in prediction_rows(4, failed=1).to_pylist()]
+    for row, same in zip(rows, (None, True, False, True), strict=True):
+        buffer.add(pa.Table.from_pylist([row | {SAME_LABEL: same}], schema=schema))
+    buffer.add(pa.Table.from_pylist([end(4)], schema=schema))
+    assert (len(buffer), buffer.failed(), buffer.compared()) == (4, 1, (3, 2))
+    assert buffer.seconds() == dict.fromkeys(TIMINGS, 2.0)
+    assert buffer.table() == prediction_rows(4, failed=1), "what is on its way to the driver only is not committed"
+
+
+def test_files_of_one_unit_whose_types_do_not_go_together_are_a_job_error():
+    buffer = UnitBuffer()
+    for index, label in enumerate((pa.array([1]), pa.array(["one"]))):
+        buffer.add(prediction_rows(2).slice(index, 1).append_column("caption", label))
+    with pytest.raises(JobError, match="inputs of one unit differ"):
+        buffer.table()
 
 
 def test_footer_is_read_back(tmp_path):

@@ -172,6 +172,25 @@ def test_samples_keep_their_keys_and_sidecars(tmp_path):
     assert [row["bytes"] for row in rows] == [b"1", b"2", b"3", b"4", b"5", None]
 
 
+def test_sidecars_of_many_kinds(tmp_path):
+    content = {
+        "d/a.left.jpg": b"1",
+        "d/a.cls": b" 7 \r\n",
+        "d/a.seg.txt": b"caf\xe9",
+        "e/a.jpg": b"2",
+        "e/a.txt": b"of its own",
+        "b.jpg": b"3",
+    }
+    files = b"".join(header(name, tarfile.REGTYPE, data) for name, data in content.items())
+    (tmp_path / "x.tar").write_bytes(files + header("b.cls", tarfile.SYMTYPE) + bytes(1024))
+    rows, _ = rows_of(tmp_path, keep=("cls", "seg.txt"))
+    assert [(row["key"], row["cls"], row["seg.txt"]) for row in rows] == [
+        ("d/a.left", " 7 ", "caf\ufffd"),
+        ("e/a", None, None),
+        ("b", None, None),
+    ]
+
+
 class Watched(Disk):
     """A disk that knows how far a file was read."""
 
