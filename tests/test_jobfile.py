@@ -142,6 +142,8 @@ def test_a_secret_with_a_slash_is_refused_too(uri: str):
         ("{uri: a, keep: [cls, cls]}", "input: keep names one twice"),
         ("{uri: a, keep: ['']}", "input.keep.0 is ''"),
         ("{uri: a, keep: [_read_s]}", "input.keep names _read_s"),
+        ("{uri: a, keep: [_same_label]}", "input.keep names _same_label"),
+        ("{uri: a, keep: [embedding, probabilities, room]}", "input.keep names embedding, probabilities, room"),
         ("{uri: a, format: parquet, key_column: ''}", "input.key_column is ''"),
         ("{uri: s3://bucket/, s3: {endpoint: 'minio:9000'}}", "input.s3.endpoint is 'minio:9000'; required: http:// or https://"),
         (

@@ -19,6 +19,7 @@ from seaweed import Seaweed
 
 from pipeline.disk import Disk
 from pipeline.errors import InputMissing, PermissionDenied, StoreError, Temporary, UnitsLeft
+from pipeline.nights import lease
 from pipeline.nights.lease import Heartbeat, Lease, LeaseStore, LeaseTiming
 from pipeline.storage import Object, Store, join, open_store
 
@@ -155,6 +156,30 @@ def test_who_comes_too_late_for_a_term_looks_again_in_a_while(tmp_path, monkeypa
     with take((open_store(str(tmp_path)), str(tmp_path / "leases"))):
         assert take((SlowToTell(), str(tmp_path / "leases"))) is None
     assert looks[:5] == [0, 1, 2, 3, 4], "without a pause it is a storm of requests"
+
+
+def test_a_term_whose_reply_was_lost_is_ours(tmp_path):
+    class Lossy(Disk):
+        def create(self, uri: str, data: bytes) -> bool:
+            return super().create(uri, data) and "/terms/" not in uri
+
+    with take((Lossy(), str(tmp_path / "leases"))) as held:
+        assert held._term == 1
+
+
+@pytest.mark.parametrize(("error", "gone"), [(None, False), (PermissionError(), False), (ProcessLookupError(), True)])
+def test_a_process_of_somebody_else_is_alive(monkeypatch, error, gone):
+    def kill(pid: int, signal_number: int) -> None:
+        assert (pid, signal_number) == (7, 0)
+        if error:
+            raise error
+
+    monkeypatch.setattr(os, "kill", kill)
+    monkeypatch.setattr(lease, "_machine", lambda: "here")
+    assert lease._is_gone(Heartbeat("x", "here", 7, "", 0.0)) == gone
+    assert not lease._is_gone(Heartbeat("x", "elsewhere", 7, "", 0.0))
+    monkeypatch.setattr(lease, "_machine", lambda: "")
+    assert not lease._is_gone(Heartbeat("x", "", 7, "", 0.0)), "where machines have no names, it may be of another"
 
 
 class Closed(Disk):

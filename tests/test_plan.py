@@ -555,6 +555,8 @@ def test_files_of_one_unit_whose_types_do_not_go_together_are_a_job_error():
     buffer = UnitBuffer()
     for index, label in enumerate((pa.array([1]), pa.array(["one"]))):
         buffer.add(prediction_rows(2).slice(index, 1).append_column("caption", label))
+        buffer.add(prediction_rows(0).append_column("caption", pa.array([], pa.binary())))
+        assert index or buffer.table().column("caption").to_pylist() == [1], "a table without rows has any types"
     with pytest.raises(JobError, match="inputs of one unit differ"):
         buffer.table()
 

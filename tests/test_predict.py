@@ -10,6 +10,7 @@ from torch import nn
 
 from pipeline import rows
 from pipeline.artifact import Artifact, make_artifact
+from pipeline.commit import UnitBuffer
 from pipeline.engines.scores import Wanted
 from pipeline.engines.torch_engine import TorchEngine
 from pipeline.errors import ModelError
@@ -149,6 +150,14 @@ def test_nothing_to_score(failed: tuple[int, ...]) -> None:
     assert out["status"].to_pylist() == ["failed"] * len(failed)
     assert out["topk"].null_count == len(failed)
     assert out.schema == predict(tiny(), embeddings=True, probabilities=True)(table(images(2))).schema
+
+
+def test_a_tombstone_has_the_columns_of_what_is_committed() -> None:
+    out = predict(tiny(), embeddings=True, probabilities=True)(table(images(2))).drop_columns(["unit"])
+    buffer = UnitBuffer()
+    buffer.add(out)
+    kept = [pa.field("cls", pa.uint8())]
+    assert buffer.table().schema == rows.output_schema(embedding=16, probabilities=4, kept=kept)
 
 
 def test_top_k_is_at_most_the_classes() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import io
 import itertools
 import multiprocessing
@@ -481,6 +482,81 @@ def test_a_disk_keeps_no_temporary_file(tmp_path: Path) -> None:
     uri = str(tmp_path / "x")
     assert [store.create(uri, b"1"), store.create(uri, b"2")] == [True, False]
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_what_is_created_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, done, link, sync = open_store("out"), list[str](), os.link, os.fsync
+
+    def linked(source: str, target: str) -> None:
+        assert list(store.list(str(tmp_path))) == [], "what is half written is listed"
+        done.append("named")
+        link(source, target)
+
+    def synced(handle: int) -> None:
+        done.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file")
+        sync(handle)
+
+    monkeypatch.setattr(os, "link", linked)
+    monkeypatch.setattr(os, "fsync", synced)
+    assert store.create(str(tmp_path / "x"), b"1")
+    assert done == ["file", "named", "folder"]
+
+
+@pytest.mark.parametrize(("size", "later", "whole"), [(5, 0, True), (5, 1, False), (4, 0, False)])
+def test_a_file_that_is_written_to_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, later: int, *, whole: bool
+) -> None:
+    """`size` and by how much `later` it is of then, where clocks tick seldom."""
+    (tmp_path / "x").write_bytes(b"12345")
+    stat = os.fstat
+
+    def touched(handle: int) -> os.stat_result:
+        before = stat(handle)
+        os.truncate(tmp_path / "x", size)
+        os.utime(tmp_path / "x", ns=(1, before.st_mtime_ns + later))
+        return before
+
+    monkeypatch.setattr(os, "fstat", touched)
+    with contextlib.nullcontext() if whole else pytest.raises(InputChanged):
+        assert open_store("x").read(str(tmp_path / "x")) == b"12345"
+
+
+@pytest.mark.parametrize(
+    ("number", "writing", "expected"),
+    [
+        *((number, True, Temporary) for number in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENOMEM)),
+        *((number, False, Temporary) for number in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)),
+        *((number, True, PermissionDenied) for number in (errno.EROFS, errno.EACCES, errno.EPERM)),
+        *((number, True, StoreError) for number in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENAMETOOLONG)),
+        (errno.ENOENT, False, InputMissing),
+        (errno.ENAMETOOLONG, False, StoreError),
+    ],
+)
+def test_what_the_system_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, *, writing: bool, expected: type[Exception]
+) -> None:
+    """Which of it another pass may mend, and which is no fault of the file."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), str(tmp_path / "x"))
+
+    monkeypatch.setattr("pipeline.storage.open", fail, raising=False)
+    store, uri = open_store("x"), str(tmp_path / "x")
+    with pytest.raises(expected, match=os.strerror(number)) as caught:
+        store.create(uri, b"") if writing else store.read(uri)
+    assert type(caught.value) is expected
+
+
+def test_a_disk_without_hard_links_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FAT and some network disks are; EPERM is all that Linux says of it."""
+
+    def fail(source: str, target: str) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), source, None, target)
+
+    monkeypatch.setattr(os, "link", fail)
+    with pytest.raises(StoreError, match="required: a file system with hard links"):
+        open_store("x").create(str(tmp_path / "x"), b"")
+    assert os.listdir(tmp_path) == []
 
 
 def test_hidden_files_are_not_listed(tmp_path: Path) -> None:
