@@ -319,6 +319,14 @@ def test_second_commit_of_a_unit_accepts_what_stands(tmp_path):
     other = Provenance(OURS.fingerprint, "attempt-2", "0")
     assert commit(log, unit, by=other) == (footer, False)
     assert list(verify(log, [unit])) == [footer]
+    with pytest.raises(Conflict, match="of unit"):
+        commit(log, unit, by=Provenance("e" * 12, "attempt-1", "0"))
+    assert not retire(log, unit)
+    (retired,) = pairs(objects("b"))
+    assert [retire(log, retired), retire(log, retired)] == [True, True], "whoever did it"
+    footer, ours = commit(log, retired, by=other)
+    assert (footer.split, footer.rows_in, ours) == ("a test", 0, False)
+    assert footer.inputs == (("/in/b", "1", 10),)
 
 
 def test_something_else_in_our_place_is_a_conflict(tmp_path):
@@ -489,8 +497,36 @@ def test_an_account_that_does_not_add_up_is_a_conflict(tmp_path, wrong, words):
 def test_counts_that_do_not_add_up_are_not_written():
     unit = pairs(objects("a"))[0]
     gap = prediction_rows(4).filter(pa.array([True, False, True, True]))
-    with pytest.raises(AssertionError, match="do not add up"):
-        serialise(gap, unit, OURS)
+    status = pa.array(["ok", "failed", "ok", None])
+    unknown = prediction_rows(4).set_column(PREDICTION.get_field_index("status"), "status", status)
+    for rows in (gap, unknown, prediction_rows(4).take([1, 0, 2, 3])):
+        with pytest.raises(AssertionError, match="do not add up"):
+            serialise(rows, unit, OURS)
+
+
+def rotten(data: bytes) -> Iterator[bytes]:
+    """The Parquet file with one bit of a column wrong, of each column once."""
+    group = pq.read_metadata(io.BytesIO(data)).row_group(0)
+    for number in range(group.num_columns):
+        column = group.column(number)
+        start = column.data_page_offset if column.dictionary_page_offset is None else column.dictionary_page_offset
+        broken = bytearray(data)
+        broken[start + column.total_compressed_size - 1] ^= 1
+        yield bytes(broken)
+
+
+def test_rot_is_seen_in_every_column_of_a_unit_and_of_a_plan(tmp_path):
+    data, _ = serialise(prediction_rows(40, failed=20), pairs(objects("a"))[0], OURS)
+    for broken in rotten(data):
+        with pytest.raises(OSError, match="CRC"):
+            pq.read_table(io.BytesIO(broken), page_checksum_verification=True)
+    log = log_at(tmp_path)
+    make_plan(log, objects("a", "b", "c"))
+    path = Path(log.run_key("000001", "plan.parquet"))
+    for broken in rotten(path.read_bytes()):
+        path.write_bytes(broken)
+        with pytest.raises(StoreError, match="CRC"):
+            log.runs()
 
 
 def end(count: int, error_class: str | None = None) -> dict:
