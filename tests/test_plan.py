@@ -24,7 +24,7 @@ from pipeline.commit import Provenance, UnitBuffer, commit_unit, retire_unit, se
 from pipeline.disk import Disk
 from pipeline.errors import Conflict, InputMissing, JobError, StoreError, Temporary
 from pipeline.footer import Footer
-from pipeline.log import Log
+from pipeline.log import Log, Standing
 from pipeline.plan import Plan
 from pipeline.plan import make_plan as plan_for
 from pipeline.rows import PREDICTION, SAME_LABEL, TIMINGS
@@ -292,6 +292,53 @@ def test_a_listing_that_misses_an_entry_and_shows_the_next_is_not_believed(tmp_p
     assert [run.id for run in log.runs()] == ["000001", "000002", "000003"]
     shutil.rmtree(Path(log.run_key("000002", "plan.parquet")).parent)
     assert [run.id for run in log.runs()] == ["000001", "000003"], "somebody took it away"
+    assert log.append(pairs(objects("d")), after=log.runs()) == "000004"
+
+
+@pytest.mark.parametrize("options", [{"row_group_size": 1}, {"write_statistics": False}])
+def test_an_input_is_found_wherever_in_a_plan_it_stands(tmp_path, options):
+    """A plan of more than a million inputs has several row groups; what wrote one without statistics says nothing of its span."""
+    log_of_runs, units = log_at(tmp_path), pairs(objects("b", "c", "d", "e"))
+    sink = io.BytesIO()
+    pq.write_table(pq.read_table(io.BytesIO(log._dump(units))), sink, **options)
+    log_of_runs.store.create(log_of_runs.run_key("000001", "plan.parquet"), sink.getvalue())
+    for name, found in {"a": [], "b": units[:1], "c": units[:1], "d": units[1:], "e": units[1:], "f": []}.items():
+        (run,) = log_of_runs.runs(pa.array([f"/in/{name}"]))
+        assert run.units == found
+        assert run.whole == 2 or not found
+
+
+def test_what_else_lies_in_an_output_is_no_run_and_no_unit(tmp_path):
+    log = log_at(tmp_path)
+    plan = make_plan(log, objects("a", "b"))
+    for name in ("runs/copy of 000001/plan.parquet", "runs/000002/notes.json", "runs/000001/notes.json", "data/README", "x"):
+        log.store.create(f"{log.root}/{name}", b"mine")
+    commit(log, plan.units[0])
+    assert [(run.id, run.finished) for run in log.runs()] == [("000001", False)]
+    assert list(log.objects()) == [plan.units[0].id]
+
+
+def test_tombstones_of_any_size_are_told_from_a_strangers_object(tmp_path):
+    log = log_at(tmp_path)
+    large = Unit(tuple(Part(f"/in/{'x' * 50}{number}", "1", 10) for number in range(200)))
+    small, strange, done = pairs(objects("a", "b", "c", "d", "e", "f"))
+    for unit in (large, small):
+        retire(log, unit)
+    assert log.objects()[large.id].size > log.objects()[small.id].size
+    Path(log.data_key(strange.id)).write_bytes(b"x" * log.objects()[small.id].size)
+    commit(log, done)
+    standing = log.standing([unit.id for unit in (large, small, strange, done, pairs(objects("z"))[0])])
+    assert standing == Standing(frozenset({strange.id, done.id}), frozenset({large.id, small.id}))
+
+
+def test_a_plan_whose_ids_are_not_those_of_its_inputs_is_not_believed(tmp_path):
+    log_of_runs, (unit,) = log_at(tmp_path), pairs(objects("a"))
+    table = pq.read_table(io.BytesIO(log._dump([unit]))).set_column(0, "unit", pa.array(["0" * 32]))
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    log_of_runs.store.create(log_of_runs.run_key("000001", "plan.parquet"), sink.getvalue())
+    with pytest.raises(StoreError, match="ids do not follow"):
+        make_plan(log_of_runs, objects("a"))
 
 
 def test_a_damaged_plan_is_named(tmp_path):
