@@ -15,9 +15,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from shards import picture, tar_bytes, write_parquet
 
-from pipeline.cut import count_suffixes, cut, kept_fields, list_inputs
+from pipeline.cut import BUNDLE, UNIT_BYTES, count_suffixes, cut, kept_fields, list_inputs
 from pipeline.disk import Disk
-from pipeline.errors import InputMissing, JobError, PermissionDenied, ShardError, StoreError, Temporary, Unidentified
+from pipeline.errors import (
+    InputChanged,
+    InputMissing,
+    JobError,
+    PermissionDenied,
+    ShardError,
+    StoreError,
+    Temporary,
+    Unidentified,
+)
 from pipeline.read import BATCH_BYTES, read_unit
 from pipeline.spec import Input
 from pipeline.storage import Object
@@ -366,6 +375,8 @@ def test_keys_are_relative_to_the_nearest_folder_that_is_named(tmp_path):
     unit = Unit(tuple(Part(item.uri, item.etag, item.size) for item in list_inputs(STORE, wanted).inputs))
     rows = pa.concat_tables(read_unit(STORE, unit, wanted=wanted)).to_pylist()
     assert [row["key"] for row in rows[:-1]] == ["a.jpg", "c.jpg", "e/f.jpg"]
+    assert list_inputs(STORE, wanted.model_copy(update={"uri": list(reversed(wanted.uri))})) == list_inputs(STORE, wanted)
+    assert [row["key"] for row in rows_of(tmp_path / "d/e/f.jpg", format="images")[0]] == ["f.jpg"]
 
 
 TIB = 2**40  # of zeros, on a disk that does not store them
@@ -459,6 +470,18 @@ def test_cutting_keeps_every_input_once_and_enough_units(sizes, tasks, kind):
     assert [part.uri for unit in units for part in unit.parts] == [item.uri for item in listing]
     assert len(units) >= min(4 * tasks, len(listing))
     assert len({unit.id for unit in units}) == len(units)
+    assert all(len(unit.parts) == 1 or sum(part.size for part in unit.parts) <= UNIT_BYTES for unit in units)
+
+
+def test_units_are_bounded(monkeypatch, tmp_path):
+    listing = [Object(f"/x/{number:06d}.jpg", 1, "e") for number in range(5 * BUNDLE)]
+    units = cut(STORE, Input(uri="/x", format="images"), listing, tasks=1)
+    assert [len(unit.parts) for unit in units] == [BUNDLE] * 5
+    write_parquet(tmp_path / "a.parquet", [bytes(1000)] * 100, rows_per_group=1)
+    wanted = Input(uri=str(tmp_path), format="parquet")
+    listing = list_inputs(STORE, wanted).inputs
+    monkeypatch.setattr("pipeline.cut.UNIT_BYTES", listing[0].size // 20)
+    assert len(cut(STORE, wanted, listing, tasks=1)) >= 20
 
 
 def test_picture_bytes_are_images():
@@ -695,6 +718,10 @@ KEPT = {
     "large": pa.array(["a", "b"], pa.large_string()),
     "coded": pa.array(["a", "b"]).dictionary_encode(),
     "inner": pa.array([["a"], ["b"]], pa.list_(pa.string_view())),
+    "raw": pa.array([b"a", b"b"], pa.large_binary()),
+    "seen": pa.array([b"a", b"b"], pa.binary_view()),
+    "many": pa.array([["a"], ["b"]], pa.large_list(pa.large_string())),
+    "pair": pa.array([{"a": "a"}, {"a": "b"}], pa.struct([("a", pa.large_string())])),
     "_id": pa.array([1, 2]),
 }
 
@@ -708,7 +735,8 @@ def test_kept_columns_can_be_put_in_order_whatever_their_type_and_are_there_with
         (unit,) = cut(STORE, wanted, list_inputs(STORE, wanted).inputs, tasks=1)
         whole = pa.concat_tables(read_unit(STORE, unit, wanted=wanted)).sort_by("index")
         kinds = [str(whole.schema.field(column).type) for column in KEPT]
-        assert kinds == ["string", "string", "string", "list<item: string>", "int64"]
+        texts = ["string", "string", "string", "list<item: string>"]
+        assert kinds == [*texts, "binary", "binary", "list<item: string>", "struct<a: string>", "int64"]
         assert whole.num_rows == part.num_rows + 1
     (tmp_path / "tar").mkdir()
     (tmp_path / "tar" / "x.tar").write_bytes(tar_bytes({}))
@@ -762,6 +790,9 @@ def test_kept_columns_are_known_from_the_first_file_that_can_be_read(tmp_path):
     wanted = Input(uri=str(tmp_path), format="parquet", keep=("label",))
     assert kept_fields(Disk(), wanted, files) == [pa.field("label", pa.int16())]
     assert kept_fields(Disk(), wanted, files[:1]) == [pa.field("label", pa.string())]
+    write_parquet(tmp_path / "a.parquet", [])
+    other = wanted.model_copy(update={"keep": ("caption",)})
+    assert kept_fields(Disk(), other, [Disk().head(files[0].uri)]) == [pa.field("caption", pa.string())], "it has none such"
 
 
 def test_one_large_file_without_the_columns_is_a_unit_and_all_of_them_are_an_error(tmp_path):
@@ -778,6 +809,9 @@ def test_one_large_file_without_the_columns_is_a_unit_and_all_of_them_are_an_err
     pq.write_table(small, tmp_path / "s.parquet")
     units = cut(STORE, wanted.model_copy(update={"image_column": "other"}), list_inputs(STORE, wanted).inputs, tasks=10)
     assert len(units) == 4, "there is one to label"
+    (tmp_path / "s.parquet").write_bytes(b"PAR1 broken")
+    with pytest.raises(JobError, match="no column other"):
+        cut(STORE, wanted.model_copy(update={"image_column": "other"}), list_inputs(STORE, wanted).inputs, tasks=10)
 
 
 @pytest.mark.parametrize("column", ["image", "other"])
@@ -815,7 +849,14 @@ def test_whoever_is_unknown_plans_nothing_and_whoever_may_not_read_one_file_plan
     wanted = Input(uri=str(tmp_path), format="parquet")
     listing = list_inputs(STORE, wanted).inputs
     assert len(cut(STORE, wanted, listing, tasks=10)) > 3
-    assert len(cut(Refusing(PermissionDenied("no")), wanted, listing, tasks=10)) == 3
+    for error in (
+        PermissionDenied("no"),
+        Temporary("later"),
+        InputMissing("gone"),
+        InputChanged("another"),
+        OSError("no thrift"),
+    ):
+        assert len(cut(Refusing(error), wanted, listing, tasks=10)) == 3
     with pytest.raises(Unidentified):  # in whose plan each file would be one unit for good
         cut(Refusing(Unidentified("who?")), wanted, listing, tasks=10)
 
