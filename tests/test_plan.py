@@ -25,6 +25,7 @@ from pipeline.disk import Disk
 from pipeline.errors import Conflict, InputMissing, JobError, StoreError, Temporary
 from pipeline.footer import Footer
 from pipeline.log import Log, Standing
+from pipeline.nights.generation import Generation, newest, to_plan, validate_all
 from pipeline.plan import Plan
 from pipeline.plan import make_plan as plan_for
 from pipeline.rows import PREDICTION, SAME_LABEL, TIMINGS
@@ -427,6 +428,34 @@ def test_validate_names_open_runs_and_damaged_manifests(tmp_path):
     for damaged in (b"", b"[]", b'{"rows": {"in": 8}}', b"\xff"):
         manifest.write_bytes(damaged)
         assert ["manifest.json: not a manifest" in problem for problem in validate(log)[1]] == [True], damaged
+
+
+def test_the_newest_version_of_a_unit_counts_and_every_one_is_validated(tmp_path):
+    log = log_at(tmp_path)
+    plan = make_plan(log, objects("a", "b", "c"))
+    for unit in plan.units:
+        commit(log, unit)
+    finish(log, plan)
+    retried, other = plan.units
+    for number, failed in ((1, 0), (2, 2)):
+        assert to_plan(log, ("CORRUPT",)).number == number
+        generation = Generation(log, number)
+        assert generation.begin(("CORRUPT",), [retried])
+        assert not generation.begin(("CORRUPT",), [retried]), "planned once"
+        commit_unit(generation, retried, prediction_rows(4, failed=failed), OURS)
+        footers, problems = validate_all(log)
+        assert ({footer.unit: footer.failed for footer in footers}, problems) == ({retried.id: failed, other.id: 1}, [])
+        rows = json.dumps({"rows": {"in": 4, "ok": 4 - failed, "failed": failed}})
+        assert generation.store.create(generation.run_key("000001", "manifest.json"), rows.encode())
+    places = [newest(log, before=before)[retried.id].uri for before in (1, 2, 3, None)]
+    logs = [log, Generation(log, 1), Generation(log, 2), Generation(log, 2)]
+    assert places == [version.data_key(retried.id) for version in logs]
+    path = Path(places[-1])
+    path.write_bytes(serialise(prediction_rows(3), retried, OURS)[0])
+    problems = validate_all(log)[1]
+    assert any("3 rows of a unit that has 4" in problem for problem in problems)
+    path.write_bytes(b"hello")
+    assert any(f"{path}: not a unit of nightlabel" in problem for problem in validate_all(log)[1])
 
 
 def test_nothing_else_is_verified_as_a_unit(tmp_path):
