@@ -30,6 +30,7 @@ from pipeline.commit import Provenance, UnitBuffer, commit_unit
 from pipeline.committer import Committer
 from pipeline.disk import Disk
 from pipeline.errors import Interrupted, Stalled, StoreError, Temporary, UnitsLeft
+from pipeline.footer import Footer
 from pipeline.label import TRIES, Driver
 from pipeline.log import Log
 from pipeline.plan import Plan
@@ -322,6 +323,44 @@ def test_what_was_committed_before_a_deadline_stays(begin):
     assert (receipt.exit_code, receipt.units_before, receipt.rows_in) == (0, 2, 8 * ROWS)
     assert committed.items() <= log.objects().items()
     assert sorted(rows_of(log)) == all_rows(*range(8))
+
+
+def test_max_failed_is_of_all_rows_of_a_run_and_not_of_those_labelled_now(begin):
+    _, log, plan = begin()
+    for unit in plan.units[:2]:
+        commit(log, unit)
+    driver, log, plan = begin(limits={"max_failed": "10%"})
+
+    def two_fail(units: list[Unit], *, careful: bool, lost: list[str]):
+        for unit in units:
+            rows = arrival(unit).to_pylist()
+            rows[0] |= {"status": "failed", "error_class": "CORRUPT", "label": None}
+            yield pa.Table.from_pylist(rows, schema=arrival(unit).schema)
+
+    receipt = finish(driver, log, plan, two_fail)
+    assert (receipt.exit_code, receipt.rows_in, receipt.labelled_now, receipt.failed) == (0, 8 * ROWS, 4 * ROWS, 2)
+    assert (receipt.units_done, receipt.units_before, receipt.written) == (4, 2, 2)
+    assert (receipt.failures, sum(receipt.labels.values())) == ({"CORRUPT": 2}, 4 * ROWS - 2)
+
+
+def test_what_is_dropped_is_not_counted_as_arrived(begin):
+    _, _, plan = begin()
+    told: list[str] = []
+    attempt, unit = Attempt(0.0, lambda event, fields: told.append(event)), plan.units[0]
+    attempt.take_block(arrival(unit, ("TEMPORARY", "500")))
+    assert (attempt.arrived, attempt.first, told) == (0, None, ["rows"]), "the end of a unit is no image"
+    rows = arrival(unit)
+    for _ in range(3):
+        attempt.take_block(rows)
+    assert (attempt.arrived, attempt.first_rows, told.count("first")) == (6 * ROWS, 2 * ROWS, 1)
+    assert [event["event"] for event in attempt.events] == ["first"], "a million blocks are no events of a run"
+    buffer = UnitBuffer()
+    buffer.add(rows.drop_columns(["unit"]))
+    attempt.blame(unit, "CONFLICT", "another's", buffer=buffer)
+    attempt.drop(unit, "another's", buffer)
+    assert (attempt.arrived, set(attempt.trouble)) == (2 * ROWS, {unit.id})
+    attempt.take_commit(Footer(unit.id, "f", rows_in=6), buffer.table(), {}, ours=False)
+    assert (attempt.trouble, attempt.rows, attempt.written, attempt.labels) == ({}, 0, 0, {})
 
 
 def test_what_comes_twice_counts_once(begin):
