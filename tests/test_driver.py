@@ -260,6 +260,37 @@ def test_one_failed_create_is_its_own_units_trouble(begin):
     receipt = finish(driver, log, plan, passes)
     assert (receipt.exit_code, receipt.rows_in) == (0, 8 * ROWS)
     assert [len(units) for units in passes.seen] == [4, 1]
+    assert driver.attempt.arrived == 8 * ROWS, "what came twice counts once"
+
+
+def test_creates_that_fail_now_and_then_end_no_pass(begin):
+    driver, log, plan = begin(40, resources={"read": {"tasks": 10}})
+    failed, sound_units = set(), {unit.id for unit in plan.units[::2]}
+
+    class Shaky(Disk):
+        def create(self, uri: str, data: bytes) -> bool:
+            if "/data/" in uri and Path(uri).stem not in sound_units | failed:
+                failed.add(Path(uri).stem)
+                raise Temporary("no answer")
+            return super().create(uri, data)
+
+    log.store, arrived = Shaky(), Counter[int]()
+
+    def counted(units: list[Unit], *, careful: bool, lost: list[str]):
+        for unit in units:
+            arrived[driver.attempt.passes] += 1
+            yield arrival(unit)
+
+    receipt = finish(driver, log, plan, counted)
+    assert (receipt.exit_code, receipt.rows_in, dict(arrived)) == (0, 40 * ROWS, {1: 40, 2: 20})
+
+
+def test_a_unit_that_the_store_refused_once_is_split_when_it_is_broken_later(begin):
+    driver, log, plan = begin()
+    log.store = FailingDisk(Temporary("no answer"), times=4)
+    passes = Passes(lambda unit: broken("1.tar", "TAR_CORRUPT")(unit) if driver.attempt.passes > 1 else None)
+    receipt = finish(driver, log, plan, passes)
+    assert (receipt.exit_code, receipt.rows_in) == (3, 7 * ROWS)
 
 
 @pytest.mark.parametrize(("error", "code"), [(Temporary("no answer"), 75), (StoreError("no room"), 2)])
