@@ -477,6 +477,9 @@ def test_units_are_bounded(monkeypatch, tmp_path):
     listing = [Object(f"/x/{number:06d}.jpg", 1, "e") for number in range(5 * BUNDLE)]
     units = cut(STORE, Input(uri="/x", format="images"), listing, tasks=1)
     assert [len(unit.parts) for unit in units] == [BUNDLE] * 5
+    for share, units in ((1, 40), (3, 14), (8, 5), (99, 4)):
+        tars = [Object(f"/x/{number}.tar", UNIT_BYTES // share, "e") for number in range(40)]
+        assert len(cut(STORE, Input(uri="/x"), tars, tasks=1)) == units
     write_parquet(tmp_path / "a.parquet", [bytes(1000)] * 100, rows_per_group=1)
     wanted = Input(uri=str(tmp_path), format="parquet")
     listing = list_inputs(STORE, wanted).inputs
@@ -738,6 +741,7 @@ def test_kept_columns_can_be_put_in_order_whatever_their_type_and_are_there_with
         texts = ["string", "string", "string", "list<item: string>"]
         assert kinds == [*texts, "binary", "binary", "list<item: string>", "struct<a: string>", "int64"]
         assert whole.num_rows == part.num_rows + 1
+        assert whole.column("bytes").to_pylist() == [*(b"1", b"2")[: part.num_rows], None]
     (tmp_path / "tar").mkdir()
     (tmp_path / "tar" / "x.tar").write_bytes(tar_bytes({}))
     wanted = Input(uri=str(tmp_path / "tar"), keep=("cls",))
@@ -859,6 +863,14 @@ def test_whoever_is_unknown_plans_nothing_and_whoever_may_not_read_one_file_plan
         assert len(cut(Refusing(error), wanted, listing, tasks=10)) == 3
     with pytest.raises(Unidentified):  # in whose plan each file would be one unit for good
         cut(Refusing(Unidentified("who?")), wanted, listing, tasks=10)
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
+def test_images_of_any_width_of_offsets_are_images(tmp_path, kind):
+    for column in (pa.array([b"1"], kind), pa.array([{"bytes": b"1"}], pa.struct([("bytes", kind)]))):
+        pq.write_table(pa.table({"image": column, "key": ["a"]}), tmp_path / "a.parquet")
+        (row,), _ = rows_of(tmp_path, format="parquet")
+        assert row["bytes"] == b"1"
 
 
 @pytest.mark.parametrize("counts", [(100, 0, 0, 100, 0, 0, 100), (0, 0, 100, 0), (0, 0, 0)])
