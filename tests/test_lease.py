@@ -86,6 +86,13 @@ def test_queue_waits_its_turn_or_gives_up(place):
         second.result().__exit__()
 
 
+def test_who_lives_is_waited_for_however_long_it_takes(place):
+    with take(place) as held:
+        with pytest.raises(Temporary, match="still runs after"):
+            take(place, "queue", wait=2 * FAST.dead, pace=replace(FAST, grace=0.1))
+        held.check()
+
+
 def test_replace_asks_the_holder_to_stop_and_follows_it(place):
     said: list[str] = []
     with ThreadPoolExecutor(1) as pool:
@@ -110,7 +117,7 @@ def test_silence_is_death_by_the_watchers_clock_whatever_the_holders_says(place)
     beat = Heartbeat("elsewhere process 1", "another boot", 1, "token", 0.0)
     LeaseStore(*place).create("terms", "000001", beat.dump())
     since = time.monotonic()
-    with take(place, "skip", said=said):
+    with take(place, "skip", said=said, wait=0.0):
         assert time.monotonic() - since >= FAST.dead
     assert said[-1] == "taking over from elsewhere process 1: silent for 1.5 s"
 

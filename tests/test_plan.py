@@ -443,11 +443,18 @@ def test_the_newest_version_of_a_unit_counts_and_every_one_is_validated(tmp_path
         generation = Generation(log, number)
         assert generation.begin(("CORRUPT",), [retried])
         assert not generation.begin(("CORRUPT",), [retried]), "planned once"
+        with pytest.raises(JobError, match="CORRUPT is not finished"):
+            to_plan(log, ("TRUNCATED",))
         commit_unit(generation, retried, prediction_rows(4, failed=failed), OURS)
         footers, problems = validate_all(log)
         assert ({footer.unit: footer.failed for footer in footers}, problems) == ({retried.id: failed, other.id: 1}, [])
         rows = json.dumps({"rows": {"in": 4, "ok": 4 - failed, "failed": failed}})
         assert generation.store.create(generation.run_key("000001", "manifest.json"), rows.encode())
+    third = Generation(log, 3)
+    third.store.create(third.note_key, json.dumps({"classes": ["TRUNCATED"]}).encode())
+    with pytest.raises(JobError, match="TRUNCATED is not finished"):
+        third.begin(("CORRUPT",), [retried])
+    assert third.runs() == [], "its note is another's"
     places = [newest(log, before=before)[retried.id].uri for before in (1, 2, 3, None)]
     logs = [log, Generation(log, 1), Generation(log, 2), Generation(log, 2)]
     assert places == [version.data_key(retried.id) for version in logs]
