@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import log, storage
+from pipeline import plan as planning
 from pipeline.commit import Provenance, UnitBuffer, commit_unit, retire_unit, serialise
 from pipeline.disk import Disk
 from pipeline.errors import Conflict, InputMissing, JobError, StoreError, Temporary
@@ -186,6 +187,20 @@ def test_drivers_that_plan_at_once_never_share_an_input(tmp_path):
     assert len(plans) == 8
     assert len(inputs) == len(set(inputs)), "one input in two units"
     assert log.runs()
+
+
+def test_who_is_always_overtaken_may_try_again_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(Log, "append", lambda self, units, *, after: None)
+    with pytest.raises(Temporary, match="other runs were planned"):
+        make_plan(log_at(tmp_path), objects("a"))
+
+
+def test_a_job_that_lists_less_does_not_take_a_larger_plan_for_its_own(tmp_path):
+    log = log_at(tmp_path)
+    both = make_plan(log, objects("a", "b", "c", "d"))
+    less = make_plan(log, objects("a", "b"))
+    assert (less.run_id, less.units) == ("000002", both.units[:1]), "whose manifest would say that all of it is done"
 
 
 INPUTS = "abcde"
