@@ -16,6 +16,7 @@ from pathlib import Path
 import duckdb
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -219,6 +220,7 @@ def test_only_the_culprit_is_left(begin, error_class, code, passes):
     driver, log, plan = begin()
     receipt = finish(driver, log, plan, Passes(broken("5.tar", error_class)))
     assert (receipt.exit_code, receipt.passes, receipt.rows_in) == (code, passes, 7 * ROWS)
+    assert (receipt.units_done, receipt.units) == (4, 5)
     assert [(item.inputs, item.error_class) for item in receipt.trouble] == [((plan.units[2].parts[1].uri,), error_class)]
 
 
@@ -354,6 +356,21 @@ def test_what_was_committed_before_a_deadline_stays(begin):
     assert (receipt.exit_code, receipt.units_before, receipt.rows_in) == (0, 2, 8 * ROWS)
     assert committed.items() <= log.objects().items()
     assert sorted(rows_of(log)) == all_rows(*range(8))
+
+
+def test_a_unit_whose_columns_do_not_go_together_is_split(begin):
+    driver, log, plan = begin()
+
+    def kept(units: list[Unit], *, careful: bool, lost: list[str]):
+        for unit in units:
+            rows = arrival(unit)
+            for name in sorted({key.partition("/")[0] for key in rows.column("key").to_pylist() if key}):
+                some = rows.filter(pc.starts_with(rows.column("key"), name))
+                yield some.append_column("caption", pa.array([1 if name == "1.tar" else "one"] * len(some)))
+            yield arrival(unit).slice(rows.num_rows - 1)
+
+    receipt = finish(driver, log, plan, kept)
+    assert (receipt.exit_code, receipt.rows_in, len(tombstones(log))) == (0, 8 * ROWS, 1)
 
 
 def test_max_failed_is_of_all_rows_of_a_run_and_not_of_those_labelled_now(begin):

@@ -259,12 +259,16 @@ def test_fast_decoding_changes_large_jpegs_alone_and_gives_some_of_them_exactly_
     given = fast["exact"].to_pylist()
     assert [row for row, pixels in enumerate(given) if pixels is not None] == [0, 64]
     assert given[0] == other[0].tobytes()
+    same = Preprocess(preprocessing, max_pixels=MAX_PIXELS, fast=True)(table([small]))
+    assert same["exact"].to_pylist() == [None], "there is nothing to compare"
 
 
 def test_fast_and_careful_go_together():
     careful = CarefulLimits(timeout_s=30, memory_bytes=2**30)
     large = encode(Image.fromarray(noise(300, 200)), "JPEG")
     stages = [Preprocess(Preprocessing(size=32), max_pixels=MAX_PIXELS, careful=limits, fast=True) for limits in (None, careful)]
-    plain, alone = (stage(table([large])) for stage in stages)
+    plain, alone = (stage(table([large, b"no image"])) for stage in stages)
     assert alone["pixels"].equals(plain["pixels"])
     assert "exact" not in alone.column_names
+    assert "room" not in plain.column_names
+    assert alone["room"].to_pylist() == [None, bytes(3 * 32 * 32)], "each row is as large as the other"
