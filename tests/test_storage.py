@@ -540,7 +540,7 @@ def test_what_the_system_says(
     def fail(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number), str(tmp_path / "x"))
 
-    monkeypatch.setattr("pipeline.storage.open", fail, raising=False)
+    monkeypatch.setattr("pipeline.disk.open", fail, raising=False)
     store, uri = open_store("x"), str(tmp_path / "x")
     with pytest.raises(expected, match=os.strerror(number)) as caught:
         store.create(uri, b"") if writing else store.read(uri)
