@@ -95,7 +95,7 @@ def complaint(kind: str, lines: str) -> str:
         ),
         ("resources: {read: {tasks: 0}}", "j:5: resources.read.tasks is 0; required: 1 or more. Change it."),
         ("resources: {read: {tasks: 1.5}}", "j:5: resources.read.tasks is 1.5; required: a whole number. Change it."),
-        ("resources: {read: {tasks: true}}", "j:5: resources.read.tasks is True; required: a whole number. Change it."),
+        ("resources: {read: {tasks: true}}", "j:5: resources.read.tasks is true; required: a whole number. Change it."),
         (
             "resources: {read: {tasks: 3000000000}}",
             "j:5: resources.read.tasks is 3000000000; required: less than 2147483648. Change it.",
@@ -150,6 +150,13 @@ def complaint(kind: str, lines: str) -> str:
             "j:5: schedule.catch_up is '12h'; required: 1d to 366d. Change it.",
         ),
         ("decode: quick", "j:5: decode is 'quick'; required: 'exact' or 'fast'. Change it."),
+        ("output: {uri: null}", "j:4: output.uri is null; required: text. Change it."),
+        ("decode: true", "j:5: decode is true; required: 'exact' or 'fast'. Change it."),
+        (
+            "output: {uri: ~/labels}",
+            "j:4: output.uri is '~/labels'; required: a path from / or from here; ~ means a home to a shell alone, and ./~ a "
+            "folder of that name. Change it.",
+        ),
         ("5: x", f"j: unknown field 5. Known here: {FIELDS}."),
         (
             "colour: x\nlimts: {}\nnotify: {}",
@@ -211,6 +218,22 @@ def test_a_job_that_labels(lines: str, told: str):
 )
 def test_jobs_of_other_kinds(kind: str, lines: str, told: str):
     assert complaint(kind, lines) == told
+
+
+@pytest.mark.parametrize("line", ["input: {uri: in/{date}/}", "input: {uri: [in/s02?.tar]}", "input: {uri: *.tar}"])
+def test_text_that_yaml_takes_for_its_own_wants_quotation_marks(line: str):
+    told = complaint("label", line)
+    assert told.startswith("j:2: expected ")
+    assert told.endswith("[, *, ?, % or : in it stands in quotation marks, such as 'in/{date}/'.")
+
+
+@pytest.mark.parametrize(
+    ("text", "got"), [("", "is empty"), ("- a", "is a list"), ("hello", "is one value"), ("7", "is one value")]
+)
+def test_a_file_that_is_no_mapping(text: str, got: str):
+    with pytest.raises(JobError) as caught:
+        parse_job(text.encode(), name="j")
+    assert str(caught.value) == f"j: {got}; required: a mapping with kind, name, input, model, output. See jobs/README.md."
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_reference_is_generated():
         (b"limits: {decode_timeout: 0s}", ["limits.decode_timeout is '0s'; required: 0.1s to 1d"]),
         (b"limits: {max_failed: 101%}", ["required: 0% to 100%"]),
         (b"resources: {object_store: 74MiB}", ["resources.object_store is '74MiB'; required: 75MiB to"]),
-        (b"resources: {read: {tasks: true}}", ["resources.read.tasks is True; required: a whole number"]),
+        (b"resources: {read: {tasks: true}}", ["resources.read.tasks is true; required: a whole number"]),
         (b"resources: {predict: {cpus_per_actor: .inf}}", ["cpus_per_actor is inf; required: a finite number"]),
     ],
 )

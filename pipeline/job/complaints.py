@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from typing import Any, get_args
 
@@ -65,7 +66,9 @@ def _place(loc: tuple[int | str, ...]) -> list[int | str]:
 
 
 def shown(value: object) -> str:
-    """A value in a sentence: short, and no password in it, which before an @ may hold slashes."""
+    """A value in a sentence: short, as YAML spells it, and no password in it, which before an @ may hold slashes."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     text = re.sub(r"""(?<=['"]).*(?=@)""", "***", repr(value)) if "@" in repr(value) else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 

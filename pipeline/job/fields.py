@@ -19,6 +19,8 @@ def _uri(value: str) -> str:
     if scheme in ("s3", "file") and colon and not rest.startswith("//"):
         raise ValueError(f"two slashes after {scheme}:")
     scheme, sign, rest = value.partition("://")
+    if value.startswith("~"):  # would be a folder of that name, which `rm -r` in a shell takes for one's home
+        raise ValueError("a path from / or from here; ~ means a home to a shell alone, and ./~ a folder of that name")
     if sign and scheme not in ("file", "s3"):
         raise ValueError("a local path, file:// or s3://")
     place = rest.partition("/")[0]

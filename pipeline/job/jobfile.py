@@ -32,6 +32,8 @@ KINDS: dict[str, type[AnyJob]] = {
 MAX_BYTES = 1_000_000
 #: What YAML can spell and neither a file system nor Arrow can hold.
 _UNTEXT = re.compile("[\\0\ud800-\udfff]")
+#: A date in a place within braces, `{uri: in/{date}/}`, and a glob are what YAML most often cannot read.
+_QUOTE = "Mend that line; text with {, [, *, ?, % or : in it stands in quotation marks, such as 'in/{date}/'"
 
 
 class _Loader(yaml.SafeLoader):
@@ -159,16 +161,14 @@ def _yaml(raw: bytes, name: str) -> tuple[yaml.Node, dict[str, Any]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise JobError(
-            f"{name}{line}: {getattr(error, 'problem', None) or error}", need="plain YAML", do="Mend that line"
-        ) from error
+        do = "Mend that line" if isinstance(error, yaml.constructor.ConstructorError) else _QUOTE
+        raise JobError(f"{name}{line}: {getattr(error, 'problem', None) or error}", need="plain YAML", do=do) from error
     except (ValueError, TypeError, RecursionError) as error:  # a date of the 30th of February, a list as a key, 1,000 brackets
         reason = first_line(error)
         raise JobError(f"{name}: cannot be read ({reason})", need="plain YAML", do="Put text in quotation marks") from error
     if not isinstance(data, dict):
-        raise JobError(
-            f"{name}: {type(data).__name__}", need="a mapping with kind, name, input, model, output", do="See jobs/README.md"
-        )
+        got = {type(None): "is empty", list: "is a list"}.get(type(data), "is one value")
+        raise JobError(f"{name}: {got}", need="a mapping with kind, name, input, model, output", do="See jobs/README.md")
     if any(isinstance(part, yaml.ScalarNode) and _UNTEXT.search(part.value) for part in _nodes(root)):
         raise JobError(f"{name}: holds NUL or half a character", need="text", do="Remove \\0 and \\ud800 to \\udfff")
     return cast(yaml.Node, root), data
