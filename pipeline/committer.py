@@ -61,15 +61,15 @@ class Committer:
             self.attempt.blame(unit, *buffer.error, buffer=buffer)
             return
         self._flying.append((unit, buffer, self._pool.submit(self._commit, unit, buffer)))
-        self.settle(_IN_FLIGHT)
+        self.settle()
         if self._failures >= _IN_FLIGHT:
             raise Temporary(
                 f"{_IN_FLIGHT} units in a row could not be committed", do="Look at the output's store, then run again"
             )
 
-    def settle(self, most: int = 0) -> None:
-        """Waits until at most `most` creates are in flight."""
-        while len(self._flying) > most:
+    def settle(self, most: int = _IN_FLIGHT) -> None:
+        """Takes in the creates that are done, and waits until at most `most` are in flight."""
+        while len(self._flying) > most or (self._flying and self._flying[0][2].done()):
             unit, buffer, future = self._flying.popleft()
             try:
                 outcome = future.result()

@@ -169,6 +169,7 @@ class Driver:
             with closing(run_pass(todo, careful=careful, lost=lost)) as blocks:
                 for block in blocks:
                     self._check_deadline(len(waiting))
+                    committer.settle()  # what is said of a unit, on the screen and in the events, is said when it is done
                     if block is None:
                         continue
                     attempt.take_block(block)
@@ -185,7 +186,7 @@ class Driver:
             if isinstance(error, Stalled):  # what hangs would hang again: careful mode is next
                 for unit_id in waiting:
                     self.tries[unit_id] = max(self.tries[unit_id], TRIES - 1)
-        committer.settle()
+        committer.settle(0)
         reason = reason or "; ".join(["its rows did not all arrive", *dict.fromkeys(lost)][:4])
         for unit in waiting.values():
             attempt.blame(unit, error_class, f"{unit.parts[0].uri}: {reason}.", buffer=buffers.get(unit.id))

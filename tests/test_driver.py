@@ -320,6 +320,23 @@ def test_a_pass_is_left_when_one_create_after_the_other_fails(begin):
     assert sum(taken.values()) < 80, "work went on for a store that takes nothing"
 
 
+def test_a_unit_is_told_of_when_it_is_committed(begin):
+    driver, log, plan = begin()
+    told: list[str] = []
+    driver.attempt.observe = lambda event, fields: told.append(fields["unit"]) if event == "commit" else None
+
+    def slow(units: list[Unit], *, careful: bool, lost: list[str]):
+        for number, unit in enumerate(units, 1):
+            yield arrival(unit)
+            end = time.monotonic() + 10
+            while len(told) < number and time.monotonic() < end:
+                time.sleep(0.01)
+                yield None
+            assert told == [unit.id for unit in units[:number]]
+
+    assert finish(driver, log, plan, slow).exit_code == 0
+
+
 def test_a_deadline_ends_a_run_in_which_nothing_arrives(begin):
     driver, log, plan = begin(limits={"deadline": "0.1s"})
     ended = []
@@ -460,10 +477,10 @@ def test_a_signal_while_creates_are_waited_for_ends_the_run_and_is_no_units_trou
     waiting, heard = threading.Event(), threading.Event()
     settle = Committer.settle
 
-    def watched(self: Committer, most: int = 0) -> None:
-        if most == 0:
+    def watched(self: Committer, *most: int) -> None:
+        if most == (0,):
             waiting.set()
-        settle(self, most)
+        settle(self, *most)
 
     class Signalling(Disk):
         def create(self, uri: str, data: bytes) -> bool:
@@ -510,9 +527,15 @@ def test_a_store_without_room_costs_no_unit_its_shape(begin):
 
 def test_an_outage_costs_one_try(begin):
     driver, log, plan = begin(40, resources={"read": {"tasks": 10}})
-    log.store = FailingDisk(Temporary("no answer"), times=16)  # until the pass is given up, and what is in flight then
+    log.store = disk = FailingDisk(Temporary("no answer"), times=10**9)
     passes = Passes()
-    receipt = finish(driver, log, plan, passes)
+
+    def until_it_is_given_up(units: list[Unit], **how: object):
+        if passes.seen:
+            disk.left.clear()
+        yield from passes(units, **how)
+
+    receipt = finish(driver, log, plan, until_it_is_given_up)
     assert (receipt.exit_code, receipt.rows_in, passes.careful) == (0, 40 * ROWS, [False, False])
 
 
