@@ -22,7 +22,7 @@ from pipeline.commands import cluster as cli_cluster
 from pipeline.commands import kube as cli_kube
 from pipeline.commands import model as cli_model
 from pipeline.commands import nightly as cli_nightly
-from pipeline.commands.options import Again, AsJson, Date, Dates, IfRunning, JobPath, outlive_readers, print_json, say
+from pipeline.commands.options import Again, AsJson, Date, Dates, IfRunning, JobPath, Version, outlive_readers, print_json, say
 from pipeline.errors import ExitCode, Interrupted, NightlabelError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ MetricsTo = Annotated[
 
 
 @app.callback()
-def nightlabel() -> None:
+def nightlabel(version: Version = False) -> None:
     """Bulk image labelling: every input ends as a row, labelled or failed with a reason, exactly once."""
 
 
@@ -126,7 +126,7 @@ def plan(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     for error in missing.values():
         typer.echo(f"missing {error}")
     if ignored:
-        typer.echo(f"ignored {ignored['text']}, no {loaded.input.format}")
+        typer.echo(f"ignored {ignored['text']}, not of the input's format")
     typer.echo(f"where   {log.root}")
 
 

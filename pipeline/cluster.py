@@ -154,6 +154,11 @@ def _failure(error: Exception, address: str | None) -> NightlabelError:
     if address and isinstance(error, ConnectionError):  # all that Ray says, of another token too
         do = "Check that it is the head of a Ray, and that RAY_AUTH_TOKEN is its token; then run again"
         return Temporary(f"something answers at {address} and does not let us in", do=do)
+    if isinstance(error, ValueError) and "object store" in str(error):  # by which the memory for all else is below zero
+        do = "Lower resources.object_store"
+        return JobError(
+            "resources: object_store is more than this machine's memory", need="room beside it for the workers", do=do
+        )
     got = f"{theirs} did not come up ({first_line(error).rstrip('.')})"
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES):
         return UnfitError(got, need="a folder for temporary files", do="Make /tmp one that can be written")

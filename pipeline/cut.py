@@ -183,7 +183,7 @@ def check_columns(schema: pa.Schema, wanted: Input, uri: str) -> None:
     """Raises JobError when the columns that the job names are not there or not images."""
     for name in (wanted.image_column, *((wanted.key_column,) if wanted.key_column else ()), *wanted.keep):
         if schema.names.count(name) != 1:
-            do = "Set image_column, key_column, keep or, where images are to have labels, label"
+            do = "Set image_column, key_column (null numbers the rows), keep or, where images are to have labels, label"
             what = "two columns" if name in schema.names else "no column"
             raise JobError(f"{uri}: {what} {name}", need=f"one of {', '.join(schema.names)}", do=do)
     kind = schema.field(wanted.image_column).type

@@ -120,7 +120,9 @@ class Connection:
 
     def _refused(self, text: str) -> NoReturn:
         status = _STATUS.search(text)
-        reason = _STATUS.sub("", [line for line in text.splitlines() if line.strip(" .")][-1])  # of a traceback, what it says
+        reason = _STATUS.sub("", [line for line in text.splitlines() if line.strip(" .")][-1]).rstrip(
+            "."
+        )  # of a traceback, what it says
         if status and status[1] == "404":
             raise JobError(f"{self.url}: {reason}", do="nightlabel list shows what it knows")
         if status and status[1].startswith("5"):

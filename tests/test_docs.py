@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import shlex
 import signal
@@ -88,6 +89,11 @@ def test_help_lists_first_what_a_user_needs_first():
     names = re.findall(r"^. ([a-z-]+)  +[A-Z]", done.stdout, re.MULTILINE)
     assert names[:5] == ["run", "plan", "validate", "retry-failed", "submit"]
     assert {"list", "prepare", "model", "schema"} <= set(names)
+
+
+def test_the_version_is_that_of_the_distribution():
+    shown = typer.testing.CliRunner().invoke(app, ["--version"])
+    assert (shown.exit_code, shown.output) == (0, f"nightlabel {importlib.metadata.version('nightlabel')}\n")
 
 
 def test_the_demo_runs_the_job_files_in_jobs():

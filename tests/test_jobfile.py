@@ -321,6 +321,11 @@ def test_labels_are_held_against_nodes_that_have_them():
             "1 of 3 preprocess actors find no node with 0.5 CPUs and 5 GiB of memory left",
         ),
         (
+            "{predict: {memory_per_actor: 4TiB}}",
+            "{count: 1, cpus: 4, memory: 16000MB}",
+            "a predict actor asks for 4,096 GiB of memory of one node, the largest has 14.9 GiB of memory (1 worker)",
+        ),
+        (
             "{predict: {gpus_per_actor: 1.5}}",
             "{count: 1, cpus: 8, gpus: 2}",
             "gpus_per_actor is 1.5; required: 0, a part of one GPU",

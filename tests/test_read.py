@@ -310,6 +310,7 @@ def test_parquet_columns_are_checked_before_the_run(tmp_path):
         ({"image_column": "picture"}, "no column picture"),
         ({}, "column image is list"),
         ({"keep": ("x",)}, "no column x"),
+        ({"key_column": "id"}, r"no column id; .* key_column \(null numbers the rows\)"),
     ):
         with pytest.raises(JobError, match=words):
             rows_of(tmp_path, format="parquet", **fields)

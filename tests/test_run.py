@@ -220,7 +220,7 @@ def test_a_run_without_a_single_image_says_so_every_time(tmp_path, model, on_ray
     assert "ignored: 1 object (1 .tgz)" in err
     assert cli("run", tmp_path / "job.yaml")[0] == 3
     code, out, _ = cli("plan", tmp_path / "job.yaml")
-    assert (code, "ignored 1 object (1 .tgz), no webdataset" in out) == (0, True), out
+    assert (code, "ignored 1 object (1 .tgz), not of the input's format" in out) == (0, True), out
     write_tars(tmp_path / "in", shards=1, images=2)
     assert label(job(tmp_path / "in", model, tmp_path / "out")).exit_code == 0
 
@@ -255,6 +255,13 @@ def test_what_is_no_address_of_a_ray(address, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UnfitError, match="required: host:port of a running Ray's head"):
         start_ray(object_store=2**27)
+
+
+def test_more_shared_memory_than_the_machine_has(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    code = f"from pipeline.cluster import start_ray; start_ray(object_store={2**50})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert "JobError: resources: object_store is more than this machine's memory; required: room" in done.stderr
 
 
 def test_a_pass_that_dies_without_a_word_is_told_by_its_kind():

@@ -253,7 +253,7 @@ def test_the_drivers_exit_code(fake, api, fields, code):
 
 
 def test_what_the_client_may_meet(fake, api):
-    with pytest.raises(JobError, match="Job none-1 does not exist"):
+    with pytest.raises(JobError, match=r"Job none-1 does not exist\. nightlabel list"):
         fake.attempt("none-1")
     api.ray_version = "2.49.1"
     with pytest.raises(UnfitError, match=r"runs Ray 2\.49\.1; required: Ray 2\.60"):

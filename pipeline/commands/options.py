@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import io
 import json
 import os
@@ -32,6 +33,15 @@ Again = Annotated[
         help="For what tries again by itself: where an earlier attempt has done it all, end as that one did, with 4 too.",
     ),
 ]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"nightlabel {importlib.metadata.version('nightlabel')}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

@@ -130,7 +130,7 @@ def _pairs(labels: Mapping[str, str]) -> str:
 
 
 def _gib(memory: float) -> str:
-    return f"{memory / 2**30:.3g} GiB of memory"
+    return f"{memory / 2**30:,.1f}".removesuffix(".0") + " GiB of memory"
 
 
 def _fixed(amount: float) -> int:
