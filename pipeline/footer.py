@@ -85,7 +85,9 @@ def read_footer(store: Store, key: str) -> Footer:
         or sum(footer.failures.values()) != footer.failed
         or (footer.split and footer.rows_in)
     ):
-        raise Conflict(f"{key}: {metadata.num_rows} rows, its account says {footer}", need="an account that adds up", do=MOVE)
+        said = f"{footer.rows_in:,} in = {footer.ok:,} ok + {footer.failed:,} failed"
+        said += "".join(f", {name} {number:,}" for name, number in footer.failures.items())
+        raise Conflict(f"{key}: {metadata.num_rows:,} rows, its account says {said}", need="an account that adds up", do=MOVE)
     return footer
 
 

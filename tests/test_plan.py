@@ -428,6 +428,16 @@ def test_validate_finds_what_is_wrong(tmp_path):
     assert any("not a unit of nightlabel" in problem for problem in validate(log)[1])
 
 
+def test_validate_says_of_lost_rows_what_their_account_says_and_no_more(tmp_path):
+    log = log_at(tmp_path)
+    unit = pairs(objects("a", "b"))[0]
+    commit(log, unit)
+    path = Path(log.data_key(unit.id))
+    pq.write_table(pq.read_table(path).slice(0, 3), path)
+    (said,) = validate(log)[1]
+    assert ": 3 rows, its account says 4 in = 3 ok + 1 failed, CORRUPT 1; required: an account that adds up. Find out" in said
+
+
 def test_validate_names_open_runs_and_damaged_manifests(tmp_path):
     log = log_at(tmp_path)
     plan = make_plan(log, objects("a", "b", "c", "d"))
