@@ -145,7 +145,12 @@ def _plan_lines(planned: Plan, facts: dict[str, Any]) -> Iterator[str]:
         yield f"todo    and {len(planned.todo) - 10:,} more units; --json lists them all"
 
 
-def validate(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
+def validate(
+    job: JobPath,
+    date: Date = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every row too, as long as that takes: has anything rotted?")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Does the job's output hold together: every footer, every count, every manifest, no input labelled twice."""
     from pipeline.footer import totals
     from pipeline.job.jobfile import load_label_job
@@ -157,7 +162,7 @@ def validate(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
     loaded = load_label_job(job, date=date)
     artifact = load_model(loaded, weights=False)
     log = open_log(loaded, artifact)
-    footers, problems = validate_all(log)
+    footers, problems = validate_all(log, deep=deep)
     unfinished = open_runs(log, partial(present, open_input(loaded.input)))
     rows, ok, failed = totals(footers).values()
     if as_json:

@@ -91,6 +91,25 @@ def read_footer(store: Store, key: str) -> Footer:
     return footer
 
 
+def read_rows(store: Store, key: str, columns: list[str] | None = None) -> pa.Table:
+    """The rows of a unit's object. Raises InputMissing, and Conflict when it is none of ours or has rotted."""
+    data = store.read(key)
+    with reading(key):
+        rows = pq.read_table(BytesIO(data), columns=columns, page_checksum_verification=True)
+    return rows.replace_schema_metadata(None)
+
+
+def check_rows(store: Store, key: str, footer: Footer) -> None:
+    """Reads every page of a unit's object. Raises Conflict where a page has rotted, or the rows are not what its account says."""
+    rows = read_rows(store, key)
+    with reading(key):
+        numbers, status, classes = (rows[name].to_pylist() for name in ("index", "status", "error_class"))
+    failed = Counter(name for said, name in zip(status, classes, strict=True) if said == "failed")
+    if status.count("ok") != footer.ok or failed != Counter(footer.failures) or numbers != list(range(footer.rows_in)):
+        got = f"{key}: its rows are not those of its account"
+        raise Conflict(got, need=f"{footer.ok:,} ok and {footer.failed:,} failed, numbered from 0", do=MOVE)
+
+
 def failures(footers: Iterable[Footer]) -> dict[str, int]:
     """By class, how many images of several units failed."""
     sums = Counter[str]()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 from pipeline.errors import Conflict, InputMissing
-from pipeline.footer import MOVE, Footer, totals
+from pipeline.footer import MOVE, Footer, check_rows, totals
 from pipeline.log import Log, Run
 from pipeline.storage import side_by_side
 from pipeline.unit import Part, Pin, Unit
@@ -29,12 +29,12 @@ def _check(log: Log, unit: Unit, footer: Footer) -> None:
         raise Conflict(got, need=f"rows of this unit, fingerprint {log.fingerprint}", do=MOVE)
 
 
-def validate(log: Log) -> tuple[list[Footer], list[str]]:
+def validate(log: Log, *, deep: bool = False) -> tuple[list[Footer], list[str]]:
     """Does an output hold together? (footers of all units, what is wrong with them in sentences, nothing when all is well):
     every object is a sound unit or a tombstone, no input is in two units, and every finished run's manifest says what its units
-    say."""
+    say. `deep`: every page of every object is read, and its rows are what its footer says."""
     finished = log.finished()  # before the objects, and the plans after them: a run may end meanwhile, and another begin
-    footers, problems = _footers(log)
+    footers, problems = _footers(log, deep=deep)
     committed = {unit_id: footer for unit_id, footer in footers.items() if not footer.split}
     planned: set[str] = set()
     owners: dict[Pin, set[tuple[float, float, str]]] = defaultdict(set)
@@ -73,10 +73,13 @@ def open_runs(log: Log, present: Callable[[Part], bool]) -> list[str]:
     return lines
 
 
-def _footers(log: Log) -> tuple[dict[str, Footer], list[str]]:
+def _footers(log: Log, *, deep: bool) -> tuple[dict[str, Footer], list[str]]:
     def read(unit_id: str) -> Footer | str:
         try:
-            return log.footer(unit_id)
+            footer = log.footer(unit_id)
+            if deep:
+                check_rows(log.store, log.data_key(unit_id), footer)
+            return footer
         except (Conflict, InputMissing) as error:  # anything else says nothing about the output
             return str(error)
 

@@ -137,7 +137,14 @@ def test_what_was_taken_from_a_finished_run_is_made_again(tmp_path: Path, model:
     job(model)
     assert nightlabel("run")[0] == 0
     broken = next(iter(Path("labels").rglob("data/*.parquet")))
-    broken.write_bytes(broken.read_bytes()[:-8] + b"12345678")
+    assert nightlabel("validate", "--deep")[1].startswith("valid: 8 in")
+    column, rotten = pq.read_metadata(broken).row_group(0).column(0), bytearray(data := broken.read_bytes())
+    rotten[(column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size - 1] ^= 1
+    broken.write_bytes(rotten)
+    assert nightlabel("validate")[0] == 0, "of the footers alone it cannot be told"
+    code, said = nightlabel("validate", "--deep")
+    assert (code, f"{broken.name}: not a unit of nightlabel" in said) == (6, True)
+    broken.write_bytes(data[:-8] + b"12345678")
     code, said = nightlabel("validate")
     assert (code, "move it away, and the manifest of its run if there is one; then run again" in said) == (6, True)
     broken.unlink()
@@ -158,8 +165,8 @@ def test_a_run_that_ends_while_an_output_is_validated_is_no_fault(
     write_tars(tmp_path / "in", shards=2, images=2, first=2)
     listed = verify._footers
 
-    def and_then(log: Any) -> Any:
-        found = listed(log)
+    def and_then(log: Any, *, deep: bool) -> Any:
+        found = listed(log, deep=deep)
         assert nightlabel("run")[0] == 0
         return found
 

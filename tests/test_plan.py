@@ -428,6 +428,21 @@ def test_validate_finds_what_is_wrong(tmp_path):
     assert any("not a unit of nightlabel" in problem for problem in validate(log)[1])
 
 
+def test_validate_deep_holds_rows_against_their_account(tmp_path):
+    log = log_at(tmp_path)
+    one, two = make_plan(log, objects("a", "b", "c", "d")).units
+    commit(log, one)
+    path, rows = Path(log.data_key(two.id)), prediction_rows(4, failed=1)
+    account = Footer(two.id, log.fingerprint, 4, 3, 1, {"CORRUPT": 1}).metadata
+    other_class = rows.set_column(rows.schema.get_field_index("error_class"), "error_class", pa.array(["TRUNCATED", *[None] * 3]))
+    for told, wrong in ((rows, 0), (prediction_rows(4), 1), (pa.concat_tables([rows[:3], rows[:1]]), 1), (other_class, 1)):
+        pq.write_table(told.replace_schema_metadata(account), path)
+        assert validate(log)[1] == []
+        problems = validate(log, deep=True)[1]
+        assert len(problems) == wrong
+        assert all(": its rows are not those of its account; required: 3 ok and 1 failed, numbered" in said for said in problems)
+
+
 def test_validate_says_of_lost_rows_what_their_account_says_and_no_more(tmp_path):
     log = log_at(tmp_path)
     unit = pairs(objects("a", "b"))[0]

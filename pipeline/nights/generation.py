@@ -119,13 +119,13 @@ def last_labelled(log: Log, uris: pa.Array) -> Iterator[Footer]:
     return read_footers(log.store, [item for unit_id, item in newest(log).items() if unit_id in ids])
 
 
-def validate_all(log: Log) -> tuple[list[Footer], list[str]]:
+def validate_all(log: Log, *, deep: bool = False) -> tuple[list[Footer], list[str]]:
     """As `verify.validate`, with the generations: (the newest footer of every unit, what is wrong)."""
-    footers, problems = validate(log)
+    footers, problems = validate(log, deep=deep)
     latest = {footer.unit: footer for footer in footers}
     rows = {footer.unit: footer.rows_in for footer in footers}
     for generation in generations(log):
-        found, wrong = validate(generation)
+        found, wrong = validate(generation, deep=deep)
         problems += wrong
         for footer in found:
             if footer.rows_in != (was := rows.get(footer.unit)):

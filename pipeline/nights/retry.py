@@ -12,11 +12,9 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.attempt import Observer
 from pipeline.commit import Provenance, UnitBuffer, commit_unit
@@ -24,7 +22,7 @@ from pipeline.committer import Committer
 from pipeline.cut import list_inputs
 from pipeline.environment import set_ray_environment
 from pipeline.errors import JobError
-from pipeline.footer import failures, reading, totals
+from pipeline.footer import failures, read_rows, totals
 from pipeline.label import TRIES, Driver
 from pipeline.log import Log
 from pipeline.nights.generation import RUN, Generation, newest, read_footers, to_plan
@@ -34,7 +32,7 @@ from pipeline.report import exit_code
 from pipeline.rows import TIMINGS, Failure
 from pipeline.spec import Job
 from pipeline.start import CODE_VERSION, load_model, open_log, present, tell_missing
-from pipeline.storage import Object, Store, open_input, side_by_side
+from pipeline.storage import Object, open_input, side_by_side
 from pipeline.unit import Part, Unit, bytes_of
 from pipeline.verify import verify
 
@@ -89,7 +87,7 @@ class Retry(Driver):
             return Retried(self.job.name, log.root, self.classes, trouble=missing, exit_code=code)
         plan = Plan(RUN, units, generation.standing([unit.id for unit in units]).committed)
         for task in [self._tasks[unit.id] for unit in plan.todo if not self._tasks[unit.id].only]:  # their inputs are gone since
-            commit_unit(generation, task.unit, _read(log.store, task.uri), Provenance(log.fingerprint, "", CODE_VERSION))
+            commit_unit(generation, task.unit, read_rows(log.store, task.uri), Provenance(log.fingerprint, "", CODE_VERSION))
         plan = Plan(RUN, plan.units, generation.standing([unit.id for unit in units]).committed)
         size = bytes_of(plan.todo)
         done = len(plan.committed)
@@ -108,7 +106,7 @@ class Retry(Driver):
     def buffer(self, unit_id: str) -> UnitBuffer:
         """A buffer that has the rows that stay."""
         task = self._tasks[unit_id]
-        buffer = _Keyed(rows := _read(self.log.store, task.uri))
+        buffer = _Keyed(rows := read_rows(self.log.store, task.uri))
         rows = rows.filter(pc.invert(pc.is_in(rows.column("index"), value_set=pa.array(sorted(task.only), pa.int64()))))
         for name in TIMINGS.values():
             rows = rows.append_column(name, pa.nulls(rows.num_rows, pa.float32()))
@@ -153,7 +151,7 @@ class Retry(Driver):
         ]
 
     def _task(self, unit: Unit, uri: str, is_there: Callable[[Part], bool]) -> _Task:
-        rows = _read(self.log.store, uri, columns=["index", "source", "status", "error_class"])
+        rows = read_rows(self.log.store, uri, columns=["index", "source", "status", "error_class"])
         failed = rows.filter(pc.is_in(rows.column("error_class"), value_set=pa.array(self.classes)))
         sources = set(failed.column("source").to_pylist())
         whole = self.job.input.format != "images"
@@ -188,14 +186,6 @@ class Retry(Driver):
         if not left:
             generation.store.create(generation.run_key(RUN, "manifest.json"), outcome.manifest(footers))
         return outcome
-
-
-def _read(store: Store, uri: str, columns: list[str] | None = None) -> pa.Table:
-    """The rows of a unit's object. Raises Conflict when it is none, or has rotted."""
-    data = store.read(uri)
-    with reading(uri):
-        rows = pq.read_table(BytesIO(data), columns=columns, page_checksum_verification=True)
-    return rows.replace_schema_metadata(None)
 
 
 def parse_classes(text: str) -> tuple[str, ...]:
