@@ -32,8 +32,9 @@ Tell = Callable[..., None]
 
 
 @contextmanager
-def cluster(job: Job, *, tell: Tell) -> Iterator[None]:
-    """A Ray to work on: the one that RAY_ADDRESS names, or one of our own on this machine, gone afterwards.
+def cluster(job: Job, *, tell: Tell, stay: bool = False) -> Iterator[None]:
+    """A Ray to work on: the one that RAY_ADDRESS names, or one of our own on this machine, gone afterwards. With `stay` it is
+    kept for a next job of the same resources, unless something failed.
 
     Raises JobError when it cannot hold what the job asks for, and Temporary when it does not come to hold it in `cluster.wait`,
     which `tell` was told of; there is no silent waiting and no fall back from GPU to CPU.
@@ -41,17 +42,21 @@ def cluster(job: Job, *, tell: Tell) -> Iterator[None]:
     most = Node(os.cpu_count() or 1, gpus=1000)  # of a Ray here, which takes 5 s to come up and say what it has
     if not os.environ.get("RAY_ADDRESS") and (missing := _missing(job, [most])):
         raise JobError(missing)
+    good = False
     try:
         connect(job)
         _make_room(job, tell)
         yield
+        good = True
     finally:
-        ray.shutdown()
+        if not (stay and good):
+            ray.shutdown()
 
 
 def connect(job: Job) -> None:
     """Connect to Ray, or start one, and set Ray Data up for passes that take what the job says and no more."""
-    start_ray(object_store=job.resources.object_store)
+    if not ray.is_initialized():
+        start_ray(object_store=job.resources.object_store)
     from ray.data import DataContext, ExecutionResources  # 1.5 s, which a driver that is in a hurry spends while Ray starts
 
     context = DataContext.get_current()

@@ -19,8 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from shards import picture, tar_bytes, write_parquet, write_tars
+from typer.testing import CliRunner
 
 from pipeline import run
+from pipeline.cli import app
 from pipeline.cluster import cluster, missing_from_cluster, start_ray
 from pipeline.errors import Conflict, InputMissing, Interrupted, JobError, ModelError, Temporary, UnfitError, UnitsLeft
 from pipeline.label import Driver
@@ -29,6 +31,7 @@ from pipeline.rows import PREDICTION, TIMINGS
 from pipeline.spec import Job
 from pipeline.start import load_model, open_log
 from pipeline.storage import open_store
+from pipeline.unit import Unit
 from pipeline.verify import validate
 
 LIGHT = {
@@ -483,6 +486,29 @@ def test_a_job_that_this_machine_cannot_hold_starts_no_ray(model, monkeypatch):
     wanted = job("in", model, "out", resources={"preprocess": {"actors": 10_000}})
     with pytest.raises(JobError, match=r"asks for .* CPUs .* on this machine\. Lower the actors"), cluster(wanted, tell=print):
         pass
+
+
+def test_the_days_of_a_backfill_share_one_ray_but_for_one_that_fails(model, on_ray, tmp_path, monkeypatch):
+    starts: list[bool] = []
+    monkeypatch.setattr("pipeline.cluster.start_ray", lambda **named: (starts.append(ray.is_initialized()), start_ray(**named)))
+    for day in (1, 2, 3, 4):
+        (tmp_path / f"in/2026-11-0{day}").mkdir(parents=True)
+        (tmp_path / f"in/2026-11-0{day}/a.tar").write_bytes(tar_bytes({"1.jpg": picture(day)}))
+    passes = run.run_pass
+
+    def dies_once(units: list[Unit], **named: Any) -> Any:
+        if "2026-11-02" in units[0].parts[0].uri:
+            raise Temporary("the raylet is dead", do="Run again")
+        return passes(units, **named)
+
+    monkeypatch.setattr(run, "run_pass", dies_once)
+    path = tmp_path / "job.yaml"
+    path.write_text(job(tmp_path / "in/{date}", model, tmp_path / "out/{date}").model_dump_json(exclude_defaults=True))
+    done = CliRunner().invoke(app, ["run", str(path), "--date", "2026-11-01..2026-11-04", "--json"])
+    assert done.stdout, (done.exception, done.stderr)
+    assert [day["exit_code"] for day in json.loads(done.stdout)["days"]] == [0, 75, 0, 0]
+    assert starts == [False, False], "for the first day, and after the second"
+    assert not ray.is_initialized()
 
 
 def test_a_run_that_waits_for_nodes_goes_on_telling(model, on_ray, monkeypatch):
