@@ -160,7 +160,14 @@ def test_int8_says_what_float32_says_within_its_steps(done: tuple[Outcome, Path]
 def test_again_is_the_same_and_nothing_is_overwritten(done: tuple[Outcome, Path], model: str, shards: dict[str, str]) -> None:
     outcome, out = done
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert run(quantize_job(model, shards, out)).facts["digest"] == outcome.facts["digest"]
+    again = run(quantize_job(model, shards, out))
+    assert again.lines[0] == "nothing to do: the artifact is there"
+    told = again.facts["metrics"]
+    assert f"{told['speedup']:.2f} x as fast" in again.lines[1]
+    assert again.facts == {name: outcome.facts[name] for name in ("where", "digest", "parent", "metrics")}
+    another = run(quantize_job(model, shards, out, gate={"max_accuracy_loss": "40%", "min_speedup": 0.01}))
+    assert another.facts["digest"] == outcome.facts["digest"], "another gate is measured by, and nothing is made anew"
+    assert another.lines[0] != again.lines[0]
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     with pytest.raises(ModelError, match=r"made of something else; required: nothing, or sha256:.* Take an empty folder"):
         run(quantize_job(model, shards, Path(model)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -76,6 +77,11 @@ def image_rows(wanted: Input, *, label: str | None = None, most: int | None = No
             yield images
             if not share:
                 break
+
+
+def listing(wanted: Input) -> list[list[Any]]:
+    """URI, size and etag of every input: what a job's key is made of, beside what it says."""
+    return [[item.uri, item.size, item.etag] for item in list_inputs(open_input(wanted), wanted).inputs]
 
 
 def _evenly(inputs: list[Object], most: int) -> list[Object]:

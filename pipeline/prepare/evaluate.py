@@ -19,12 +19,11 @@ import pyarrow as pa
 import torch
 
 from pipeline.artifact import Artifact
-from pipeline.cut import list_inputs
 from pipeline.errors import JobError, ModelError, UnfitError
 from pipeline.job.arithmetic import engine_for
 from pipeline.job.recipe import EvaluateJob, Measured
 from pipeline.prepare.answer import TRUTH, Evaluator, Mistake, mistakes
-from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, image_rows, label_texts
+from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, image_rows, label_texts, listing
 from pipeline.prepare.evaluation import (
     VERSION,
     Images,
@@ -43,7 +42,6 @@ from pipeline.prepare.metrics import agreement, measure
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.spec import ModelSource
 from pipeline.start import load_source
-from pipeline.storage import open_input
 
 EVERY_S = 10.0
 
@@ -211,8 +209,7 @@ def _check_classes(model: Artifact, other: Artifact, *, uri: str) -> None:
 def _subject(job: EvaluateJob, model: Artifact, other: Artifact | None) -> Record:
     """What is measured: the models by digest, with what computes; the images by what a listing says of their shards."""
     wanted = job.data.input
-    listing = list_inputs(open_input(wanted), wanted).inputs
-    inputs = json.dumps([[item.uri, item.size, item.etag] for item in listing])
+    inputs = json.dumps(listing(wanted))
 
     def subject(source: ModelSource, artifact: Artifact) -> Record:
         engine = engine_for(source.engine, source.precision, gpu=job.gpus > 0)

@@ -7,7 +7,9 @@ or carry no label are left out and counted; a label that is no class is an error
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,9 +26,10 @@ from pipeline.engines.scores import Wanted
 from pipeline.errors import JobError, ModelError
 from pipeline.job.recipe import QuantizeJob
 from pipeline.model.describe import file_sizes
+from pipeline.model.preprocessing import PREPROCESSING_VERSION
 from pipeline.prepare.calibrate import calibrate, cpu_saturates, quantize, schemes
 from pipeline.prepare.card import folder_name, model_card
-from pipeline.prepare.data import MAX_PIXELS, NO_LABEL, LeftOut, class_index, image_rows, label_texts
+from pipeline.prepare.data import MAX_PIXELS, NO_LABEL, LeftOut, class_index, image_rows, label_texts, listing
 from pipeline.prepare.gate import BATCH, FLOAT32, Batch, Measurement, best_of, measure
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.preprocess import Preprocess
@@ -39,11 +42,14 @@ _LIMIT = "Accuracy and speed at int8 are those of one kind of CPU: without VNNI,
 
 
 def run_job(job: QuantizeJob, *, say: Say, command: str) -> Outcome:
-    """Quantize, measure, publish. Raises ModelError when no candidate passes the gate (nothing is written then) or the artifact
-    is quantized already, JobError for images or labels that do not serve."""
+    """Quantize, measure, publish; what this very job has published on such a CPU is not made again. Raises ModelError when no
+    candidate passes the gate (nothing is written then) or the artifact is quantized already, JobError for images or labels that
+    do not serve."""
     source = _source(job)
-    _check_free(job, source)
     threads, saturates = job.threads or torch.get_num_threads(), cpu_saturates()
+    key = _key(job, source, saturates=saturates)
+    if (standing := _standing(job, source)) is not None and standing.origin.data.get("job") == key:
+        return _outcome(job, standing, ("nothing to do: the artifact is there", _told(standing.origin.metrics)))
     images = _Images(job, source, threads)
     float32 = float32_graph(source)
     say(f"calibrating on up to {job.calibration_images} images")
@@ -59,14 +65,22 @@ def run_job(job: QuantizeJob, *, say: Say, command: str) -> Outcome:
         for line in _table(measured, None):
             say(line)
         raise _refusal(job, measured)
-    facts = images.facts() | {"scheme": best.name, "threads": threads, "vnni": not saturates, **_how()}
+    facts = images.facts() | {"job": key, "scheme": best.name, "threads": threads, "vnni": not saturates, **_how()}
     origin = Origin(parents=(source.digest,), data=facts, metrics=_metrics(measured[0], best), command=command)
     artifact = with_files({**source.files, INT8: candidates[best.name]}, origin=origin)
     card = model_card(artifact, name=folder_name(job.output.uri), limits=[_LIMIT])
     artifact = save_artifact(artifact, job.output.uri, job.output.s3, card=card)
     for line in images.warnings():
         say(line)
-    return _outcome(job, artifact, measured, best)
+    rows = [asdict(one) | {"accuracy": one.accuracy, "agreement": one.agreement, "best": one is best} for one in measured]
+    return _outcome(job, artifact, _passed(job, measured, best), float32=rows[0], candidates=rows[1:])
+
+
+def _key(job: QuantizeJob, source: Artifact, *, saturates: bool) -> str:
+    """12 hex digits that name the work: the job but for name and places, the images as they are, the source, the CPU's kind."""
+    what = job.model_dump(mode="json", exclude_defaults=True, exclude={"name", "output", "model"})
+    whole = [what, listing(job.calibration), listing(job.data.input), source.digest, saturates, PREPROCESSING_VERSION]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _source(job: QuantizeJob) -> Artifact:
@@ -76,19 +90,21 @@ def _source(job: QuantizeJob) -> Artifact:
     return artifact
 
 
-def _check_free(job: QuantizeJob, source: Artifact) -> None:
-    """Minutes before `save_artifact` would find it: the output must be new, or what an earlier run of this job made."""
+def _standing(job: QuantizeJob, source: Artifact) -> Artifact | None:
+    """What an earlier run has made of this source. That something else stands there is told now, not minutes later by
+    `save_artifact`."""
     store = open_store(job.output.uri, job.output.s3)
     if head_if_there(store, join(job.output.uri, RECORD)) is None:
         for name in file_sizes(job.output.uri, job.output.s3):  # a kill while saving leaves the source's own files
             if name != INT8 and store.read(join(job.output.uri, name)) != source.files.get(name):
                 got = f"{job.output.uri}: holds another {name}"
                 raise ModelError(got, need=f"nothing, or {source.digest} quantized", do="Take an empty folder")
-        return
+        return None
     standing = load_artifact(job.output.uri, job.output.s3, weights=False)
     if not standing.quantized or standing.origin.parents != (source.digest,):
         got = f"{job.output.uri}: holds {standing.digest}, made of something else"
         raise ModelError(got, need=f"nothing, or {source.digest} quantized", do="Take an empty folder")
+    return standing
 
 
 def float32_graph(source: Artifact) -> bytes:
@@ -209,15 +225,24 @@ def _table(measured: Sequence[Measurement], best: Measurement | None) -> tuple[s
     return tuple(lines)
 
 
-def _outcome(job: QuantizeJob, artifact: Artifact, measured: Sequence[Measurement], best: Measurement) -> Outcome:
+def _passed(job: QuantizeJob, measured: Sequence[Measurement], best: Measurement) -> tuple[str, ...]:
     limits = f"at most {100 * job.gate.max_accuracy_loss:.2f} and at least {job.gate.min_speedup:g} x"
-    lines = (
-        *_table(measured, best),
-        f"passed  {best.name}: {_lost(best, measured[0])}, {best.speedup:.2f} x as fast, on {best.images} images ({limits})",
+    how = f"{_lost(best, measured[0])}, {best.speedup:.2f} x as fast, on {best.images} images ({limits})"
+    return *_table(measured, best), f"passed  {best.name}: {how}"
+
+
+def _told(metrics: Mapping[str, float]) -> str:
+    return (
+        f"int8    right on {metrics['accuracy_int8']:.2%}, float32 on {metrics['accuracy_float32']:.2%}; "
+        f"{metrics['speedup']:.2f} x as fast"
+    )
+
+
+def _outcome(job: QuantizeJob, artifact: Artifact, lines: tuple[str, ...], **rows: Any) -> Outcome:
+    tail = (
         f"where   {job.output.uri}",
         f"digest  {artifact.digest}",
         f"next    in a labelling job: model: {{uri: {job.output.uri}, precision: int8}}, then nightlabel run JOB",
     )
-    rows = [asdict(one) | {"accuracy": one.accuracy, "agreement": one.agreement, "best": one is best} for one in measured]
     facts = {"where": job.output.uri, "digest": artifact.digest, "parent": artifact.origin.parents[0]}
-    return Outcome(lines, {**facts, "float32": rows[0], "candidates": rows[1:], "metrics": _metrics(measured[0], best)})
+    return Outcome((*lines, *tail), {**facts, **rows, "metrics": artifact.origin.metrics})

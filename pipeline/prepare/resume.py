@@ -13,20 +13,18 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from pipeline.artifact import RECORD, Artifact, load_artifact, save_artifact
-from pipeline.cut import list_inputs
 from pipeline.errors import JobError
 from pipeline.job.training import TrainingJob
 from pipeline.model.describe import file_sizes
 from pipeline.model.preprocessing import PREPROCESSING_VERSION
 from pipeline.prepare.card import folder_name, model_card
 from pipeline.prepare.checkpoint import LAST
+from pipeline.prepare.data import listing
 from pipeline.prepare.outcome import Outcome
 from pipeline.prepare.train import Worker
-from pipeline.spec import Input
-from pipeline.storage import head_if_there, join, open_input, open_store
+from pipeline.storage import head_if_there, join, open_store
 
 
 def job_key(job: TrainingJob, parents: list[str]) -> str:
@@ -36,13 +34,9 @@ def job_key(job: TrainingJob, parents: list[str]) -> str:
         mode="json", exclude_defaults=True, exclude={"name", "output", "workers", "model", "teacher", "student"}
     )
     inputs = [input_ for input_ in (job.data.train, job.data.validation) if input_ is not None]
-    listed = [item for input_ in inputs for item in _listing(input_)]
+    listed = [item for input_ in inputs for item in listing(input_)]
     whole = [what, listed, parents, job.workers.count, PREPROCESSING_VERSION]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _listing(wanted: Input) -> list[list[Any]]:
-    return [[item.uri, item.size, item.etag] for item in list_inputs(open_input(wanted), wanted).inputs]
 
 
 def finished(job: TrainingJob, key: str, worker: Worker) -> Outcome | None:
