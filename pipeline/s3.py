@@ -119,7 +119,8 @@ class S3Store:
 
         async def attempt(client: Any) -> bool:
             checksum = _checksum(data, plain=client.meta.config.request_checksum_calculation == "when_required")
-            await client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", **checksum, **self._payer)
+            request = {"Bucket": bucket, "Key": key, "IfNoneMatch": "*", **checksum, **self._encryption, **self._payer}
+            await client.put_object(Body=data, **request)
             return True
 
         try:
@@ -146,6 +147,11 @@ class S3Store:
     @property
     def _payer(self) -> dict[str, str]:
         return {"RequestPayer": "requester"} if self.options.requester_pays else {}
+
+    @property
+    def _encryption(self) -> dict[str, str]:
+        asked = {"ServerSideEncryption": self.options.encryption, "SSEKMSKeyId": self.options.kms_key}
+        return {name: value for name, value in asked.items() if value}
 
     def _filesystem(self) -> Any:
         if (found := self._clients.get(os.getpid())) is not None:

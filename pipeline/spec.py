@@ -32,6 +32,10 @@ class S3(Model):
     """Read without credentials (public buckets)."""
     requester_pays: bool = False
     """Accept the transfer cost of a requester-pays bucket."""
+    encryption: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = None
+    """What new objects are to be encrypted with, for a bucket whose policy demands that it is said; else as the bucket has it."""
+    kms_key: Word | None = None
+    """ID or ARN of the key for `aws:kms`; the account's own when absent."""
 
     @property
     def server(self) -> str | None:

@@ -102,6 +102,15 @@ def test_a_create_is_one_plain_body_with_its_checksum_in_front(s3: Seaweed, sche
     assert {"transfer-encoding", "content-encoding", "x-amz-trailer"}.isdisjoint(sent)
 
 
+def test_what_a_bucket_wants_said_is_said_of_new_objects(s3: Seaweed) -> None:
+    wire = Wire(S3(endpoint=s3.endpoint, encryption="aws:kms", kms_key="alias/labels", requester_pays=True))
+    sent = wire.headers(wire.store.create, "s3://bucket/x", DATA)
+    said = {name: sent.get(f"x-amz-{name}") for name in ("server-side-encryption", "server-side-encryption-aws-kms-key-id")}
+    assert said == {"server-side-encryption": "aws:kms", "server-side-encryption-aws-kms-key-id": "alias/labels"}
+    assert sent["x-amz-request-payer"] == "requester"
+    assert "x-amz-server-side-encryption" not in wire.headers(wire.store.read, "s3://bucket/x"), "S3 refuses it there"
+
+
 def test_where_newer_checksums_are_refused_the_oldest_is_sent(
     s3: Seaweed, proxy: FaultProxy, store: S3Store, monkeypatch
 ) -> None:

@@ -126,6 +126,8 @@ def _options(s3: S3) -> dict[str, str]:
     options = {"AWS_REGION": s3.region or os.environ.get("AWS_REGION") or "us-east-1"}
     options |= {"AWS_ENDPOINT_URL": endpoint} if endpoint else {}
     options |= {"AWS_ALLOW_HTTP": "true"} if endpoint and endpoint.startswith("http://") else {}
+    options |= {"AWS_SERVER_SIDE_ENCRYPTION": s3.encryption} if s3.encryption else {}
+    options |= {"AWS_SSE_KMS_KEY_ID": s3.kms_key} if s3.kms_key else {}
     return options | ({"AWS_REQUEST_PAYER": "true"} if s3.requester_pays else {})
 
 
