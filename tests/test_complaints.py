@@ -201,7 +201,8 @@ def test_a_job_that_labels(lines: str, told: str):
         (
             "evaluate",
             "data: {input: {uri: in/, format: images}}",
-            "j:4: data: loose images carry no labels; required: webdataset or parquet. Pack them with their labels.",
+            "j:4: data: label is cls, and loose images have no sidecars; required: folder, the one that each lies in. Set label: "
+            "folder, or pack them with their labels.",
         ),
         (
             "evaluate",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from seaweed import Seaweed
 from shards import tar_bytes
 from trainings import SMALL, picture, write_shards
 
@@ -32,6 +33,7 @@ from pipeline.prepare.images import (
     split,
 )
 from pipeline.spec import Input
+from pipeline.storage import open_store
 
 STILL = Augment(crop=(1, 1), flip=False)
 
@@ -92,6 +94,21 @@ def test_a_number_of_loose_images_is_taken_from_the_first_to_the_last(tmp_path: 
         (tmp_path / f"{number}.png").write_bytes(picture(number))
     tables = image_rows(Input(uri=str(tmp_path), format="images"), most=5)
     assert [key for table in tables for key in table["key"].to_pylist()] == ["0.png", "2.png", "4.png", "6.png", "8.png"]
+
+
+def test_loose_images_have_the_label_of_the_folder_that_they_lie_in(tmp_path: Path, s3: Seaweed):
+    bucket = f"s3://{s3.bucket()}"
+    store = open_store(bucket, s3.options)
+    for number, name in enumerate(["rose/a/1.png", "rose/b/1.png", "tulip/1.png", "tulip/2.png", "tulip/broken.jpg"]):
+        data = b"hello" if "broken" in name else picture(number)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+        assert store.create(f"{bucket}/{name}", data)
+    places = {"uri": str(tmp_path)}, {"uri": f"{bucket}/", "s3": s3.options}, {"uri": [f"{tmp_path}/rose", f"{tmp_path}/tulip"]}
+    for place in places:
+        found = read_images(Input(format="images", **place), label="folder")
+        assert (found.texts, found.left_out.counts) == (["a", "b", "tulip", "tulip"], {"NOT_AN_IMAGE": 1}), place
+    assert find_classes(found.texts, (), where="x") == ("a", "b", "tulip")
 
 
 def test_nothing_to_train_on_and_broken_shards_are_one_sentence(tmp_path: Path):

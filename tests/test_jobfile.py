@@ -203,9 +203,15 @@ def test_a_working_folder_that_reads_as_a_glob_is_a_sentence(tmp_path, monkeypat
     assert parse_job(SIX_LINES.replace(b"photos/", b"/data/*.tar")).from_root().input.uris == ("/data/*.tar",)
 
 
-def test_loose_images_cannot_be_measured_with():
-    text = b"kind: evaluate\nname: x\nmodel: {uri: m}\ndata: {input: {uri: a, format: images}}\noutput: {uri: o}\n"
-    assert "data: loose images carry no labels; required: webdataset or parquet" in refusal(b"", text)
+def test_loose_images_have_the_label_of_their_folder_alone():
+    text = b"kind: evaluate\nname: x\nmodel: {uri: m}\ndata: {input: {uri: a, format: images}%s}\noutput: {uri: o}\n"
+    assert "data: label is cls, and loose images have no sidecars; required: folder" in refusal(b"", text % b"")
+    assert parse_job(text % b", label: folder").data.label == "folder"
+    train = b"kind: %s\nname: x\n%sdata: {%s}\noutput: {uri: o}\n"
+    for data in (b"train: {uri: a, format: images}", b"train: {uri: a}, validation: {uri: b, format: images}"):
+        assert "data: label is cls, and loose images" in refusal(b"", train % (b"finetune", b"", data))
+    distill = train % (b"distill", b"teacher: {uri: t}\n", b"train: {uri: a, format: images}, label: null")
+    assert parse_job(distill).data.label is None
 
 
 LABELLED = {

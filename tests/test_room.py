@@ -144,6 +144,21 @@ def test_sidecars_take_no_room_and_one_large_shard_is_refused_when_it_no_longer_
         read_images(Input(uri=str(tmp_path / "a.tar")), label="cls")
 
 
+def test_loose_images_are_refused_at_once_and_not_before(tmp_path: Path, blocks: list[str], monkeypatch: pytest.MonkeyPatch):
+    for number in range(200):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    wanted = Input(uri=str(tmp_path), format="images")
+    monkeypatch.setattr(room, "ENOUGH", 1)
+    short_of_memory(monkeypatch, memory=int(1.2 * bytes_of(str(tmp_path))), disk=0)
+    assert len(read_images(wanted, label="folder").texts) == 200
+    read = len(blocks)
+    assert read > 1, "blocks"
+    short_of_memory(monkeypatch, memory=bytes_of(str(tmp_path)), disk=0)
+    with pytest.raises(JobError, match="of memory are free"):
+        read_images(wanted, label="folder")
+    assert len(blocks) == read + 1
+
+
 def test_pixels_to_validate_with_are_decoded_anew_where_they_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found = labelled(read_images(Input(uri=write_shards(tmp_path / "in", 32)), label="cls"), ("0", "1"), where="x")
     results = []

@@ -23,6 +23,16 @@ def _label(value: str) -> str:
 
 
 Label = Annotated[Word, AfterValidator(_label)]
+FOLDER = "folder"  # the label of loose images
+
+
+def check_label(label: str | None, wanted: Input) -> None:
+    """Raises ValueError for a label that loose images cannot have."""
+    if wanted.format == "images" and label not in (FOLDER, None):
+        got = f"label is {label}, and loose images have no sidecars"
+        raise ValueError(
+            f"{got}; required: {FOLDER}, the one that each lies in. Set label: {FOLDER}, or pack them with their labels"
+        )
 
 
 class Start(Model):
@@ -60,14 +70,13 @@ class Measured(Model):
     input: Input
     """Where the images are."""
     label: Label = "cls"
-    """Sidecar or column that holds the label, a class name or its number."""
+    """Sidecar or column that holds the label, a class name or its number; of loose images `folder`, the one that they lie in."""
     images: Count | None = None
     """At most this many, alike from the front of 16 shards; in shards of one class each that is 16 classes."""
 
     @model_validator(mode="after")
     def _labelled(self) -> Measured:
-        if self.input.format == "images":
-            raise ValueError("loose images carry no labels; required: webdataset or parquet. Pack them with their labels")
+        check_label(self.label, self.input)
         return self
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.job.quantity import Count, Fraction, Model, Positive, between, in_percent
-from pipeline.job.recipe import Label, Preparation, Start
+from pipeline.job.recipe import Label, Preparation, Start, check_label
 from pipeline.model.preprocessing import Preprocessing, Resample
 from pipeline.spec import Input
 
@@ -58,9 +58,16 @@ class Data(Model):
     """Share of every class held back when there is no `validation`, drawn by the images' bytes: when shards come, those that were
     held back stay so, but for a few in a hundred."""
     label: Label | None = "cls"
-    """Sidecar or column with the label, a class name or its number in `classes`; null, for distill: there are none."""
+    """Sidecar or column with the label, a class name or its number in `classes`; of loose images `folder`, the one that they lie
+    in; null, for distill: there are none."""
     classes: tuple[str, ...] = ()
     """Names in the order of their numbers; absent: the model's if the labels are just those, else those found, sorted."""
+
+    @model_validator(mode="after")
+    def _labelled(self) -> Self:
+        for wanted in filter(None, (self.train, self.validation)):
+            check_label(self.label, wanted)
+        return self
 
 
 class Augment(Model):
@@ -166,8 +173,6 @@ class _Trains(Preparation):
             raise ValueError(f"training.augment.crop is {low} to {high}; required: over 0, the smaller first. Turn them round")
         if len(set(self.data.classes)) < len(self.data.classes):
             raise ValueError("data.classes names a class twice; required: every class once. Leave one out")
-        if "images" in (self.data.train.format, self.data.validation.format if self.data.validation else ""):
-            raise ValueError("data: loose images carry no labels; required: webdataset or parquet. Pack them with their labels")
         return self
 
 

@@ -60,7 +60,7 @@ def image_rows(wanted: Input, *, label: str | None = None, most: int | None = No
 
     Raises what an end row says about a unit that cannot be read: InputError, or what may be the store's fault.
     """
-    wanted = wanted.model_copy(update={"keep": (label,) if label else ()})
+    wanted = wanted.model_copy(update={"keep": (label,) if label and wanted.format != "images" else ()})
     store = open_input(wanted)
     inputs = list_inputs(store, wanted).inputs
     if most is None or wanted.format == "images":
@@ -99,7 +99,16 @@ def _rows(store: Store, wanted: Input, inputs: list[Object], *, label: str | Non
                     raise kind(end["error"].rstrip("."))
             images = table.filter(pc.is_valid(table["key"]))
             if images.num_rows:
-                yield _with_texts(images, label) if label else images
+                yield _with_labels(images, wanted, label)
+
+
+def _with_labels(images: pa.Table, wanted: Input, label: str | None) -> pa.Table:
+    if label is None:
+        return images
+    if wanted.format == "images":
+        folders = [source.rpartition("/")[0].rpartition("/")[2] for source in images["source"].to_pylist()]
+        return images.append_column(label, pa.array(folders, pa.string()))
+    return _with_texts(images, label)
 
 
 def _with_texts(images: pa.Table, label: str) -> pa.Table:

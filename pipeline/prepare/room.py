@@ -29,7 +29,7 @@ class Room:
     def __init__(self, wanted: Input, *, folder: Path | None, beside: int, say: Say) -> None:
         self._sizes = {item.uri: item.size for item in list_inputs(open_input(wanted), wanted).inputs}
         self._where, self._say, self._beside = ", ".join(wanted.uris), say, beside
-        self._total = sum(self._sizes.values())
+        self._total, self._loose = sum(self._sizes.values()), wanted.format == "images"
         memory, disk = free_memory(), 0 if folder is None else free_disk(folder)
         self.in_memory = memory is None or self._total * beside <= _EASILY * memory or disk <= memory
         self._free, self._of = (memory, "memory") if self.in_memory else (disk, f"the disk of {folder}")
@@ -38,13 +38,16 @@ class Room:
 
     def add(self, source: str, *, images: int, held: int) -> None:
         """So many more, of `held` bytes, from the shard `source`; says how far it is now and then. Raises JobError as soon as it
-        is clear that they will not all fit."""
+        is clear that they will not all fit: of loose images at once."""
         if source != self._source:
             self._finished += self._sizes.get(self._source, 0)
             self._held_of_finished, self._source = self._held, source
         self._images += images
         self._held += held
-        grown = self._held_of_finished / self._finished * self._total if self._finished >= ENOUGH else 0
+        if self._loose:  # many are in a block, and each takes what it is
+            grown, self._finished = float(self._total), self._held
+        else:
+            grown = self._held_of_finished / self._finished * self._total if self._finished >= ENOUGH else 0
         self._check(max(grown, self._held))
         if time.monotonic() - self._told > EVERY_S:
             self._told = time.monotonic()
