@@ -64,8 +64,8 @@ def read(uri: str, endpoint: str) -> int:
     from pipeline.spec import S3, Input
     from pipeline.unit import Part, Unit
 
-    wanted = Input(uri=uri, s3=S3(endpoint=endpoint, region="us-east-1"))
-    store = _store("s3://", wanted.s3)
+    wanted = Input(uri=uri.rpartition("/")[0] + "/", s3=S3(endpoint=endpoint, region="us-east-1"))  # of all: one client
+    store = _store(wanted)
     item = store.head(uri)
     rows = 0
     for table in read_unit(store, Unit((Part(item.uri, item.etag, item.size),)), wanted=wanted):
