@@ -15,7 +15,7 @@ from trainings import SMALL, picture, tiny_network, write_shards
 
 from pipeline.errors import JobError, StoreError
 from pipeline.job.training import Data, Training
-from pipeline.prepare import data, images, room
+from pipeline.prepare import data, images, room, train
 from pipeline.prepare.dataset import read_data
 from pipeline.prepare.images import labelled, read_images
 from pipeline.prepare.learner import CrossEntropy, Learner
@@ -128,6 +128,11 @@ def test_the_larger_of_disk_and_memory_is_taken_and_a_full_one_is_a_sentence(tmp
     short_of_memory(monkeypatch)
     with pytest.raises(StoreError, match="a place for checkpoints"):
         read_images(wanted, label="cls", shelf=Shelf(tmp_path / "file/c"))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/train-0.arrow").symlink_to("/dev/full")
+    with pytest.raises(StoreError, match=r"train-0\.arrow: No space left on device; required: a place for checkpoints"):
+        read_images(wanted, label="cls", shelf=Shelf(tmp_path / "d"))
+    assert list((tmp_path / "d").iterdir()) == []
 
 
 def test_sidecars_take_no_room_and_one_large_shard_is_refused_when_it_no_longer_fits(
@@ -161,7 +166,8 @@ def test_loose_images_are_refused_at_once_and_not_before(tmp_path: Path, blocks:
 
 def test_pixels_to_validate_with_are_decoded_anew_where_they_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found = labelled(read_images(Input(uri=write_shards(tmp_path / "in", 32)), label="cls"), ("0", "1"), where="x")
-    results = []
+    results, once = [], list[int]()
+    monkeypatch.setattr(train, "in_memory", lambda held: once.append(len(held)) or images.in_memory(held))
     for name, memory in (("held", 10**9), ("anew", 1)):
         monkeypatch.setattr(room, "free_memory", lambda memory=memory: memory)
         torch.manual_seed(0)
@@ -170,6 +176,7 @@ def test_pixels_to_validate_with_are_decoded_anew_where_they_do_not_fit(tmp_path
         results.append(fit(learner, (found, found), preprocessing=SMALL, worker=worker, folder=folder, say=silent))
     kept = [[replace(epoch, seconds=0.0) for epoch in result.epochs] for result in results]
     assert kept[0] == kept[1]
+    assert once == [32], "the second time they are not held"
 
 
 def test_a_long_reading_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

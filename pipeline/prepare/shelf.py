@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -115,7 +116,8 @@ class FilePlace(Place):
         self._writer = ipc.new_file(self._file, _SCHEMA)
 
     def __exit__(self, *failed: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a full disk, again; what is to be kept was flushed by `found`
+            self._file.close()
         if failed[0] is not None:
             self._images.unlink(missing_ok=True)
             self._record.unlink(missing_ok=True)
