@@ -11,7 +11,10 @@ import hypothesis
 import pytest
 
 if TYPE_CHECKING:
+    from faults import FaultProxy
     from seaweed import Seaweed
+
+    from pipeline.s3 import S3Store
 
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # read when Ray is imported, as `pipeline.label` sees to it
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,3 +77,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     import models
 
     return models.small_artifact(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def proxied(s3: Seaweed) -> Iterator[tuple[FaultProxy, S3Store]]:
+    """A proxy before the S3 server that can misbehave, and a store behind it that loses patience after 1 s."""
+    from faults import fault_proxy
+
+    from pipeline.s3 import S3Store
+    from pipeline.spec import S3
+
+    with fault_proxy(s3.port) as running:
+        yield running, S3Store(S3(endpoint=running.endpoint, region="us-east-1"), backoff=0.001, timeouts=(1.0, 1.0))
+
+
+@pytest.fixture
+def proxy(proxied: tuple[FaultProxy, S3Store]) -> FaultProxy:
+    proxied[0].forget()
+    return proxied[0]

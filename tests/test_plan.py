@@ -471,12 +471,18 @@ def test_validate_names_open_runs_and_damaged_manifests(tmp_path):
         assert ["manifest.json: not a manifest" in problem for problem in validate(log)[1]] == [True], damaged
 
 
-def test_the_newest_version_of_a_unit_counts_and_every_one_is_validated(tmp_path):
-    log = log_at(tmp_path)
-    plan = make_plan(log, objects("a", "b", "c"))
+def finished(folder: Path, *names: str) -> tuple[Log, Plan]:
+    """A run of these inputs that is over."""
+    log = log_at(folder)
+    plan = make_plan(log, objects(*names))
     for unit in plan.units:
         commit(log, unit)
     finish(log, plan)
+    return log, plan
+
+
+def test_the_newest_version_of_a_unit_counts_and_every_one_is_validated(tmp_path):
+    log, plan = finished(tmp_path, "a", "b", "c")
     retried, other = plan.units
     for number, failed in ((1, 0), (2, 2)):
         assert to_plan(log, ("CORRUPT",)).number == number
@@ -544,11 +550,7 @@ def test_rows_that_are_in_two_committed_units_are_told_and_ranges_that_meet_are_
 
 
 def test_a_manifest_is_held_against_its_units(tmp_path):
-    log = log_at(tmp_path)
-    plan = make_plan(log, objects("a", "b", "c"))
-    for unit in plan.units:
-        commit(log, unit)
-    finish(log, plan)
+    log, plan = finished(tmp_path, "a", "b", "c")
     manifest = Path(log.run_key(plan.run_id, "manifest.json"))
     for name in ("in", "ok", "failed"):
         manifest.write_text(json.dumps({"rows": {"in": 8, "ok": 6, "failed": 2} | {name: 0}}))

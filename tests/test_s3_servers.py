@@ -8,13 +8,13 @@ import dataclasses
 import hashlib
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import Fault, FaultProxy, fault_proxy
+from faults import Fault, FaultProxy
 from fsspec.asyn import sync
 from seaweed import ACCESS_KEY, SECRET_KEY, Seaweed
 
@@ -26,21 +26,9 @@ from pipeline.storage import Object
 DATA = bytes(range(250)) * 4_000
 
 
-@pytest.fixture(scope="module")
-def shared(s3: Seaweed) -> Iterator[tuple[FaultProxy, S3Store]]:
-    with fault_proxy(s3.port) as running:
-        yield running, S3Store(S3(endpoint=running.endpoint, region="us-east-1"), backoff=0.001, timeouts=(1.0, 1.0))
-
-
 @pytest.fixture
-def proxy(shared: tuple[FaultProxy, S3Store]) -> FaultProxy:
-    shared[0].forget()
-    return shared[0]
-
-
-@pytest.fixture
-def store(shared: tuple[FaultProxy, S3Store]) -> S3Store:
-    return shared[1]
+def store(proxied: tuple[FaultProxy, S3Store]) -> S3Store:
+    return proxied[1]
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import IncompleteReadError
-from faults import Fault, FaultProxy, fault_proxy
+from faults import Fault, FaultProxy
 from seaweed import Seaweed
 
 from pipeline.errors import InputChanged, InputMissing, PermissionDenied, StoreError, Temporary, Unidentified
@@ -290,18 +290,6 @@ class Heedless:
 
 
 # S3 through a proxy
-
-
-@pytest.fixture(scope="module")
-def proxied(s3: Seaweed) -> Iterator[tuple[FaultProxy, S3Store]]:
-    with fault_proxy(s3.port) as running:
-        yield running, S3Store(S3(endpoint=running.endpoint, region="us-east-1"), backoff=0.01, timeouts=(1.0, 1.0))
-
-
-@pytest.fixture
-def proxy(proxied: tuple[FaultProxy, S3Store]) -> FaultProxy:
-    proxied[0].forget()
-    return proxied[0]
 
 
 @pytest.fixture
