@@ -6,6 +6,7 @@ border means reading the tar. Without opening shards the number of images is unk
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 #: What reading a Parquet file may raise; a ValueError also where the footer names a column in bytes that are not UTF-8.
 UNREADABLE = (pa.ArrowException, OSError, ValueError)
+_BRACES = re.compile(r"\{[^{}]*(?:,|\.\.)[^{}]*\}")
 _SUFFIX = {"webdataset": frozenset({"tar"}), "parquet": frozenset({"parquet", "pq"}), "images": IMAGE_SUFFIXES}
 
 
@@ -58,44 +60,68 @@ def list_inputs(store: Store, wanted: Input, *, some: bool = False) -> Listing:
     """Every input once. Raises InputMissing: a prefix that is absent or holds nothing of the format, with `some` only when there
     is no input at all; JobError: see `absolute_input`."""
     found: dict[str, Object] = {}
-    others: dict[str, Object] = {}
+    others: dict[str, str] = {}
     missing: dict[str, InputMissing] = {}
     for uri in wanted.uris:
         fitting: dict[str, Object] = {}
-        other: dict[str, Object] = {}
+        other: dict[str, str] = {}
+        named = frozenset(absolute(uri).split("/"))
         try:
             for item in store.list(absolute_input(uri)):
-                (fitting if _suffix(item.uri) in _SUFFIX[wanted.format] else other)[item.uri] = item
+                kind = (_writers_folder(item.uri, named) if wanted.format == "parquet" else "") or _suffix(item.uri)
+                if kind in _SUFFIX[wanted.format]:
+                    fitting[item.uri] = item
+                else:
+                    other[item.uri] = kind
             if not fitting:
                 raise _nothing(uri, wanted, other)
         except InputMissing as error:
-            missing[uri] = error
+            missing[uri] = _unexpanded(uri, error)
         found |= fitting
         others |= other
     if missing and not (some and found):
         raise next(iter(missing.values()))
-    return Listing([found[uri] for uri in sorted(found)], _by_suffix(others), missing)
+    return Listing([found[uri] for uri in sorted(found)], _by_kind(others), missing)
 
 
-def _nothing(uri: str, wanted: Input, other: Mapping[str, Object]) -> InputMissing:
+def _nothing(uri: str, wanted: Input, other: Mapping[str, str]) -> InputMissing:
     suffixes = _SUFFIX[wanted.format]
-    there = f"{count_suffixes(_by_suffix(other))}, no {wanted.format}" if other else "nothing there"
+    there = f"{count_suffixes(_by_kind(other))}, no {wanted.format}" if other else "nothing there"
     need = f"names that end in .{' or .'.join(sorted(suffixes))}" if len(suffixes) < 5 else "names of images, such as .jpg"
     do = "Check input.uri and input.format" + ("; a bracket in a name is written [[]" if "[" in uri else "")
     return InputMissing(f"{uri}: {there}", need=need, do=do)
 
 
+def _unexpanded(uri: str, error: InputMissing) -> InputMissing:
+    """The error, with a word on braces, in which WebDataset writes a range of shards and a shell a choice."""
+    if not _BRACES.search(uri):
+        return error
+    do = "Braces are not expanded: give a glob such as shard-*.tar, or a list"
+    return InputMissing(error.got, need=error.need, do=do)
+
+
 def count_suffixes(counts: Mapping[str, int]) -> str:
-    """`5 objects (3 .tgz, 2 .txt)`, the commonest first."""
-    named = [f"{count:,} {f'.{suffix}' if suffix else 'without suffix'}" for suffix, count in list(counts.items())[:5]]
+    """`5 objects (3 .tgz, 1 .txt, 1 in _temporary/)`, the commonest first."""
+    named = [f"{count:,} {_spoken(kind)}" for kind, count in list(counts.items())[:5]]
     rest = sum(list(counts.values())[5:])
     total = sum(counts.values())
     more = [f"{rest:,} others"] if rest else []
     return f"{total:,} {'object' if total == 1 else 'objects'} ({', '.join(named + more)})"
 
 
-def _by_suffix(objects: Iterable[str]) -> dict[str, int]:
-    return dict(Counter(_suffix(uri) for uri in objects).most_common())
+def _spoken(kind: str) -> str:
+    return f"in {kind}" if kind.endswith("/") else f".{kind}" if kind else "without suffix"
+
+
+def _by_kind(others: Mapping[str, str]) -> dict[str, int]:
+    return dict(Counter(others.values()).most_common())
+
+
+def _writers_folder(uri: str, named: frozenset[str]) -> str:
+    """The folder that a file lies in and whose name begins with `_`: Spark's `_temporary/`, of what is not written yet, or
+    Delta's `_delta_log/`. Spark and Arrow read nothing there. One with `=` is a partition; one in `named` is meant."""
+    folders = uri.split("/")[:-1] if "/_" in uri else []
+    return next((f"{name}/" for name in folders if name.startswith("_") and "=" not in name and name not in named), "")
 
 
 def _suffix(uri: str) -> str:
@@ -189,7 +215,7 @@ def check_columns(schema: pa.Schema, wanted: Input, uri: str) -> None:
     kind = schema.field(wanted.image_column).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)):
+    if plain_type(kind) != pa.binary():
         need = "encoded images as binary or struct<bytes: binary, path: string>"
         raise JobError(
             f"{uri}: column {wanted.image_column} is {kind}", need=need, do="Name another image_column, or encode the images"

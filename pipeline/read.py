@@ -203,7 +203,8 @@ def _image_table(table: pa.Table, *, uri: str, wanted: Input, first: int, seen: 
 def _texts(column: pa.ChunkedArray) -> list[str | None]:
     """Keys as text; bytes that are not UTF-8 are spelt out."""
     column = column.cast(plain_type(column.type))
-    if pa.types.is_string(column.type) or pa.types.is_binary(column.type):  # text as bytes, since Arrow does not look at it
+    binary = pa.types.is_binary(column.type) or pa.types.is_fixed_size_binary(column.type)
+    if pa.types.is_string(column.type) or binary:  # text as bytes, since Arrow does not look at it
         raw = column.cast(pa.binary()).to_pylist()
         return [None if key is None else key.decode("utf-8", "backslashreplace") for key in raw]
     return [None if key is None else str(key) for key in column.to_pylist()]

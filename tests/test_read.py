@@ -583,6 +583,30 @@ def test_what_stands_beside_the_inputs_is_counted(tmp_path):
     assert count_suffixes(listing.ignored) == "4 objects (2 .tgz, 1 without suffix, 1 .txt)"
 
 
+def test_what_a_writer_of_parquet_keeps_in_folders_of_its_own_is_no_input(tmp_path):
+    for name in ("part-0", "_delta_log/1.checkpoint", "_temporary/0/part-1", "_day=1/part-2", "_part-3"):
+        (tmp_path / "_in" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(tmp_path / "_in" / f"{name}.parquet", [picture(1)])
+    for uri in ("_in/", "_in", "_in/**/*.parquet"):
+        listing = list_inputs(STORE, Input(uri=f"{tmp_path}/{uri}", format="parquet"))
+        names = [item.uri.removeprefix(f"{tmp_path}/_in/") for item in listing.inputs]
+        assert names == ["_day=1/part-2.parquet", "_part-3.parquet", "part-0.parquet"]
+        assert count_suffixes(listing.ignored) == "2 objects (1 in _delta_log/, 1 in _temporary/)"
+    with pytest.raises(InputMissing, match=r"5 objects \(5 in _in/\), no parquet"):
+        list_inputs(STORE, Input(uri=f"{tmp_path}/**/*.parquet", format="parquet"))
+    for uri in ("_in/_temporary/", "_in/_temporary/0/part-1.parquet", "_in/_temporary/0/*"):  # who names it means it
+        assert len(list_inputs(STORE, Input(uri=f"{tmp_path}/{uri}", format="parquet")).inputs) == 1
+    (tmp_path / "_in" / "_photos").mkdir()
+    (tmp_path / "_in" / "_photos" / "a.tar").write_bytes(TAR)
+    assert len(list_inputs(STORE, Input(uri=f"{tmp_path}/_in")).inputs) == 1
+
+
+@pytest.mark.parametrize("uri", ["shard-{000..099}.tar", "{a,b}/", "{a,b}/*.tar"])
+def test_braces_are_said_not_to_be_expanded(tmp_path, uri):
+    with pytest.raises(InputMissing, match=r"Braces are not expanded: give a glob such as shard-\*\.tar, or a list"):
+        list_inputs(STORE, Input(uri=f"{tmp_path}/{uri}"))
+
+
 def test_names_of_any_bytes_are_listed_read_and_planned(tmp_path):
     odd = [b"caf\xe9.jpg", b"new\nline.jpg", b"50% #1?.jpg", b"b[1]*.jpg", "ü 日.jpg".encode()]
     for name in odd:
@@ -760,6 +784,8 @@ def test_keys_of_parquet_are_text_and_a_number_for_a_null_is_no_duplicate(tmp_pa
         ("2", None),
         ("2", "DUPLICATE_KEY"),
     ]
+    pq.write_table(pa.table({"image": [b"1"], "key": pa.array([b"ab\xe9"], pa.binary(3))}), tmp_path / "a.parquet")
+    assert [row["key"] for row in rows_of(tmp_path, format="parquet")[0]] == ["ab\\xe9"]
 
 
 def test_a_small_file_without_the_column_is_a_sentence_too(tmp_path):
@@ -866,9 +892,12 @@ def test_whoever_is_unknown_plans_nothing_and_whoever_may_not_read_one_file_plan
         cut(Refusing(Unidentified("who?")), wanted, listing, tasks=10)
 
 
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())], ids=str
+)
 def test_images_of_any_width_of_offsets_are_images(tmp_path, kind):
-    for column in (pa.array([b"1"], kind), pa.array([{"bytes": b"1"}], pa.struct([("bytes", kind)]))):
+    images = pa.array([b"1"], kind)
+    for column in (images, pa.StructArray.from_arrays([images], ["bytes"])):
         pq.write_table(pa.table({"image": column, "key": ["a"]}), tmp_path / "a.parquet")
         (row,), _ = rows_of(tmp_path, format="parquet")
         assert row["bytes"] == b"1"

@@ -22,7 +22,7 @@ YAML language servers, this first line completes and checks fields: `# yaml-lang
 {files}
 
 `nightlabel run JOB` does any of them. For labelling, `nightlabel plan JOB` shows what a run would do, and `nightlabel validate
-JOB` checks the result.
+JOB` checks the result. A local path in a job is relative to the folder that the command is run in, not to that of the job file.
 
 ## Fields
 
