@@ -92,6 +92,7 @@ class Receipt:
         """The receipt for a screen."""
         adds_up = f"{self.rows_in:,} in = {self.ok:,} ok + {self.failed:,} failed"
         failed = [f"failed  {', '.join(f'{name} {number:,}' for name, number in self.failures.items())}"] if self.failures else []
+        failed += [f"over    {self.over}"] if self.over else []
         left = [f"left    {trouble.error_class}: {trouble.error}" for trouble in self.trouble[:10]]
         left += [f"left    and {len(self.trouble) - 10} more units"] if len(self.trouble) > 10 else []
         if self.run is None:
@@ -118,6 +119,13 @@ class Receipt:
                 "seams   " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seam_seconds.items()) + " (summed)"
             )
         return lines
+
+    @property
+    def over(self) -> str:
+        """Why a run that has done it all ends with 4; else empty."""
+        if self.exit_code != ExitCode.TOO_MANY_FAILED:
+            return ""
+        return f"{self.failed / self.rows_in:.2%} failed, more than limits.max_failed allows: exit code {self.exit_code:d}"
 
     @property
     def agreement(self) -> str:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from pipeline import label as driver
 from pipeline import read, run
 from pipeline.cli import app
 from pipeline.disk import Disk
-from pipeline.errors import Conflict, JobError, StoreError, Temporary, UnfitError
+from pipeline.errors import Conflict, ExitCode, JobError, StoreError, Temporary, UnfitError
 from pipeline.job.schedule import Schedule
 from pipeline.log import Log
 from pipeline.nights import lease
@@ -330,6 +331,12 @@ def test_a_retry_looks_for_its_publisher_before_the_images(two_classes, tmp_path
     done = CliRunner().invoke(app, ["retry-failed", str(path), "--class", "FETCH_FAILED"])
     assert isinstance(done.exception, UnfitError)
     assert generations(output_of(two_classes)) == []
+
+
+def test_a_retry_that_ends_with_4_says_why():
+    done = Retried("test", "out", ("CORRUPT",), 1, units=1, units_done=1, retried=1, failures={"CORRUPT": 1})
+    over = "over    of all images more have failed than limits.max_failed allows: exit code 4"
+    assert [over in lines for lines in (done.lines(), replace(done, exit_code=ExitCode.TOO_MANY_FAILED).lines())] == [False, True]
 
 
 def test_a_retry_without_a_schedule_takes_no_lease(two_classes, tmp_path):

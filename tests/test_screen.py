@@ -9,6 +9,7 @@ import pytest
 from programs import wait_for
 
 from pipeline import screen as screens
+from pipeline.errors import ExitCode
 from pipeline.report import Receipt, UnitTrouble
 from pipeline.screen import Screen
 
@@ -122,6 +123,16 @@ def test_the_page_of_a_run_says_what_the_receipt_says():
     assert b"<b>cat" not in page, "a label is no markup"
     assert b"Units left" not in page
     assert not re.search(rb"(src|href)=|url\(|@import", page), "nothing is loaded from elsewhere"
+
+
+def test_a_run_that_ends_with_4_says_why():
+    over = "12.34% failed, more than limits.max_failed allows: exit code 4"
+    counts = {"rows_in": 10000, "ok": 8766, "failed": 1234, "failures": {"CORRUPT": 1234}}
+    too_many = counts | {"exit_code": ExitCode.TOO_MANY_FAILED}
+    for run in ("000007", None):
+        assert receipt(**too_many, run=run).lines()[1:3] == ["failed  CORRUPT 1,234", f"over    {over}"]
+    assert over in seen(receipt(**too_many).page())
+    assert "max_failed" not in "".join(receipt().lines()) + seen(receipt().page())
 
 
 def test_the_page_of_a_run_that_is_not_done_names_what_is_left():

@@ -48,5 +48,7 @@ class Retried:
         lines = [f"{state}: {self.retried:,} images retried ({names}), {self.mended:,} labelled now"]
         if self.failures:
             lines.append("failed  " + ", ".join(f"{name} {number:,}" for name, number in self.failures.items()))
+        if self.exit_code == ExitCode.TOO_MANY_FAILED:
+            lines.append(f"over    of all images more have failed than limits.max_failed allows: exit code {self.exit_code:d}")
         units = f"units   {self.units_done} of {self.units}, generation {self.generation}"
         return [*lines, *left, f"where   {self.where}", units]
