@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ModelError
+from pipeline.job.uris import absolute
 from pipeline.model.huggingface import (
     MODELING,
     Architecture,
@@ -92,7 +93,7 @@ def load_artifact(uri: str, s3: S3 | None = None, *, weights: bool = True) -> Ar
     for name in FILES[:3]:
         if name not in sums:
             do = "Check the URI, or import the weights when they are in another format such as pytorch_model.bin"
-            raise ModelError(f"{uri}: has no {name}", need=", ".join(FILES[:3]), do=do)
+            raise ModelError(f"{absolute(uri)}: has no {name}", need=", ".join(FILES[:3]), do=do)
     if record is not None:
         _verify(record, sums, uri)
     return _open(files, sums, uri, _origin(record or {}))

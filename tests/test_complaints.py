@@ -141,6 +141,10 @@ def complaint(kind: str, lines: str) -> str:
             "schedule: {cron: daily}",
             "j:5: schedule.cron is 'daily'; required: five cron fields, such as \"0 2 * * *\". Change it.",
         ),
+        (  # no secret stands before its @
+            "schedule: {cron: '@daily'}",
+            "j:5: schedule.cron is '@daily'; required: five cron fields, such as \"0 2 * * *\". Change it.",
+        ),
         (
             "schedule: {cron: 0 2 * * *, catch_up: 800000d}",
             "j:5: schedule.catch_up is '800000d'; required: 1d to 366d. Change it.",

@@ -125,6 +125,8 @@ def test_a_range_needs_a_job_with_a_date(tmp_path):
     assert [day.date for day in days] == ["2026-11-01", "2026-11-02", "2026-11-03"]
     with pytest.raises(JobError, match="is 3 days"):
         asked(job("in", "m", "o"), "2026-11-01..2026-11-03", name="j")
+    with pytest.raises(JobError, match=r"^j: .*\{date\}.* needs a date"):  # by its file, before the lease is looked at
+        asked(template(tmp_path), None, name="j")
     with pytest.raises(JobError, match="is 2 days"):
         parse_job(b"name: x\ninput: {uri: 'a/{date}/'}\nmodel: {uri: m}\noutput: {uri: o}", date="2026-11-01..2026-11-02")
 

@@ -69,7 +69,7 @@ def shown(value: object) -> str:
     """A value in a sentence: short, as YAML spells it, and no password in it, which before an @ may hold slashes."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    text = re.sub(r"""(?<=['"]).*(?=@)""", "***", repr(value)) if "@" in repr(value) else repr(value)
+    text = re.sub(r"""(?<=['"]).+(?=@)""", "***", repr(value)) if "@" in repr(value) else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 

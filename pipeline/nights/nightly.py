@@ -86,6 +86,7 @@ class Night:
 def asked(template: Job, date: str | None, *, name: str, again: bool = False) -> tuple[Day, ...]:
     """The days that `--date` and `schedule.catch_up` name, oldest first. Raises JobError."""
     days = asked_days(template, date, name=name)
+    at_day(template, days[0], name=name)
     if len(days) > 1 and not template.is_dated:
         need = "{date} in a uri of the job"
         raise JobError(f"{name}: --date {date} is {len(days)} days", need=need, do="Add it, or run without --date")
