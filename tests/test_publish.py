@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shlex
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
@@ -269,6 +271,102 @@ def test_a_table_that_somebody_compacted_is_refused(tmp_path):
     with pytest.raises(StoreError, match="Compact a copy"):
         labels.publish()
     assert counts(labels) == [("cat", 2, 2)]
+
+
+def aged(folder: Path) -> None:
+    """Makes all in it a year old."""
+    for path in folder.rglob("*"):
+        os.utime(path, (then := time.time() - 365 * 86_400, then))
+
+
+@pytest.mark.parametrize("state", ["absent", "made"])
+def test_a_vacuum_takes_nothing_of_an_output(on_disk, state):
+    from deltalake import DeltaTable
+
+    labels = on_disk("delta", "")
+    begun(labels, state)
+    labels.put("a", parquet(["1"], label=None))
+    labels.put("a tombstone", parquet([]))
+    labels.log.append([], after=[])
+    labels.publish()
+    labels.put("a", parquet(["1"]), generation=1)
+    labels.publish()
+    labels.put("b", parquet(["2"]))
+    aged(Path(labels.log.root))
+    table = DeltaTable(labels.log.root)
+    assert table.vacuum(full=True, dry_run=True) == []
+    table.alter.set_table_properties({"delta.deletedFileRetentionDuration": "interval 30 days"})
+    labels.publish()
+    assert "data" in str(DeltaTable(labels.log.root).vacuum(full=True, dry_run=True)), "who sets it knows what for"
+
+
+def test_what_an_iceberg_table_drops_stays(on_disk, iceberg):
+    from pyiceberg.catalog import load_catalog
+
+    labels = on_disk("iceberg", iceberg)
+    begun(labels, "made")
+    for name, wanted in (("a", "false"), ("b", "true")):
+        labels.put(name, parquet([name]))
+        labels.publish()
+        table = load_catalog("night").load_table(iceberg)
+        assert table.properties["gc.enabled"] == wanted
+        with table.transaction() as transaction:
+            transaction.set_properties({"gc.enabled": "true"})
+
+
+def test_a_delta_table_may_have_columns_and_comments_of_somebody_elses(on_disk):
+    from deltalake import DeltaTable, Field
+    from deltalake.schema import PrimitiveType
+
+    labels = on_disk("delta", "")
+    labels.put("a", parquet(["1"], label=None))
+    labels.publish()
+    table = DeltaTable(labels.log.root)
+    table.alter.set_column_metadata("label", {"comment": "what it shows"})
+    table.alter.add_columns([Field("reviewed_by", PrimitiveType("string"))])
+    labels.put("a", parquet(["1"]), generation=1)
+    assert (labels.publish().added, counts(labels)) == (1, [("cat", 1, 1)])
+    schema = DeltaTable(labels.log.root).schema()
+    assert {field.name: field.metadata for field in schema.fields if field.metadata} == {"label": {"comment": "what it shows"}}
+    assert read(labels).column("reviewed_by").null_count == 1
+
+
+def made_otherwise(labels: Labels, how: str) -> None:
+    """Makes a Delta table as we would not."""
+    from deltalake import DeltaTable, Schema, TableFeatures
+
+    schema, lacks = PREDICTION, how == "more columns"
+    if lacks:
+        schema = schema.append(pa.field("reviewed", pa.bool_(), nullable=False))
+    partitions = ["status"] if how == "partitions" else None
+    settings = {"delta.appendOnly": "true"} if how == "appends alone" else {}
+    table = DeltaTable.create(labels.log.root, Schema.from_arrow(schema), partition_by=partitions, configuration=settings)
+    if how == "deletion vectors":
+        table.alter.add_feature(TableFeatures.DeletionVectors, allow_protocol_versions_increase=True)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("partitions", "is partitioned by status; required: one that is not"),
+        ("more columns", "its columns are not those of the table"),
+        ("deletion vectors", "has deletionVectors; required: one without"),
+        ("appends alone", "took no change, 5 times: .*append"),
+    ],
+)
+def test_a_delta_table_that_would_not_be_right_is_refused_as_it_is(on_disk, how, words):
+    from deltalake import DeltaTable
+
+    labels = on_disk("delta", "")
+    made_otherwise(labels, how)
+    labels.put("a", parquet(["1"], label=None))
+    if how in ("deletion vectors", "appends alone"):
+        assert labels.publish().added == 1
+        labels.put("a", parquet(["1"]), generation=1)
+    before = DeltaTable(labels.log.root).file_uris()
+    with pytest.raises(NightlabelError, match=words):
+        labels.publish()
+    assert DeltaTable(labels.log.root).file_uris() == before
 
 
 def test_another_models_labels_do_not_mix_into_an_iceberg_table(tmp_path, iceberg):

@@ -3,6 +3,9 @@
 A change is one transaction that adds and removes files. Delta names a file by its path, so two writers that add the same file at
 once leave it in the table once. The run's number goes in as the version of the application `nightlabel`, so any reader of Delta
 can ask which run the table has.
+
+VACUUM removes what lies below a table and is not in its log: here plans, tombstones, and what was not published yet. It removes
+nothing younger than `delta.deletedFileRetentionDuration`, so a table that does not say how long that is gets fifty years.
 """
 
 from __future__ import annotations
@@ -23,6 +26,10 @@ from pipeline.storage import join
 from pipeline.tables.published import Changed, File
 
 _APP = "nightlabel"
+_RETENTION = "delta.deletedFileRetentionDuration"
+_ONCE = CommitProperties(max_commit_retries=0)  # a retry makes version 1 where another made version 0 at the same moment
+_MARKS = "deletionVectors"
+_KEPT = {_RETENTION: "interval 2600 weeks"}  # Spark knows no years here, and reckons back from now: not to before 1970
 
 
 class Delta:
@@ -34,23 +41,34 @@ class Delta:
         self._table: DeltaTable | None = None
 
     def files(self) -> set[str]:
-        """URIs of the files that the table has now."""
+        """URIs of the files that the table has now. Raises Changed when another writer was faster, StoreError for a table that
+        somebody has partitioned."""
         try:
-            self._table = DeltaTable(self.where, storage_options=self._options)
-            paths = pa.table(self._table.get_add_actions()).column("path").to_pylist()
+            self._table = table = DeltaTable(self.where, storage_options=self._options)
+            if partitions := table.metadata().partition_columns:
+                got, need = f"the Delta table {self.where} is partitioned by {', '.join(partitions)}", "one that is not"
+                raise StoreError(got, need=need, do="Drop the table, its _delta_log, and run again to publish")
+            if _RETENTION not in table.metadata().configuration:
+                table.alter.set_table_properties(_KEPT, commit_properties=_ONCE)
+            paths = pa.table(table.get_add_actions()).column("path").to_pylist()
         except TableNotFoundError:
             self._table = None
             return set()
-        except (DeltaError, OSError) as error:
+        except CommitFailedError as error:
+            raise Changed from error
+        except (DeltaError, OSError, ValueError) as error:
             raise _explained(self.where, error) from error
         return {join(self.where, path) for path in paths}
 
     def change(self, added: Sequence[File], removed: Sequence[str], *, run: str) -> None:
         """One transaction. Raises Changed when another writer was faster, StoreError for columns that Delta does not know or that
-        are not the table's."""
+        are not the table's, and where rows of a file may be marked as deleted, which a replaced file would leave in the table."""
         try:
-            schema = self._schema(added)
-            table = self._table or self._create(schema)
+            table = self._table or self._create(added[0])
+            if removed and _MARKS in (table.protocol().reader_features or ()):
+                got, need = f"the Delta table {self.where} has {_MARKS}", "one without, to replace files that were retried"
+                raise StoreError(got, need=need, do="Drop the table, its _delta_log, and run again to publish")
+            schema = self._schema(table, added)
             now = int(time.time() * 1000)
             adds = [
                 AddAction(self._path(file.uri), file.size, {}, now, True, json.dumps({"numRecords": file.rows})) for file in added
@@ -60,26 +78,37 @@ class Delta:
             table.create_write_transaction([*adds, *removes], "append", schema, commit_properties=properties)
         except CommitFailedError as error:
             raise Changed from error
-        except (DeltaError, OSError) as error:
+        except (DeltaError, OSError, ValueError) as error:
             raise _explained(self.where, error) from error
 
-    def _create(self, schema: Schema) -> DeltaTable:
+    def _create(self, first: File) -> DeltaTable:
         """Version 0, or nothing: on top of a table that was made after the look, a change would add what that one has already."""
-        once = CommitProperties(max_commit_retries=0)  # a retry makes version 1 where another made version 0 at the same moment
-        options = self._options
+        options, schema = self._options, _converted(first)
         try:
             return DeltaTable.create(
-                self.where, schema, mode="error", name=self._name, storage_options=options, commit_properties=once
+                self.where,
+                schema,
+                mode="error",
+                name=self._name,
+                configuration=_KEPT,
+                storage_options=options,
+                commit_properties=_ONCE,
             )
         except DeltaError as error:  # it has no kind of its own for a table that is there
             if DeltaTable.is_deltatable(self.where, options):
                 raise Changed from error
             raise
 
-    def _schema(self, added: Sequence[File]) -> Schema:
-        schema = Schema.from_arrow(self._table.schema().to_arrow()) if self._table else _converted(added[0])
+    def _schema(self, table: DeltaTable, added: Sequence[File]) -> Schema:
+        """The table's. It may have columns that the files have not, and words on those that they have: somebody's own."""
+        schema = table.schema()
+        known = {field.name: field for field in Schema.from_arrow(schema.to_arrow()).fields}
+        needs = {name for name, field in known.items() if not field.nullable}
         for file in added:
-            if _converted(file) != schema:
+            fields = {field.name: field for field in _converted(file).fields}
+            if any(name not in known or known[name].type != field.type for name, field in fields.items()) or any(
+                name not in fields or fields[name].nullable for name in needs
+            ):
                 raise StoreError(
                     f"{file.uri}: its columns are not those of the table {self.where}",
                     need="the same columns with the same types in every file",

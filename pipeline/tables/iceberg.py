@@ -4,6 +4,9 @@ PYICEBERG_CATALOG__<NAME>__URI and its like in the environment, where the catalo
 A change is one snapshot that adds and removes files; the catalog's own compare-and-swap decides between two writers, and the
 slower one looks again. The snapshot's summary says of which run it is, `nightlabel.run`. Metadata lies in
 `<output.uri>/<fingerprint>/iceberg/`.
+
+The files are the only copy of the labels, and Trino's DROP TABLE and Spark's DROP TABLE PURGE and expire_snapshots remove those
+of a table. `gc.enabled`, of a table that does not say, is therefore false: what a table drops stays.
 """
 
 from __future__ import annotations
@@ -39,6 +42,9 @@ def lacks(field: pa.Field) -> bool:
     except (UnsupportedPyArrowTypeException, ValueError, TypeError):
         return True
     return field.type in _HALF_KNOWN
+
+
+_KEPT = {"gc.enabled": "false"}
 
 
 class _AsLookedAt(Transaction):
@@ -77,9 +83,11 @@ class Iceberg:
         try:
             table = self._table or self._create(added[0])
             with _AsLookedAt(table) as transaction:
-                if transaction.table_metadata.name_mapping() is None:  # the files carry names, no field ids
-                    mapping = transaction.table_metadata.schema().name_mapping.model_dump_json()
-                    transaction.set_properties({TableProperties.DEFAULT_NAME_MAPPING: mapping})
+                metadata = transaction.table_metadata
+                names = metadata.schema().name_mapping.model_dump_json()  # the files carry names, no field ids
+                wanted = {TableProperties.DEFAULT_NAME_MAPPING: names, **_KEPT}
+                if missing := {name: value for name, value in wanted.items() if name not in metadata.properties}:
+                    transaction.set_properties(missing)
                 new = parquet_files_to_data_files(table.io, transaction.table_metadata, iter([file.uri for file in added]))
                 with transaction.update_snapshot(snapshot_properties={"nightlabel.run": run}).overwrite() as snapshot:
                     for uri in removed:

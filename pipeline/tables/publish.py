@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cut import kept_fields, list_inputs
-from pipeline.errors import JobError, StoreError, Temporary
+from pipeline.errors import JobError, StoreError, Temporary, first_line
 from pipeline.extras import check_installed
 from pipeline.footer import reading
 from pipeline.job.uris import absolute
@@ -93,12 +93,13 @@ def publish(job: Job, log: Log) -> Published | None:
         return None
     check_publisher(job)
     table = _table(wanted, job, log)
+    why = ""
     for _ in range(ATTEMPTS):
         try:
             return _bring_up_to_date(wanted, table, log)
-        except Changed:
-            continue
-    raise Temporary(f"the table {table.where} was changed {ATTEMPTS} times by others", do="Run again to publish")
+        except Changed as error:
+            why = first_line(error.__cause__ or error)
+    raise Temporary(f"the table {table.where} took no change, {ATTEMPTS} times: {why}", do="Run again to publish")
 
 
 def _table(wanted: Publish, job: Job, log: Log) -> Table:
