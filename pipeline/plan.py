@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipeline.errors import Temporary
+from pipeline.errors import Conflict, InputMissing, Temporary
 from pipeline.log import Log, Standing
-from pipeline.storage import Object
+from pipeline.storage import Object, side_by_side
 from pipeline.unit import Part, Pin, Unit
 
 _ATTEMPTS = 60
@@ -47,7 +47,8 @@ def make_plan(
     listed (by this job, at its time) is there as it was; `retire` puts a tombstone in the place of a unit, or says False: it was
     committed. Writes at most one new plan, or with `write` off none: a plan that would be new then has the run id "new".
 
-    Raises Temporary when other drivers keep taking the next entry of the log.
+    Raises Temporary when other drivers keep taking the next entry of the log, Conflict when one of these inputs is labelled and
+    the plan that says so is gone.
     """
     uris = pa.array([item.uri for item in listing], pa.string())
     for attempt in range(_ATTEMPTS):
@@ -58,6 +59,8 @@ def make_plan(
         finished = {key for run in runs if run.finished for key in run.inputs}
         wanted = {(item.uri, item.etag, item.size): item for item in listing}
         wanted = {key: item for key, item in wanted.items() if key not in finished}
+        if [int(run.id) for run in runs] != [*range(1, 1 + max(1, len(runs)))]:
+            _check_objects(log, wanted)
         known = {unit.id: unit for run in runs if not run.finished for unit in run.units}
         known = {unit_id: unit for unit_id, unit in known.items() if any(part.pin in wanted for part in unit.parts)}
         standing = log.standing(known)
@@ -75,6 +78,28 @@ def make_plan(
         if run_id is not None:
             return Plan(run_id, tuple(units), standing.committed & ids)
     raise Temporary(f"{log.root}: {_ATTEMPTS} other runs were planned in the meantime", do="Run again later")
+
+
+def _check_objects(log: Log, wanted: Collection[Pin]) -> None:
+    """Where plans are not there, because nobody has planned yet or because somebody took them away, as a VACUUM of a Delta table
+    does: their inputs must not go into other units beside those that stand."""
+    objects = log.objects()  # before the plans: a unit's plan is older than the unit
+    runs = log.runs() if objects else []
+    planned = {unit.id for run in runs for unit in run.units}
+
+    def inputs(unit_id: str) -> tuple[Pin, ...]:
+        try:
+            footer = log.footer(unit_id)
+        except (Conflict, InputMissing):  # none of ours, which validate names
+            return ()
+        return () if footer.split else footer.inputs
+
+    lost = sorted(objects.keys() - planned)
+    for unit_id, pins in zip(lost, side_by_side(inputs, lost), strict=True):
+        # Without any plan whatever is labelled counts: the next one would hide that there were others.
+        if labelled := next((pin[0] for pin in pins if pin in wanted or not runs), None):
+            got = f"{labelled} is labelled in {log.data_key(unit_id)}, and no plan under {log.root}/runs says so"
+            raise Conflict(got, need="every plan of an output", do="Restore them, or label into another output")
 
 
 def _adopt(

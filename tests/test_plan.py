@@ -410,6 +410,26 @@ def test_something_else_in_our_place_is_a_conflict(tmp_path):
         commit(log, one, count=5)
 
 
+@pytest.mark.parametrize("left", [0, 1], ids=["no plan is left", "a later one is left"])
+def test_inputs_whose_plan_was_taken_away_are_not_labelled_again(tmp_path, left):
+    log = log_at(tmp_path)
+    plan = make_plan(log, objects("a", "b"))
+    commit(log, plan.units[0])
+    finish(log, plan)
+    other = make_plan(log, objects("c", "d"))
+    assert retire(log, other.units[0])
+    for run_id in ("000001", "000002")[: 2 - left]:
+        shutil.rmtree(Path(log.root, "runs", run_id))
+    (Path(log.root) / "data" / f"{'0' * 32}.parquet").write_bytes(b"a stranger's")
+    if left:
+        assert make_plan(log, objects("c", "d", "e")).todo, "nothing of it is labelled"
+    else:
+        with pytest.raises(Conflict):
+            make_plan(log, objects("e"))
+    with pytest.raises(Conflict, match=f"/in/[ab] is labelled in .*{plan.units[0].id}.parquet, and no plan under .* says so"):
+        make_plan(log, objects("b", "e"))
+
+
 def test_validate_finds_what_is_wrong(tmp_path):
     log = log_at(tmp_path)
     plan = make_plan(log, objects("a", "b", "c", "d"))
