@@ -43,7 +43,7 @@ class Disk:
 
     def read(self, uri: str, *, start: int = 0, stop: int | None = None, pinned: Object | None = None) -> bytes:
         path = _path(uri)
-        with _explained(path), open(path, "rb", buffering=0) as file:
+        with _explained(path), open(path, "rb", buffering=0, opener=_at_once) as file:
             before = os.fstat(file.fileno())
             if pinned is not None and (str(before.st_mtime_ns), before.st_size) != (pinned.etag, pinned.size):
                 raise changed(path)  # by its size: `cp -p` and `rsync -t` give another file the same time
@@ -87,6 +87,11 @@ def _path(uri: str) -> str:
     return on_disk(os.path.abspath(uri.removeprefix("file://"))) + ("/" if WILDCARD.search(uri) and uri.endswith("/") else "")
 
 
+def _at_once(path: str, flags: int) -> int:
+    """What has become a pipe since it was listed is opened without waiting for who writes into it, for ever."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def _object(path: str, stat: os.stat_result) -> Object:
     return Object(spelt(path), stat.st_size, str(stat.st_mtime_ns))
 
@@ -96,7 +101,7 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Object]:
     goes away meanwhile, as a file does that gets its final name, is left for the next listing."""
     try:
         stat, scanned = os.stat(folder), os.scandir(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if not above:
             raise
         return
@@ -119,10 +124,16 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Object]:
                     continue
 
 
-#: Says nothing about the file: a failing or distant disk, no memory, too many open files.
+#: Says nothing about the file: a failing or distant disk (ENOTCONN: what had mounted it is dead), no memory, too many open files.
 _PASSING = frozenset(
-    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR, errno.EBUSY}
+    {
+        *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR),
+        *(errno.EBUSY, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED),
+        *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+    }
 )
+#: Nothing to read has this name: ENXIO and ENODEV say that it is a socket, or a device that is not there.
+_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV})
 
 
 @contextmanager
@@ -145,6 +156,6 @@ def _explanation(error: OSError, path: str, writing: bool) -> NightlabelError:
         return StoreError(got, need="room for the output", do="Free some space and run again; what is written stays valid")
     if error.errno in _PASSING:
         return Temporary(got, do="Check the disk and the limits of the process, then run again; what is done stays done")
-    if not writing and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
+    if not writing and error.errno in _ABSENT:
         return InputMissing(got, need="an existing file or folder", do="Check the path")
     return StoreError(got, need="a working disk and a path that can exist", do="Check the path and the disk")

@@ -12,13 +12,16 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import queue
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,10 +31,12 @@ from faults import Fault, FaultProxy
 from seaweed import Seaweed
 
 from pipeline.errors import InputChanged, InputMissing, PermissionDenied, StoreError, Temporary, Unidentified
+from pipeline.read import read_unit
 from pipeline.s3 import ATTEMPTS, S3Store
 from pipeline.s3_fetch import Fetch
-from pipeline.spec import S3
+from pipeline.spec import S3, Input
 from pipeline.storage import Object, RangeFile, Store, join, open_store
+from pipeline.unit import Part, Unit
 
 TREE = ("a/1.tar", "a/2.tar", "a/b/3.tar", "a-b/4.tar", "a.txt", "z/ü [1].jpg")
 
@@ -513,7 +518,7 @@ def test_a_file_that_is_written_to_while_it_is_read(
     ("number", "writing", "expected"),
     [
         *((number, True, Temporary) for number in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENOMEM)),
-        *((number, False, Temporary) for number in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)),
+        *((number, False, Temporary) for number in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOTCONN)),
         *((number, True, PermissionDenied) for number in (errno.EROFS, errno.EACCES, errno.EPERM)),
         *((number, True, StoreError) for number in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.ENAMETOOLONG)),
         (errno.ENOENT, False, InputMissing),
@@ -533,6 +538,35 @@ def test_what_the_system_says(
     with pytest.raises(expected, match=os.strerror(number)) as caught:
         store.create(uri, b"") if writing else store.read(uri)
     assert type(caught.value) is expected
+
+
+@pytest.mark.parametrize("become", ["a pipe", "a socket", "a folder", "a link to itself", "a device"])
+def test_a_file_that_is_none_any_more_costs_its_own_image_and_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, become: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the path of a socket is short
+    for name in ("a.jpg", "b.jpg"):
+        Path(name).write_bytes(b"x")
+    unit = Unit(tuple(Part.of(item) for item in open_store("x").list(str(tmp_path))))
+    os.unlink("a.jpg")
+    if become == "a socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind("a.jpg")
+    else:
+        makes = {"a pipe": os.mkfifo, "a folder": os.mkdir, "a link to itself": partial(os.symlink, "a.jpg")}
+        makes.get(become, partial(os.symlink, "/dev/zero"))("a.jpg")
+    wanted, said = Input(uri=str(tmp_path), format="images"), queue.Queue[Any]()
+
+    def read() -> None:
+        said.put([table.select(["key", "error_class"]).to_pylist() for table in read_unit(open_store("x"), unit, wanted=wanted)])
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        rows = [row for table in said.get(timeout=30) for row in table]
+    finally:  # whoever waits for a writer waits no longer
+        if become == "a pipe":
+            os.close(os.open("a.jpg", os.O_RDWR))
+    assert [tuple(row.values()) for row in rows] == [("a.jpg", "FETCH_FAILED"), ("b.jpg", None), (None, None)]
 
 
 def test_a_disk_without_hard_links_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -585,7 +619,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
 
 def test_what_goes_away_while_a_folder_is_listed_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A producer writes b.part and renames it; a folder is moved away with all that it holds."""
-    for name in ("a", "b.part", "moved/x", "z"):
+    for name in ("a", "b.part", "moved/x", "now a file/x", "z"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     scan = os.scandir
@@ -594,6 +628,8 @@ def test_what_goes_away_while_a_folder_is_listed_is_not_listed(tmp_path: Path, m
         with scan(folder) as entries:
             found = list(entries)
         if folder == str(tmp_path):
+            os.rename(tmp_path / "now a file", tmp_path / "n")
+            (tmp_path / "now a file").touch()
             os.rename(tmp_path / "b.part", tmp_path / "b")
             os.rename(tmp_path / "moved", tmp_path.parent / f"{tmp_path.name}-moved")
         return contextlib.nullcontext(found)
