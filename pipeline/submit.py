@@ -206,6 +206,8 @@ class Connection:
                 if self.attempt(submission_id).over:
                     return
                 away = None
+            except JobError as error:  # it was known: a head that has started anew remembers no job
+                raise Temporary(error.got, do="What is committed stays; submit again") from None
             except Temporary as error:
                 away = away or time.monotonic()
                 if time.monotonic() - away > _PATIENCE_S:

@@ -22,6 +22,7 @@ from jobs_api import JobsApi, jobs_api
 from raylets import Raylets, below
 from shards import picture, tar_bytes
 
+from pipeline.commands.cluster import _follow as follow
 from pipeline.environment import Address, cluster_address
 from pipeline.errors import JobError, PermissionDenied, Temporary, UnfitError
 from pipeline.job.jobfile import load_template
@@ -229,6 +230,24 @@ def test_a_cluster_that_goes_away_for_good_is_temporary(fake, api, monkeypatch):
     api.fail["GET /api/jobs/one-1"] = [0, *[503] * 100]
     with pytest.raises(Temporary, match="The job may go on all the same: nightlabel wait joins it again"):
         list(fake.follow("one-1"))
+
+
+@pytest.mark.parametrize(("complete", "code"), [(True, 0), (False, 75)])
+def test_a_head_that_has_started_anew_has_lost_the_driver_and_not_what_it_did(fake, api, monkeypatch, complete, code):
+    """Such a head knows no job, and answers 404."""
+    fake.submit(script("one"))
+    api.log, api.breaks, attempt = "much to say", [3], fake.attempt
+
+    def anew(submission_id: str) -> Any:
+        known = attempt(submission_id)
+        api.jobs.clear()
+        return known
+
+    monkeypatch.setattr(fake, "attempt", anew)
+    monkeypatch.setattr("pipeline.commands.cluster._complete", lambda _: complete)
+    with pytest.raises((SystemExit, Temporary)) as caught:
+        follow(fake, "one-1", (job(),))
+    assert code == (caught.value.code if complete else caught.value.exit_code)
 
 
 @pytest.mark.parametrize(
