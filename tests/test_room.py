@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from pipeline.prepare.dataset import read_data
 from pipeline.prepare.images import labelled, read_images
 from pipeline.prepare.learner import CrossEntropy, Learner
 from pipeline.prepare.room import free_memory
-from pipeline.prepare.shelf import Shelf
+from pipeline.prepare.shelf import FilePlace, Shelf
 from pipeline.prepare.train import Worker, fit
 from pipeline.spec import Input
 
@@ -114,6 +116,28 @@ def test_a_file_that_was_begun_is_no_file_and_what_fails_leaves_none(tmp_path: P
     assert sorted(path.name for path in (tmp_path / "training").iterdir()) == ["train-0.arrow", "train-0.json"]
 
 
+def test_two_of_the_same_training_at_once_read_each_into_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The second one begins while the first one reads, and gets no further."""
+    wanted, folder = Input(uri=write_shards(tmp_path / "in", 64)), tmp_path / "training"
+    held = read_images(wanted, label="cls")
+    short_of_memory(monkeypatch)
+    add, second = FilePlace.add, list[FilePlace]()
+
+    def beside(place: FilePlace, *images: Any) -> None:
+        add(place, *images)
+        if not second:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", os.getppid)
+                second.append(stack.enter_context(Shelf(folder).place("train", wanted)))
+            add(second[0], *images)
+
+    monkeypatch.setattr(FilePlace, "add", beside)
+    with ExitStack() as stack:
+        first = read_images(wanted, label="cls", shelf=Shelf(folder))
+    assert first.encoded.to_pylist() == held.encoded.to_pylist()
+    assert {path.name for path in folder.iterdir()} == {f"train-0.{os.getppid()}.part", "train-0.arrow", "train-0.json"}
+
+
 def test_the_larger_of_disk_and_memory_is_taken_and_a_full_one_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     wanted = Input(uri=write_shards(tmp_path / "in", 64))
     held = read_images(wanted, label="cls").encoded.nbytes
@@ -129,7 +153,7 @@ def test_the_larger_of_disk_and_memory_is_taken_and_a_full_one_is_a_sentence(tmp
     with pytest.raises(StoreError, match="a place for checkpoints"):
         read_images(wanted, label="cls", shelf=Shelf(tmp_path / "file/c"))
     (tmp_path / "d").mkdir()
-    (tmp_path / "d/train-0.arrow").symlink_to("/dev/full")
+    (tmp_path / f"d/train-0.{os.getpid()}.part").symlink_to("/dev/full")
     with pytest.raises(StoreError, match=r"train-0\.arrow: No space left on device; required: a place for checkpoints"):
         read_images(wanted, label="cls", shelf=Shelf(tmp_path / "d"))
     assert list((tmp_path / "d").iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -168,9 +169,12 @@ def test_checkpoints_that_are_damaged_gone_or_cannot_be_written_are_one_sentence
 
 
 def test_what_a_kill_or_a_full_disk_left_half_written_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "last.123.part").write_bytes(b"half")
+    killed, other = subprocess.Popen(["true"]), os.getppid()  # the other one is writing now
+    killed.wait()
+    for name in (f"last.{killed.pid}.part", f"last.{other}.part", "odd.part"):
+        (tmp_path / name).write_bytes(b"half")
     trained(tmp_path, QUICK.model_copy(update={"epochs": 1}))
-    whole = {"best.ckpt", "last.ckpt"}
+    whole = {"best.ckpt", "last.ckpt", f"last.{other}.part"}
     assert {path.name for path in tmp_path.iterdir()} == whole
 
     def full(self: Path, content: bytes) -> None:

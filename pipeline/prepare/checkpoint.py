@@ -45,16 +45,33 @@ class Keep(ModelCheckpoint):
 
 def make_folder(folder: Path) -> None:
     """For checkpoints; before the training, for whoever cannot write there wants to know now. What a kill has left half written
-    is removed: some 140 MB each time. Raises StoreError."""
+    is removed: some 140 MB each time. Not what another run of this job is writing. Raises StoreError."""
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for part in folder.glob("*.part"):
-            part.unlink(missing_ok=True)
+            pid = part.with_suffix("").suffix[1:]
+            if not (pid.isdecimal() and _is_alive(int(pid))):
+                part.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+def part_of(path: Path) -> Path:
+    """Where this process writes a file that is to be at `path` whole or not at all."""
+    return path.with_suffix(f".{os.getpid()}.part")
 
 
 def replace(path: Path, content: bytes | memoryview) -> None:
     """Write a file in one step. Raises StoreError when that cannot be."""
-    part = path.with_suffix(f".{os.getpid()}.part")
+    part = part_of(path)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

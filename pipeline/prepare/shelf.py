@@ -18,7 +18,7 @@ from typing import Self
 import pyarrow as pa
 from pyarrow import ipc
 
-from pipeline.prepare.checkpoint import explained, make_folder, replace
+from pipeline.prepare.checkpoint import explained, make_folder, part_of, replace
 from pipeline.prepare.data import LeftOut
 from pipeline.prepare.outcome import Say
 from pipeline.prepare.room import Room
@@ -104,23 +104,22 @@ class Place:
 
 
 class FilePlace(Place):
-    """In a file. Raises StoreError where the disk does not take it."""
+    """In a file, which has its name when it is whole: another run of this job may have the one of before mapped into its memory,
+    or be writing its own. Raises StoreError where the disk does not take it."""
 
     def __init__(self, room: Room, images: Path, record: Path) -> None:
         super().__init__(room)
-        self._images, self._record = images, record
+        self._images, self._record, self._part = images, record, part_of(images)
         make_folder(images.parent)
-        record.unlink(missing_ok=True)
         with explained(images):
-            self._file = images.open("wb")
+            self._file = self._part.open("wb")
         self._writer = ipc.new_file(self._file, _SCHEMA)
 
     def __exit__(self, *failed: object) -> None:
         with suppress(OSError):  # of a full disk, again; what is to be kept was flushed by `found`
             self._file.close()
-        if failed[0] is not None:
-            self._images.unlink(missing_ok=True)
-            self._record.unlink(missing_ok=True)
+        for path in (self._part, self._images, self._record) if failed[0] is not None else ():
+            path.unlink(missing_ok=True)
 
     def _put(self, encoded: pa.ChunkedArray, texts: list[str | None]) -> None:
         with explained(self._images):
@@ -131,6 +130,7 @@ class FilePlace(Place):
             self._writer.close()
             self._file.flush()
             os.fsync(self._file.fileno())
+            os.replace(self._part, self._images)
         told = {"code": CODE_VERSION, "left_out": {"counts": left_out.counts, "keys": left_out.keys}}
         replace(self._record, json.dumps(told).encode())
         return _mapped(self._images, left_out)
