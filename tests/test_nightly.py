@@ -11,7 +11,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -478,6 +478,37 @@ def test_a_command_that_does_not_end_is_ended(tmp_path, monkeypatch):
     assert tell(wanted, Night("x", None, Temporary("slow"))) == ["notify.command sh was ended after 2 s"]
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_command_that_does_not_stop_printing_fills_no_memory():
+    wanted = Notify(command=("sh", "-c", "echo no mail today >&2; head -c 50000000 /dev/zero >&2 || exit 7"))
+    (line,) = tell(wanted, Night("x", None, Temporary("slow")))
+    assert line.startswith("notify.command sh ended with 7: ")
+
+
+def test_a_webhook_that_drips_holds_no_run(monkeypatch):
+    """Each byte comes well before the time limit of a silent server."""
+    monkeypatch.setattr(notify, "WEBHOOK_S", 0.5)
+    over, dripped = threading.Event(), list[bool]()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+                for _ in range(200):
+                    if over.wait(0.05):
+                        break
+                    connection.sendall(b"x")
+                dripped.append(over.is_set())
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/in"
+        said = tell(Notify(webhook=url), Night("x", None, receipt(exit_code=4)))
+        over.set()
+        thread.join()
+    assert dripped == [True], "nobody waited for the end"
+    assert said == [f"notify.webhook {url}: no answer in 0.5 s"]
 
 
 def test_a_webhook_is_tried_again_and_keeps_its_secret(monkeypatch):

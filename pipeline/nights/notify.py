@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -26,8 +27,10 @@ from pipeline.spec import Notify
 
 TOKEN = "NIGHTLABEL_WEBHOOK_TOKEN"
 ATTEMPTS = 3
-TIMEOUT_S = 10.0  # of one request
+TIMEOUT_S = 10.0  # of a server that says nothing
+WEBHOOK_S = 60.0  # of all attempts: one that sends a byte now and then is never silent
 COMMAND_S = 60.0
+_MOST_SAID = 2**20  # bytes of a command's errors, which lie in memory
 
 
 def account(job: str, day: str | None, outcome: Receipt | NightlabelError) -> dict[str, Any]:
@@ -46,18 +49,23 @@ def tell(wanted: Notify | None, content: Mapping[str, Any], *, say: Say, pause: 
     if wanted.command:
         _run(wanted.command, body, say)
     if wanted.webhook is not None:
-        _post(wanted.webhook, body, say, pause)
+        said: list[str] = []
+        posting = threading.Thread(target=lambda url: said.append(_post(url, body, pause)), args=(wanted.webhook,), daemon=True)
+        posting.start()
+        posting.join(WEBHOOK_S)
+        if trouble := said[0] if said else f"no answer in {WEBHOOK_S:g} s":
+            say(f"notify.webhook {wanted.webhook}: {trouble}")
 
 
 def _run(command: tuple[str, ...], body: bytes, say: Say) -> None:
     """Over when the command itself has ended: no pipe, which what it leaves running would hold open."""
     try:
-        with _file() as asked, _file() as errors:
+        with _file() as asked, _file(most=_MOST_SAID) as errors:
             asked.write(body)
             asked.seek(0)
             done = subprocess.run(command, stdin=asked, stdout=subprocess.DEVNULL, stderr=errors, timeout=COMMAND_S, check=False)
             errors.seek(0)
-            said = errors.read().decode("utf-8", "replace").strip().splitlines()
+            said = errors.read().rstrip(b"\0").decode("utf-8", "replace").strip().splitlines()
     except subprocess.TimeoutExpired:
         say(f"notify.command {command[0]} was ended after {COMMAND_S:g} s")
     except OSError as error:
@@ -67,10 +75,18 @@ def _run(command: tuple[str, ...], body: bytes, say: Say) -> None:
             say(f"notify.command {command[0]} ended with {done.returncode}" + (f": {said[-1]}" if said else ""))
 
 
-def _file() -> IO[bytes]:
-    """One without a name; in memory where there is such a thing, for a full disk may be what is to be told."""
-    make = getattr(os, "memfd_create", None)
-    return open(make("notify"), "w+b") if make else tempfile.TemporaryFile()
+def _file(most: int | None = None) -> IO[bytes]:
+    """One without a name; in memory where there is such a thing, for a full disk may be what is to be told. There nobody writes
+    behind the first `most` bytes: whoever tries is told so, and the machine's memory is not filled."""
+    if not hasattr(os, "memfd_create"):
+        return tempfile.TemporaryFile()
+    import fcntl
+
+    made = os.memfd_create("notify", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    if most is not None:
+        os.ftruncate(made, most)
+        fcntl.fcntl(made, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+    return open(made, "w+b")
 
 
 class _Strict(urllib.request.HTTPRedirectHandler):
@@ -78,11 +94,11 @@ class _Strict(urllib.request.HTTPRedirectHandler):
         return None  # the 3xx is the answer, and an error
 
 
-def _post(url: str, body: bytes, say: Say, pause: float) -> None:
+def _post(url: str, body: bytes, pause: float) -> str:
+    """What went wrong; "" for nothing."""
     token = os.environ.get(TOKEN, "").strip()
     if not re.fullmatch("[!-~]*", token):  # the errors of http.client would quote it
-        say(f"notify.webhook {url}: {TOKEN} holds characters that HTTP does not carry")
-        return
+        return f"{TOKEN} holds characters that HTTP does not carry"
     headers = {"Content-Type": "application/json", "User-Agent": "nightlabel"}
     if token and "{token}" not in url:
         headers["Authorization"] = f"Bearer {token}"
@@ -93,7 +109,7 @@ def _post(url: str, body: bytes, say: Say, pause: float) -> None:
         try:
             request = urllib.request.Request(url.replace("{token}", token), body, headers, method="POST")
             with opener.open(request, timeout=TIMEOUT_S):
-                return
+                return ""
         except urllib.error.HTTPError as error:
             error.close()
             trouble = f"HTTP {error.code}"
@@ -101,4 +117,4 @@ def _post(url: str, body: bytes, say: Say, pause: float) -> None:
                 break
         except (OSError, HTTPException, ValueError) as error:
             trouble = str(getattr(error, "reason", error)).replace(token or "\0", "***")
-    say(f"notify.webhook {url}: {trouble}")
+    return trouble
