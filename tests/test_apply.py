@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime, tzinfo
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from kube_server import ApiServer
+from kubernetes.client.exceptions import ApiException
 from test_render import DIGEST, GOLDEN, HEAD_ONLY, job_of
 
 from pipeline.errors import Conflict, JobError, PermissionDenied, Temporary, UnfitError, UnitsLeft
@@ -216,6 +218,26 @@ def test_what_others_have_set_beside_ours_stays(cluster: ApiServer, api: Api):
     assert account["imagePullSecrets"] == [{"name": "pull"}]
     assert set(account["metadata"]["annotations"]) == {"theirs", "eks.amazonaws.com/role-arn"}
     assert ("raycronjobs", NAME) in cluster.objects()
+
+
+def test_what_changes_or_goes_between_a_look_and_a_change_is_looked_at_again(api: Api, monkeypatch: pytest.MonkeyPatch):
+    """409 says so: the controller of a CronJob writes down when it ran."""
+    job, call, asked = things(target="cronjob", date="today"), api._call, list[str]()
+    start(api, job)
+
+    def conflicting(verb: str, thing: KubeObject, *rest: Any, **more: Any) -> dict[str, Any]:
+        if verb == "replace":
+            asked.append(name := f"{thing['kind']} {thing['metadata']['name']}")
+            if asked.count(name) == 1:
+                raise ApiException(status=409, reason="Conflict")
+        return call(verb, thing, *rest, **more)
+
+    monkeypatch.setattr(api, "_call", conflicting)
+    start(api, job)
+    assert set(Counter(asked).values()) == {2}
+    monkeypatch.setattr(api, "find", lambda _: None)  # gone again, each time
+    with pytest.raises(Temporary, match="is changed by others all the time"):
+        start(api, job)
 
 
 def test_a_cron_job_brings_its_rights(cluster: ApiServer, api: Api):

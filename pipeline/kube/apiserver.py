@@ -24,6 +24,7 @@ from pipeline.kube.render import KubeObject
 
 PATIENCE_S = 600.0  # an API server that is being upgraded is away for some minutes
 _PAUSE_S = 1.0
+_TRIES = 5
 _WATCH_S = 300
 _TIMEOUT_S = (5, 60)  # to connect, to answer
 _NOUNS = {"ConfigMap": "config_map", "ServiceAccount": "service_account"}
@@ -57,15 +58,25 @@ class Api:
 
     def put(self, thing: KubeObject) -> str:
         """Make it, or make what stands there like it; fields that others have set beside ours stay. Says which it was."""
-        if self.create(thing):
-            return "made"
-        standing = self.find(thing)
-        if standing is not None:
-            meta = {**standing["metadata"], **{key: value for key, value in thing["metadata"].items() if key != "annotations"}}
-            meta["annotations"] = {**standing["metadata"].get("annotations", {}), **thing["metadata"].get("annotations", {})}
+        for _ in range(_TRIES):
+            if self.create(thing):
+                return "made"
+            standing = self.find(thing)
+            if standing is not None and self._replace(thing, standing):
+                return "updated"
+            time.sleep(self._pause)
+        raise Temporary(f"{title(thing)} is changed by others all the time", do="Try again")
+
+    def _replace(self, thing: KubeObject, standing: dict[str, Any]) -> bool:
+        """False when it is not what was looked at any more: a controller writes there too."""
+        meta = {**standing["metadata"], **{key: value for key, value in thing["metadata"].items() if key != "annotations"}}
+        meta["annotations"] = {**standing["metadata"].get("annotations", {}), **thing["metadata"].get("annotations", {})}
+        try:
             with _explained(f"change {title(thing)}"):
                 self._call("replace", thing, thing["metadata"]["name"], {**standing, **thing, "metadata": meta})
-        return "updated"
+        except (_Absent, _Exists):
+            return False
+        return True
 
     def create(self, thing: KubeObject) -> bool:
         """False when something stands there."""
