@@ -23,6 +23,7 @@ Anything else that escapes is a bug of ours: a traceback and exit code 70.
 from __future__ import annotations
 
 import copyreg
+from collections.abc import Iterable
 from enum import IntEnum
 
 
@@ -44,6 +45,18 @@ class ExitCode(IntEnum):
 
 #: Everything is labelled, committed and verified.
 COMPLETE = (ExitCode.DONE, ExitCode.TOO_MANY_FAILED)
+#: From the mildest to the gravest: what the same command mends; what somebody must mend first, from one input over the rights to
+#: the whole job, and what nobody should run over: a stranger's object in our output, which has an alert of its own, and a bug.
+_GRAVITY = (
+    *(ExitCode.DONE, ExitCode.TOO_MANY_FAILED, ExitCode.UNITS_LEFT, ExitCode.TEMPORARY),
+    *(ExitCode.INPUT, ExitCode.NO_PERMISSION, ExitCode.UNFIT),
+    *(ExitCode.CONFLICT, ExitCode.BUG),
+)
+
+
+def gravest(codes: Iterable[int]) -> int:
+    """The exit code of several units, or of several days: that of the gravest."""
+    return max(codes, key=_GRAVITY.index, default=ExitCode.DONE)
 
 
 class NightlabelError(Exception):
@@ -111,6 +124,7 @@ class ShardError(InputError):
 
 class UnitsLeft(NightlabelError):
     exit_code = ExitCode.UNITS_LEFT
+    error_class = "LOST"
 
 
 class Conflict(NightlabelError):
@@ -136,6 +150,14 @@ class Unidentified(PermissionDenied):
     """No credentials, or expired or unknown ones, or a clock that is wrong: so it is with every input, and no fault of any."""
 
     error_class = "UNIDENTIFIED"
+
+
+_KINDS = {kind.error_class: kind for kind in (UnfitError, UnitsLeft, Conflict, Temporary, PermissionDenied, Unidentified)}
+
+
+def kind_of(error_class: str) -> type[NightlabelError]:
+    """The branch of the tree that a unit's `error_class` belongs to; that of any other is InputError."""
+    return _KINDS.get(error_class, InputError)
 
 
 class Interrupted(BaseException):

@@ -37,7 +37,7 @@ from pipeline.verify import verify
 TRIES = 3  # two passes as they come, the third in careful mode
 _REPLANS = 20  # of an attempt: enough to find any culprit, and an end where an input is written over again and again
 _AT_ONCE = 20_000  # units of a pass: each is put into Ray's store by itself before the first block can come
-_LOST = "LOST"
+_LOST = UnitsLeft.error_class
 _PASSING = frozenset({_LOST, Temporary.error_class, Unidentified.error_class})  # another pass may fare better
 _OPEN = frozenset({UnfitError.error_class, PermissionDenied.error_class})  # may be said of one input or of a whole store
 

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pipeline.errors import COMPLETE, Conflict, ExitCode, InputError, PermissionDenied, Temporary, UnfitError, Unidentified
+from pipeline.errors import COMPLETE, ExitCode, gravest, kind_of
 from pipeline.job.quantity import exceeds
-from pipeline.rows import UnitError
 from pipeline.spec import Job
 
 MANIFEST_VERSION = 1
@@ -152,21 +151,11 @@ class Receipt:
         return b"".join(json.dumps(event).encode() + b"\n" for event in self.events)
 
 
-def exit_code(trouble: tuple[UnitTrouble, ...], *, left: int, done: int, rows: int, failed: int, limit: float) -> ExitCode:
-    """How a run has ended. With units left, or an input that is in none, the gravest trouble decides: another run's object, then
-    broken inputs, then missing rights, then what does not fit, then what may pass by itself; without any of these their rows were
-    only lost. With no unit left it is a failure that there was no image at all, or that more of them failed than `limit`
-    allows."""
-    classes = {item.error_class for item in trouble}
-    if left or classes:
-        by_class = (
-            ({Conflict.error_class}, ExitCode.CONFLICT),
-            ({*UnitError, InputError.error_class}, ExitCode.INPUT),
-            ({PermissionDenied.error_class, Unidentified.error_class}, ExitCode.NO_PERMISSION),
-            ({UnfitError.error_class}, ExitCode.UNFIT),
-            ({Temporary.error_class}, ExitCode.TEMPORARY),
-        )
-        return next((code for names, code in by_class if classes & names), ExitCode.UNITS_LEFT)
+def exit_code(trouble: tuple[UnitTrouble, ...], *, left: int, done: int, rows: int, failed: int, limit: float) -> int:
+    """How a run has ended. With units left, or an input that is in none, the gravest trouble decides. With no unit left it is a
+    failure that there was no image at all, or that more of them failed than `limit` allows."""
+    if left or trouble:
+        return gravest([ExitCode.UNITS_LEFT, *(kind_of(item.error_class).exit_code for item in trouble)])
     if done and not rows:
         return ExitCode.INPUT
     return ExitCode.TOO_MANY_FAILED if exceeds(failed, limit, of=rows) else ExitCode.DONE

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from pipeline.errors import Temporary, UnitsLeft
+
 EVERY_S = 10.0
 _SAID = {
     "ignored": "ignored: {text}, not of the input's format",
@@ -67,7 +69,7 @@ class Screen:
         elif event in ("trouble", "split"):
             self._images, self._failed = self._images - fields["dropped"], self._failed - fields["dropped_failed"]
             # What was lost, or may pass by itself, comes again in the next pass.
-            if event == "trouble" and fields["error_class"] not in ("LOST", "TEMPORARY"):
+            if event == "trouble" and fields["error_class"] not in (UnitsLeft.error_class, Temporary.error_class):
                 self._console.print(Text(f"{fields['error_class']}: {fields['error']}", style="red"))
         elif event == "replanned":
             self._units += fields["units"] - fields["before"]

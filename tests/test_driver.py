@@ -30,12 +30,12 @@ from pipeline.attempt import Attempt
 from pipeline.commit import Provenance, UnitBuffer, commit_unit
 from pipeline.committer import Committer
 from pipeline.disk import Disk
-from pipeline.errors import Interrupted, Stalled, StoreError, Temporary, UnitsLeft
+from pipeline.errors import Interrupted, Stalled, StoreError, Temporary, UnitsLeft, gravest
 from pipeline.footer import Footer
 from pipeline.label import TRIES, Driver
 from pipeline.log import Log
 from pipeline.plan import Plan
-from pipeline.report import Receipt
+from pipeline.report import Receipt, UnitTrouble, exit_code
 from pipeline.rows import PREDICTION, TIMINGS
 from pipeline.spec import Job
 from pipeline.start import load_model, plan_job
@@ -222,6 +222,24 @@ def test_only_the_culprit_is_left(begin, error_class, code, passes):
     assert (receipt.exit_code, receipt.passes, receipt.rows_in) == (code, passes, 7 * ROWS)
     assert (receipt.units_done, receipt.units) == (4, 5)
     assert [(item.inputs, item.error_class) for item in receipt.trouble] == [((plan.units[2].parts[1].uri,), error_class)]
+
+
+@pytest.mark.parametrize(
+    ("milder", "graver", "codes"),
+    [
+        ("LOST", "TEMPORARY", (5, 75)),
+        ("TEMPORARY", "PARQUET_CORRUPT", (75, 3)),
+        ("TAR_NO_EOF", "PERMISSION_DENIED", (3, 77)),
+        ("INPUT_CHANGED", "UNFIT", (3, 2)),
+        ("UNIDENTIFIED", "UNFIT", (77, 2)),
+        ("UNFIT", "CONFLICT", (2, 6)),
+    ],
+)
+def test_units_and_days_know_one_order_of_gravity(milder, graver, codes):
+    trouble = [UnitTrouble(name, (), name, "") for name in (graver, milder)]
+    ends = [exit_code(tuple(some), left=2, done=0, rows=0, failed=0, limit=1.0) for some in (trouble[1:], trouble, trouble[::-1])]
+    assert ends == [codes[0], codes[1], codes[1]]
+    assert gravest(codes) == gravest(codes[::-1]) == codes[1]
 
 
 def test_what_is_lost_again_and_again_is_split_too_and_says_why(begin):

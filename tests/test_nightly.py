@@ -31,13 +31,13 @@ from pipeline import cluster
 from pipeline.cli import app
 from pipeline.commands.nightly import label_nights
 from pipeline.cut import list_inputs
-from pipeline.errors import InputMissing, Interrupted, JobError, Temporary, UnfitError, UnitsLeft
+from pipeline.errors import InputMissing, Interrupted, JobError, Temporary, UnfitError, UnitsLeft, gravest
 from pipeline.job.jobfile import at_day, parse_job
 from pipeline.job.schedule import Schedule, days_of
 from pipeline.label import Driver
 from pipeline.nights import nightly, notify
 from pipeline.nights.lease import LeaseStore, LeaseTiming
-from pipeline.nights.nightly import Day, Night, asked, gravest, lease_folder, run_nights
+from pipeline.nights.nightly import Day, Night, asked, lease_folder, run_nights
 from pipeline.prometheus import Metrics
 from pipeline.report import Receipt
 from pipeline.spec import Job, Notify
@@ -146,7 +146,7 @@ def test_a_day_that_fails_stops_no_other_and_the_gravest_code_is_the_outcome(tmp
     nights = run_nights(wanted, asked(wanted, "2026-11-01..2026-11-04", name="j"), label=label, say=lambda text: None)
     assert seen == ["01", "02", "03", "04"]
     assert [night.exit_code for night in nights] == [0, 3, 75, 4]
-    assert gravest(nights) == 3
+    assert gravest(night.exit_code for night in nights) == 3
     assert nights[1].line() == "2026-11-02   3  in/02 is absent."
 
 
@@ -160,7 +160,7 @@ def test_a_table_that_fails_leaves_the_labels_and_says_so(tmp_path, monkeypatch)
 
     monkeypatch.setattr(nightly, "publish", refuse)
     nights = run_nights(wanted, (Day("2026-11-01"),), label=lambda one, check: receipt(), say=print)
-    assert (asked_for, gravest(nights)) == ([str(Path("out/f").absolute())], 75)
+    assert (asked_for, gravest(night.exit_code for night in nights)) == ([str(Path("out/f").absolute())], 75)
     assert nights[0].line().endswith("; the table is busy.")
     assert nights[0].as_dict()["table"] == {"error": "the table is busy."}
     run_nights(wanted, (Day("2026-11-01"),), label=lambda one, check: receipt(exit_code=3), say=print)
@@ -460,7 +460,7 @@ def test_what_fails_while_telling_is_a_line_and_no_more(tmp_path):
     wanted = template(tmp_path, notify={"command": ["/no/such/program"], "when": "always"})
     said: list[str] = []
     nights = run_nights(wanted, (Day("2026-11-01"),), label=lambda one, check: receipt(), say=said.append)
-    assert (gravest(nights), len(said)) == (0, 1)
+    assert (gravest(night.exit_code for night in nights), len(said)) == (0, 1)
 
 
 @pytest.mark.parametrize(("code", "said"), [(0, []), (3, ["notify.command sh ended with 3: no mail today"])])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.commands.options import AsJson, Date, IfRunning, JobPath, print_json, say
-from pipeline.errors import COMPLETE, ExitCode, NightlabelError
+from pipeline.errors import COMPLETE, ExitCode, NightlabelError, gravest
 
 if TYPE_CHECKING:
     from pipeline.attempt import Observer
@@ -64,7 +64,7 @@ def label_nights(
     template: Job, days: tuple[Day, ...], *, if_running: Policy | None, telling: Metrics, started: float
 ) -> list[Night]:
     """Labels the days that are asked for, with a screen and metrics. `started` is when the command was."""
-    from pipeline.nights.nightly import gravest, run_nights
+    from pipeline.nights.nightly import run_nights
 
     starts = [started]
     with ExitStack() as stack:
@@ -84,7 +84,7 @@ def label_nights(
             return receipt
 
         nights = run_nights(template, days, label=label, say=say, if_running=if_running)
-        telling.account.exit_code = gravest(nights)
+        telling.account.exit_code = gravest(night.exit_code for night in nights)
     return nights
 
 
@@ -100,18 +100,17 @@ def _checked(check: Callable[[], None], observe: Observer) -> Observer:
 
 def print_nights(nights: list[Night], *, as_json: bool, path: Path) -> int:
     """A receipt, or a table of days; the exit code. Raises what stopped a single one."""
-    from pipeline.nights.nightly import gravest
-
+    code = gravest(night.exit_code for night in nights)
     if not nights:
         _print_skipped(as_json)
     elif len(nights) == 1:
         _print_night(nights[0], as_json=as_json, path=path)
     elif as_json:
-        print_json({"exit_code": gravest(nights), "days": [night.as_dict() for night in nights]})
+        print_json({"exit_code": code, "days": [night.as_dict() for night in nights]})
     else:
         for night in nights:
             typer.echo(night.line())
-    return gravest(nights)
+    return code
 
 
 def _print_skipped(as_json: bool) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.cut import list_inputs
-from pipeline.errors import COMPLETE, ExitCode, InputMissing, JobError, NightlabelError
+from pipeline.errors import COMPLETE, ExitCode, InputMissing, JobError, NightlabelError, gravest
 from pipeline.footer import failures, totals
 from pipeline.job.jobfile import asked_days, at_day
 from pipeline.job.quantity import exceeds
@@ -34,19 +34,6 @@ SILENCE_S = 15.0  # of a lease's store, until it is asked again: a beat that wai
 Check = Callable[[], None]
 Label = Callable[[Job, Check], Receipt]  # labels a job, and calls the check now and then, which may raise
 Table = Published | NightlabelError | None  # what became of it; None: the job wants none, or not everything is labelled
-
-#: From the mildest to the gravest: what mends itself before what somebody must mend.
-GRAVITY = (
-    ExitCode.DONE,
-    ExitCode.TOO_MANY_FAILED,
-    ExitCode.UNITS_LEFT,
-    ExitCode.TEMPORARY,
-    ExitCode.INPUT,
-    ExitCode.CONFLICT,
-    ExitCode.NO_PERMISSION,
-    ExitCode.UNFIT,
-    ExitCode.BUG,
-)
 
 
 @dataclass(frozen=True)
@@ -95,20 +82,11 @@ def asked(template: Job, date: str | None, *, name: str, again: bool = False) ->
     return (*(Day(day, behind=True) for day in behind), *(Day(day, again=again) for day in days))
 
 
-def gravest(nights: list[Night]) -> int:
-    """The exit code of several days."""
-    return _gravest([night.exit_code for night in nights])
-
-
 def with_table(exit_code: int, table: Table) -> dict[str, Any]:
     """What `--json` adds to an account of labels: the table, and the exit code of both."""
     if isinstance(table, NightlabelError):
-        return {"exit_code": _gravest([exit_code, table.exit_code]), "table": {"error": str(table)}}
+        return {"exit_code": gravest([exit_code, table.exit_code]), "table": {"error": str(table)}}
     return {"exit_code": exit_code, "table": table and table.as_dict()}
-
-
-def _gravest(codes: list[int]) -> int:
-    return max(codes, key=GRAVITY.index, default=ExitCode.DONE)
 
 
 def run_nights(template: Job, days: tuple[Day, ...], *, label: Label, say: Say, if_running: Policy | None = None) -> list[Night]:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cut import UNREADABLE, cut, list_inputs
-from pipeline.errors import InputError, JobError, NightlabelError, PermissionDenied, Temporary, UnfitError, Unidentified
+from pipeline.errors import JobError, kind_of
 from pipeline.read import read_unit
 from pipeline.spec import Input, Limits
 from pipeline.storage import Object, RangeFile, Store, open_input
@@ -25,7 +25,6 @@ NO_LABEL = -1
 MAX_PIXELS = Limits().max_pixels  # as in labelling
 SPREAD = 16  # shards that a number of images comes from: of each one a first range of 8 MB is fetched
 _LISTED, _SHOWN = 50, 3  # keys of images left out, of each reason: those that are recorded, and those on a screen
-_ERRORS = {kind.error_class: kind for kind in (Temporary, PermissionDenied, Unidentified, UnfitError)}
 
 
 @dataclass
@@ -95,8 +94,7 @@ def _rows(store: Store, wanted: Input, inputs: list[Object], *, label: str | Non
         for table in read_unit(store, unit, wanted=wanted):
             for end in table.filter(pc.is_null(table["key"])).to_pylist():
                 if end["error_class"] is not None:
-                    kind: type[NightlabelError] = _ERRORS.get(end["error_class"], InputError)
-                    raise kind(end["error"].rstrip("."))
+                    raise kind_of(end["error_class"])(end["error"].rstrip("."))
             images = table.filter(pc.is_valid(table["key"]))
             if images.num_rows:
                 yield _with_labels(images, wanted, label)
