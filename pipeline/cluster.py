@@ -32,9 +32,9 @@ Tell = Callable[..., None]
 
 
 @contextmanager
-def cluster(job: Job, *, tell: Tell, stay: bool = False) -> Iterator[None]:
-    """A Ray to work on: the one that RAY_ADDRESS names, or one of our own on this machine, gone afterwards. With `stay` it is
-    kept for a next job of the same resources, unless something failed.
+def cluster(job: Job, *, tell: Tell) -> Iterator[None]:
+    """A Ray to work on: the one that RAY_ADDRESS names, or one of our own on this machine, gone afterwards; one that is up already
+    serves, for a job of the same resources.
 
     Raises JobError when it cannot hold what the job asks for, and Temporary when it does not come to hold it in `cluster.wait`,
     which `tell` was told of; there is no silent waiting and no fall back from GPU to CPU.
@@ -42,15 +42,12 @@ def cluster(job: Job, *, tell: Tell, stay: bool = False) -> Iterator[None]:
     most = Node(os.cpu_count() or 1, gpus=1000)  # of a Ray here, which takes 5 s to come up and say what it has
     if not os.environ.get("RAY_ADDRESS") and (missing := _missing(job, [most])):
         raise JobError(missing)
-    good = False
     try:
         connect(job)
         _make_room(job, tell)
         yield
-        good = True
     finally:
-        if not (stay and good):
-            ray.shutdown()
+        ray.shutdown()
 
 
 def connect(job: Job) -> None:

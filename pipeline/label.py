@@ -7,12 +7,11 @@ A unit of several inputs that cannot be completed is split, so that what is wron
 from __future__ import annotations
 
 import importlib
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -46,10 +45,10 @@ RunPass = Callable[..., Generator[pa.Table | None, None, None]]
 
 
 class Driver:
-    """One attempt at one run. `observe(event, fields)` is told what happens; `label()` returns the receipt. With `stay` it leaves
-    its Ray to the next one, and the last of them to `leave_ray`."""
+    """One attempt at one run. `observe(event, fields)` is told what happens; `label()` returns the receipt. Its Ray goes when it
+    ends, or with `stay`, for the drivers that come after it, when that stack is closed."""
 
-    def __init__(self, job: Job, *, observe: Observer, started: float, stay: bool = False) -> None:
+    def __init__(self, job: Job, *, observe: Observer, started: float, stay: ExitStack | None = None) -> None:
         self.job, self.attempt, self.stay = job.from_root(), Attempt(started, observe), stay
         self.since = time.perf_counter()  # of limits.deadline; the command may have begun hours ago, and queued for the lease
         self.tries: Counter[str] = Counter()
@@ -72,15 +71,16 @@ class Driver:
             sizes = {"bytes": bytes_of(plan.units), "todo_bytes": bytes_of(plan.todo)}
             self.attempt.tell("planned", run=plan.run_id, units=len(plan.units), done=before, **sizes)
             if plan.run_id is not None and plan.todo:
-                cluster = ray.result().cluster(job, tell=self.attempt.tell, stay=self.stay)
+                cluster = ray.result().cluster(job, tell=self.attempt.tell)
                 from pipeline.keep import kept_logs
 
                 logs = kept_logs(log.store, self._logs(log, plan.run_id), self.attempt.events, self.attempt.tell)
-                with self.unhurried(cluster), logs:  # Ray comes up beside the import of Ray Data, 1.5 s
-                    run_pass = partial(ray_data.result().run_pass, job=job, artifact=self.artifact)
-                    plan = self.passes(log, plan, run_pass)
-                if plan.todo:  # it may be Ray's fault: nobody goes on with this one
-                    leave_ray()
+                with ExitStack() as up:
+                    up.enter_context(self.unhurried(cluster))  # Ray comes up beside the import of Ray Data, 1.5 s
+                    with logs:
+                        plan = self.passes(log, plan, partial(ray_data.result().run_pass, job=job, artifact=self.artifact))
+                    if self.stay is not None and not plan.todo:  # else it may be Ray's fault: nobody goes on with this one
+                        self.stay.push(up.pop_all())
         return self.finish(log, plan, before)
 
     @contextmanager
@@ -222,12 +222,6 @@ class Driver:
         for name, content in papers.items():
             log.store.create(log.run_key(run_id, name), content)
         log.store.create(log.run_key(run_id, "manifest.json"), receipt.manifest(self.job, code=CODE_VERSION))
-
-
-def leave_ray() -> None:
-    """Ends the Ray that drivers have left for one another, if they have brought one up."""
-    if (cluster := sys.modules.get("pipeline.cluster")) is not None:
-        cluster.ray.shutdown()
 
 
 def _by_unit(block: pa.Table) -> Iterator[tuple[str, pa.Table]]:

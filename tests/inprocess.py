@@ -22,7 +22,7 @@ def run_pass(units, job, artifact, *, careful=False, lost=None, only=None):
 
 
 @contextmanager
-def no_cluster(job, *, tell, stay=False):
+def no_cluster(job, *, tell):
     yield
 
 

@@ -70,16 +70,15 @@ def label_nights(
     with ExitStack() as stack:
 
         def label(job: Job, check: Callable[[], None]) -> Receipt:
-            from pipeline.label import Driver, leave_ray  # brings Ray
+            from pipeline.label import Driver  # brings Ray
             from pipeline.screen import Screen
 
             if starts:  # a run that is skipped tells nothing
                 stack.enter_context(telling)
-                stack.callback(leave_ray)
             with Screen() as screen:
                 observe = _checked(check, telling.beside(screen.observe))
                 since = starts.pop() if starts else time.perf_counter()
-                receipt = Driver(job, observe=observe, started=since, stay=len(days) > 1).label()
+                receipt = Driver(job, observe=observe, started=since, stay=stack if len(days) > 1 else None).label()
             telling.receipt(receipt)
             return receipt
 

@@ -8,7 +8,6 @@ numbered through all of them. A retry that was killed is gone on with by the sam
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -94,13 +93,13 @@ class Retry(Driver):
         self.attempt.tell("planned", run=RUN, units=len(units), done=done, bytes=size, todo_bytes=size)
         if plan.todo:
             from pipeline.cluster import cluster
+            from pipeline.run import run_pass
 
-            run = importlib.import_module("pipeline.run")
             only = {unit_id: task.only for unit_id, task in self._tasks.items()}
             if _POISON & set(self.classes):
                 self.tries.update(dict.fromkeys(only, TRIES - 1))
             with self.unhurried(cluster(self.job, tell=self.attempt.tell)):
-                plan = self.passes(generation, plan, partial(run.run_pass, job=self.job, artifact=self.artifact, only=only))
+                plan = self.passes(generation, plan, partial(run_pass, job=self.job, artifact=self.artifact, only=only))
         return self._settle(generation, plan)
 
     def buffer(self, unit_id: str) -> UnitBuffer:
