@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from pipeline.artifact import Artifact
 from pipeline.commit import UnitBuffer
 from pipeline.errors import InputMissing
-from pipeline.footer import Footer
+from pipeline.footer import Footer, totals
 from pipeline.log import Log
 from pipeline.plan import Plan
 from pipeline.report import Receipt, UnitTrouble, exit_code
@@ -108,10 +108,8 @@ class Attempt:
 
     def receipt(self, job: Job, plan: Plan, artifact: Artifact, footers: Iterable[Footer], *, log: Log, before: int) -> Receipt:
         """`footers` of all units that are done, read back; `before` of them were done when this attempt began."""
-        done, failures = _sums(footers)
-        left = {unit.id for unit in plan.todo}
-        units, rows, failed = (done[name] for name in ("units", "rows_in", "failed"))
-        self.tell("verified", units=units, rows=rows, failed=failed, left=len(left))
+        done, left = totals(footers), {unit.id for unit in plan.todo}
+        self.tell("verified", units=done.units, rows=done.rows_in, failed=done.failed, left=len(left))
         trouble = (*self.missing, *(item for item in self.trouble.values() if item.unit in left))
         return Receipt(
             job=job.name,
@@ -121,16 +119,16 @@ class Attempt:
             precision=job.model.precision,
             decode=job.decode,
             lane=job.decode_lane,
-            compared=done["compared"],
-            same_label=done["same_label"],
+            compared=done.compared,
+            same_label=done.same_label,
             run=plan.run_id,
             units=len(plan.units),
-            units_done=units,
+            units_done=done.units,
             units_before=before,
-            rows_in=rows,
-            ok=done["ok"],
-            failed=failed,
-            failures=dict(sorted(failures.items())),
+            rows_in=done.rows_in,
+            ok=done.ok,
+            failed=done.failed,
+            failures=done.failures,
             labels=dict(self.labels),
             labelled_now=self.rows,
             kept_nothing=tuple(name for name in job.input.keep if self.rows and name not in self.filled),
@@ -141,15 +139,6 @@ class Attempt:
             seam_seconds=self.seams if self.passes else {},
             passes=self.passes,
             trouble=trouble,
-            exit_code=exit_code(trouble, left=len(left), done=units, rows=rows, failed=failed, limit=job.limits.max_failed),
+            exit_code=exit_code(trouble, done, left=len(left), limit=job.limits.max_failed),
             events=tuple(self.events),
         )
-
-
-def _sums(footers: Iterable[Footer]) -> tuple[Counter[str], Counter[str]]:
-    """Of their counts, and of their failures. A million of them, with their inputs, are not to be held at once."""
-    done, failures = Counter[str](), Counter[str]()
-    for footer in footers:
-        done.update({name: getattr(footer, name) for name in ("rows_in", "ok", "failed", "compared", "same_label")}, units=1)
-        failures.update(footer.failures)
-    return done, failures

@@ -164,14 +164,15 @@ def validate(
     log = open_log(loaded, artifact)
     footers, problems = validate_all(log, deep=deep)
     unfinished = open_runs(log, partial(present, open_input(loaded.input)))
-    rows, ok, failed = totals(footers).values()
+    sums = totals(footers)
     if as_json:
-        counts = {"units": len(footers), "rows_in": rows, "ok": ok, "failed": failed}
+        counts = {"units": sums.units, "rows_in": sums.rows_in, "ok": sums.ok, "failed": sums.failed}
         print_json({"where": log.root, **counts, "unfinished": unfinished, "problems": problems})
     else:
         for line in [*(f"wrong   {problem}" for problem in problems), *(f"open    {run}" for run in unfinished)]:
             typer.echo(line)
-        typer.echo(f"{'NOT VALID' if problems else 'valid'}: {rows:,} in = {ok:,} ok + {failed:,} failed, {len(footers):,} units")
+        adds_up = f"{sums.rows_in:,} in = {sums.ok:,} ok + {sums.failed:,} failed, {sums.units:,} units"
+        typer.echo(f"{'NOT VALID' if problems else 'valid'}: {adds_up}")
         typer.echo(f"where   {log.root}")
     sys.exit(ExitCode.CONFLICT if problems else ExitCode.DONE)
 

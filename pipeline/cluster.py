@@ -33,8 +33,8 @@ Tell = Callable[..., None]
 
 @contextmanager
 def cluster(job: Job, *, tell: Tell) -> Iterator[None]:
-    """A Ray to work on: the one that RAY_ADDRESS names, or one of our own on this machine, gone afterwards; one that is up already
-    serves, for a job of the same resources.
+    """A Ray to work on: the one that RAY_ADDRESS names, or one of our own on this machine, gone afterwards. One that is up will
+    do, for jobs of the same resources.
 
     Raises JobError when it cannot hold what the job asks for, and Temporary when it does not come to hold it in `cluster.wait`,
     which `tell` was told of; there is no silent waiting and no fall back from GPU to CPU.

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 
 import pyarrow as pa
@@ -110,17 +110,30 @@ def check_rows(store: Store, key: str, footer: Footer) -> None:
         raise Conflict(got, need=f"{footer.ok:,} ok and {footer.failed:,} failed, numbered from 0", do=MOVE)
 
 
-def failures(footers: Iterable[Footer]) -> dict[str, int]:
-    """By class, how many images of several units failed."""
-    sums = Counter[str]()
-    for footer in footers:
-        sums.update(footer.failures)
-    return dict(sorted(sums.items()))
+@dataclass
+class Totals:
+    """What the footers of several units say together."""
+
+    units: int = 0
+    rows_in: int = 0
+    ok: int = 0
+    failed: int = 0
+    compared: int = 0
+    same_label: int = 0
+    failures: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """As a manifest states them."""
+        return {"in": self.rows_in, "ok": self.ok, "failed": self.failed}
 
 
-def totals(footers: Iterable[Footer]) -> dict[str, int]:
-    """The rows of several units, as a manifest states them."""
-    sums = Counter[str]()
+def totals(footers: Iterable[Footer]) -> Totals:
+    """Takes one footer at a time: a million, with their inputs, are not to be held at once."""
+    sums, failures = Totals(), Counter[str]()
     for footer in footers:
-        sums.update({"in": footer.rows_in, "ok": footer.ok, "failed": footer.failed})
-    return {name: sums[name] for name in ("in", "ok", "failed")}
+        sums.units += 1
+        for name in ("rows_in", "ok", "failed", "compared", "same_label"):
+            setattr(sums, name, getattr(sums, name) + getattr(footer, name))
+        failures.update(footer.failures)
+    return replace(sums, failures=dict(sorted(failures.items())))

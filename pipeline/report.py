@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipeline.errors import COMPLETE, ExitCode, gravest, kind_of
+from pipeline.footer import Totals
 from pipeline.job.quantity import exceeds
 from pipeline.spec import Job
 
@@ -151,11 +152,11 @@ class Receipt:
         return b"".join(json.dumps(event).encode() + b"\n" for event in self.events)
 
 
-def exit_code(trouble: tuple[UnitTrouble, ...], *, left: int, done: int, rows: int, failed: int, limit: float) -> int:
+def exit_code(trouble: tuple[UnitTrouble, ...], done: Totals, *, left: int, limit: float) -> int:
     """How a run has ended. With units left, or an input that is in none, the gravest trouble decides. With no unit left it is a
     failure that there was no image at all, or that more of them failed than `limit` allows."""
     if left or trouble:
         return gravest([ExitCode.UNITS_LEFT, *(kind_of(item.error_class).exit_code for item in trouble)])
-    if done and not rows:
+    if done.units and not done.rows_in:
         return ExitCode.INPUT
-    return ExitCode.TOO_MANY_FAILED if exceeds(failed, limit, of=rows) else ExitCode.DONE
+    return ExitCode.TOO_MANY_FAILED if exceeds(done.failed, limit, of=done.rows_in) else ExitCode.DONE

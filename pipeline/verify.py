@@ -110,5 +110,5 @@ def _check_manifest(log: Log, run: Run, footers: list[Footer | None]) -> list[st
     there = [footer for footer in footers if footer is not None]
     if len(there) < len(footers):
         return [f"{key}: {len(footers) - len(there)} of its {len(footers)} units have no object. Move it away and run again."]
-    sums = totals(there)
+    sums = totals(there).rows
     return [] if sums == stated else [f"{key}: states {stated}, its units hold {sums}."]

@@ -31,7 +31,7 @@ from pipeline.commit import Provenance, UnitBuffer, commit_unit
 from pipeline.committer import Committer
 from pipeline.disk import Disk
 from pipeline.errors import Interrupted, Stalled, StoreError, Temporary, UnitsLeft, gravest
-from pipeline.footer import Footer
+from pipeline.footer import Footer, Totals
 from pipeline.label import TRIES, Driver
 from pipeline.log import Log
 from pipeline.plan import Plan
@@ -237,7 +237,7 @@ def test_only_the_culprit_is_left(begin, error_class, code, passes):
 )
 def test_units_and_days_know_one_order_of_gravity(milder, graver, codes):
     trouble = [UnitTrouble(name, (), name, "") for name in (graver, milder)]
-    ends = [exit_code(tuple(some), left=2, done=0, rows=0, failed=0, limit=1.0) for some in (trouble[1:], trouble, trouble[::-1])]
+    ends = [exit_code(tuple(some), Totals(), left=2, limit=1.0) for some in (trouble[1:], trouble, trouble[::-1])]
     assert ends == [codes[0], codes[1], codes[1]]
     assert gravest(codes) == gravest(codes[::-1]) == codes[1]
 

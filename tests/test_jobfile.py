@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pipeline.cut import list_inputs
 from pipeline.disk import Disk
 from pipeline.errors import JobError
+from pipeline.footer import Totals
 from pipeline.job.demand import Node, check_demand
 from pipeline.job.jobfile import dump_job, load_job, parse_job
 from pipeline.job.quantity import _BYTES, _percent, in_percent, quantity, text
@@ -408,5 +409,5 @@ def test_a_percentage_is_the_number_that_it_says_and_exactly_the_limit_is_not_ov
     share = in_percent(f"{thousandths // 10}.{thousandths % 10}%")
     assert share == float(f"{thousandths / 1000:.3f}")
     ends = [(1000, thousandths), (1000, thousandths + 1), (7000, 7 * thousandths), (7000, 7 * thousandths + 1)]
-    codes = [exit_code((), left=0, done=1, rows=rows, failed=failed, limit=share) for rows, failed in ends]
+    codes = [exit_code((), Totals(units=1, rows_in=rows, failed=failed), left=0, limit=share) for rows, failed in ends]
     assert codes == [0, 4, 0, 4]

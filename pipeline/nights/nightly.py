@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipeline.cut import list_inputs
 from pipeline.errors import COMPLETE, ExitCode, InputMissing, JobError, NightlabelError, gravest
-from pipeline.footer import failures, totals
+from pipeline.footer import totals
 from pipeline.job.jobfile import asked_days, at_day
 from pipeline.job.quantity import exceeds
 from pipeline.job.schedule import WAIT_S, Policy, looked_back, looks_back
@@ -157,19 +157,18 @@ def _as_it_stands(job: Job, receipt: Receipt) -> Receipt:
     if receipt.exit_code:  # an absent input is graver
         return receipt
     inputs = list_inputs(open_input(job.input), job.input, some=True).inputs
-    footers = list(last_labelled(_log(job, receipt), pa.array([item.uri for item in inputs], pa.string())))
-    sums = totals(footers)
-    if not exceeds(sums["failed"], job.limits.max_failed, of=sums["in"]):
+    sums = totals(last_labelled(_log(job, receipt), pa.array([item.uri for item in inputs], pa.string())))
+    if not exceeds(sums.failed, job.limits.max_failed, of=sums.rows_in):
         return receipt
     return replace(
         receipt,
-        units=len(footers),
-        units_done=len(footers),
-        units_before=len(footers),
-        rows_in=sums["in"],
-        ok=sums["ok"],
-        failed=sums["failed"],
-        failures=failures(footers),
+        units=sums.units,
+        units_done=sums.units,
+        units_before=sums.units,
+        rows_in=sums.rows_in,
+        ok=sums.ok,
+        failed=sums.failed,
+        failures=sums.failures,
         exit_code=ExitCode.TOO_MANY_FAILED,
     )
 

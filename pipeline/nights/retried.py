@@ -36,7 +36,7 @@ class Retried:
         """The last object of a generation. `footers` of all its units."""
         fields = {name: value for name, value in self.as_dict().items() if name not in ("trouble", "exit_code")}
         return json.dumps(
-            {"version": MANIFEST_VERSION, "code": CODE_VERSION, **fields, "rows": totals(footers)}, indent=1
+            {"version": MANIFEST_VERSION, "code": CODE_VERSION, **fields, "rows": totals(footers).rows}, indent=1
         ).encode()
 
     def lines(self) -> list[str]:

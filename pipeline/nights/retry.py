@@ -21,7 +21,7 @@ from pipeline.committer import Committer
 from pipeline.cut import list_inputs
 from pipeline.environment import set_ray_environment
 from pipeline.errors import JobError
-from pipeline.footer import failures, read_rows, totals
+from pipeline.footer import Totals, read_rows, totals
 from pipeline.label import TRIES, Driver
 from pipeline.log import Log
 from pipeline.nights.generation import RUN, Generation, newest, read_footers, to_plan
@@ -82,7 +82,7 @@ class Retry(Driver):
         units = tuple(task.unit for task in self._tasks.values())
         if not units:
             missing = self.attempt.missing
-            code = exit_code(missing, left=0, done=0, rows=0, failed=0, limit=self.job.limits.max_failed)
+            code = exit_code(missing, Totals(), left=0, limit=self.job.limits.max_failed)
             return Retried(self.job.name, log.root, self.classes, trouble=missing, exit_code=code)
         plan = Plan(RUN, units, generation.standing([unit.id for unit in units]).committed)
         for task in [self._tasks[unit.id] for unit in plan.todo if not self._tasks[unit.id].only]:  # their inputs are gone since
@@ -168,7 +168,6 @@ class Retry(Driver):
         retried = sum(len(self._tasks[footer.unit].only) for footer in footers)
         ok_before = sum(self._tasks[footer.unit].ok for footer in footers)
         everything = footers if left else read_footers(generation.store, list(newest(generation.base).values()))
-        sums, limit = totals(everything), self.job.limits.max_failed
         outcome = Retried(
             job=self.job.name,
             where=generation.root,
@@ -178,9 +177,9 @@ class Retry(Driver):
             units_done=len(done),
             retried=retried,
             mended=sum(footer.ok for footer in footers) - ok_before,
-            failures=failures(footers),
+            failures=totals(footers).failures,
             trouble=trouble,
-            exit_code=exit_code(trouble, left=len(left), done=len(done), rows=sums["in"], failed=sums["failed"], limit=limit),
+            exit_code=exit_code(trouble, totals(everything), left=len(left), limit=self.job.limits.max_failed),
         )
         if not left:
             generation.store.create(generation.run_key(RUN, "manifest.json"), outcome.manifest(footers))
