@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,7 +109,10 @@ def run_demo(out: Path, *, say: Callable[[str], None], observe: Observer) -> Out
             f"{out}: {error.strerror}", need="a folder that can be written", do="Give another one with --out"
         ) from error
     if not (out / "digits").exists():
-        digits = pack_digits(out / "digits")
+        packed = out / "digits.part"
+        shutil.rmtree(packed, ignore_errors=True)
+        digits = pack_digits(packed)
+        packed.rename(out / "digits")  # there whole or not at all: a kill while packing would leave the next demo half of them
         say(f"packed  {digits.train_images} digits to train on, {digits.label_images} to label, {len(digits.broken)} broken")
     if not (model / "artifact.json").exists():
         _train(out, say)

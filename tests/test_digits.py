@@ -12,8 +12,9 @@ import pytest
 from pipeline.cut import cut, list_inputs
 from pipeline.decode import BadImage, decode
 from pipeline.demo import job_text, model_text, run_demo
-from pipeline.errors import JobError
+from pipeline.errors import Interrupted, JobError, UnfitError
 from pipeline.job.jobfile import parse_job
+from pipeline.prepare import finetune
 from pipeline.prepare.digits import CLASSES, EDGE, Digits, pack_digits
 from pipeline.read import read_unit
 from pipeline.spec import Input
@@ -124,3 +125,20 @@ def test_the_demo_refuses_a_file_and_a_folder_of_something_else(tmp_path: Path):
         with pytest.raises(JobError, match=got):
             run_demo(out, say=print, observe=lambda *_: None)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_demo_that_was_killed_while_it_packed_packs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def killed(folder: Path) -> Digits:
+        (folder / "train").mkdir(parents=True)
+        raise Interrupted("stopped by SIGINT")
+
+    def train(*_: object, **__: object) -> None:
+        raise UnfitError("far enough")
+
+    monkeypatch.setattr(finetune, "run_job", train)
+    for pack, error in ((killed, Interrupted), (pack_digits, UnfitError)):
+        monkeypatch.setattr("pipeline.demo.pack_digits", pack)
+        with pytest.raises(error):
+            run_demo(tmp_path / "out", say=print, observe=lambda *_: None)
+    assert len(members(tmp_path / "out/digits/train")) == 2 * 898
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["digits", "job.yaml", "model.yaml"]

@@ -65,12 +65,15 @@ class _Unheard(io.FileIO):
 def outlive_readers() -> None:
     """From now on nothing fails because nobody reads what it prints: hours of labelling do not end with a `| head`, and the exit
     code says what was done."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed from the start: the next file or socket would be one of them
+        pass
+    os.close(number)
     for name, number in (("stdout", 1), ("stderr", 2)):
         old = getattr(sys, name)
-        if old is not None and old is getattr(sys, f"__{name}__"):  # None: closed from the start
+        if old is getattr(sys, f"__{name}__"):
             raw = io.BufferedWriter(_Unheard(number, "w", closefd=False))
-            new = io.TextIOWrapper(raw, old.encoding, old.errors, line_buffering=old.line_buffering)
-            setattr(sys, name, new)
+            manner = (old.encoding, old.errors, None, old.line_buffering) if old is not None else ("utf-8", "replace")
+            setattr(sys, name, io.TextIOWrapper(raw, *manner))
 
 
 def print_json(value: dict[str, Any]) -> None:
