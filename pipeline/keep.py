@@ -8,12 +8,12 @@ goes wrong here does not fail the run.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ _NODE = 32 * 2**20  # of a node, before it is packed: the 8 GB of a full disk he
 _PATIENCE_S = 20.0  # a pod that is told to go has 30
 
 
-@contextmanager
+@contextlib.contextmanager
 def kept_logs(store: Store, folder: str, events: list[dict[str, Any]], tell: Tell) -> Iterator[None]:
     """Enter it while Ray is up: when the block ends, in whatever way, the logs of Ray's nodes are copied to `folder`, and with
     them the `events` that the run has told until then."""
@@ -63,7 +63,11 @@ def _collect() -> dict[str, bytes]:
             where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             asked[_remote.options(scheduling_strategy=where).remote()] = f"{node['NodeID'][:12]}.tar.gz"
     ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_PATIENCE_S)
-    return {asked[answer]: ray.get(answer) for answer in ready}
+    packed: dict[str, bytes] = {}
+    for answer in ready:
+        with contextlib.suppress(ray.exceptions.RayError):  # its node has just gone; the others' logs may say why
+            packed[asked[answer]] = ray.get(answer)
+    return packed
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from shards import write_tars
 from test_run import job, label
 
 from pipeline import keep
+from pipeline.cluster import start_ray
 from pipeline.errors import UnitsLeft
 from pipeline.label import Driver
 from pipeline.start import load_model, plan_job
@@ -86,6 +88,17 @@ def test_logs_that_cannot_be_kept_do_not_hide_how_the_run_ended(tmp_path, monkey
         raise OSError("no space left on device")
 
     assert told(tmp_path, broken, monkeypatch)[-1]["error"] == "no space left on device"
+
+
+def test_a_node_that_has_just_gone_takes_no_other_nodes_logs_with_it(on_ray, monkeypatch):
+    start_ray(object_store=2**27)
+    try:
+        known = [{"NodeID": "ab" * 28, "Alive": True}, *ray.nodes()]  # as Ray tells it until it has missed some beats
+        monkeypatch.setattr(ray, "nodes", lambda: known)
+        packed = keep._collect()
+    finally:
+        ray.shutdown()
+    assert list(packed) == [f"{known[1]['NodeID'][:12]}.tar.gz"]
 
 
 def test_packed_logs_are_bounded_and_the_drivers_come_first(tmp_path, monkeypatch):
