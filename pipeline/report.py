@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -91,10 +91,8 @@ class Receipt:
     def lines(self) -> list[str]:
         """The receipt for a screen."""
         adds_up = f"{self.rows_in:,} in = {self.ok:,} ok + {self.failed:,} failed"
-        failed = [f"failed  {', '.join(f'{name} {number:,}' for name, number in self.failures.items())}"] if self.failures else []
+        failed, left = failed_lines(self.failures), left_lines(self.trouble)
         failed += [f"over    {self.over}"] if self.over else []
-        left = [f"left    {trouble.error_class}: {trouble.error}" for trouble in self.trouble[:10]]
-        left += [f"left    and {len(self.trouble) - 10} more units"] if len(self.trouble) > 10 else []
         if self.run is None:
             every = "every other input" if left else "every input"
             return [f"nothing to do: {every} of {self.job} is labelled", *failed, *left, f"where   {self.where}"]
@@ -150,6 +148,17 @@ class Receipt:
     def event_lines(self) -> bytes:
         """events.jsonl"""
         return b"".join(json.dumps(event).encode() + b"\n" for event in self.events)
+
+
+def failed_lines(failures: Mapping[str, int]) -> list[str]:
+    """By class, how many images failed; no line when none did."""
+    return [f"failed  {', '.join(f'{name} {number:,}' for name, number in failures.items())}"] if failures else []
+
+
+def left_lines(trouble: Sequence[UnitTrouble]) -> list[str]:
+    """Why the first ten of the units that are left are, and how many more there are."""
+    lines = [f"left    {item.error_class}: {item.error}" for item in trouble[:10]]
+    return [*lines, f"left    and {len(trouble) - 10:,} more units"] if len(trouble) > 10 else lines
 
 
 def exit_code(trouble: tuple[UnitTrouble, ...], done: Totals, *, left: int, limit: float) -> int:

@@ -10,6 +10,7 @@ from programs import wait_for
 
 from pipeline import screen as screens
 from pipeline.errors import ExitCode
+from pipeline.nights.retried import Retried
 from pipeline.report import Receipt, UnitTrouble
 from pipeline.screen import Screen
 
@@ -133,6 +134,13 @@ def test_a_run_that_ends_with_4_says_why():
         assert receipt(**too_many, run=run).lines()[1:3] == ["failed  CORRUPT 1,234", f"over    {over}"]
     assert over in seen(receipt(**too_many).page())
     assert "max_failed" not in "".join(receipt().lines()) + seen(receipt().page())
+
+
+def test_of_many_units_that_are_left_ten_are_named_and_the_others_counted():
+    trouble = tuple(UnitTrouble("u", (f"in/{n}.tar",), "TAR_NO_EOF", f"in/{n}.tar: is cut.") for n in range(1, 1013))
+    for account in (receipt(trouble=trouble), Retried("x", "out/f", ("CORRUPT",), 1, units=1012, trouble=trouble)):
+        left = [line for line in account.lines() if line.startswith("left ")]
+        assert left[9:] == ["left    TAR_NO_EOF: in/10.tar: is cut.", "left    and 1,002 more units"]
 
 
 def test_the_page_of_a_run_that_is_not_done_names_what_is_left():

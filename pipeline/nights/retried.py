@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.errors import ExitCode
 from pipeline.footer import Footer, totals
-from pipeline.report import MANIFEST_VERSION, UnitTrouble
+from pipeline.report import MANIFEST_VERSION, UnitTrouble, failed_lines, left_lines
 from pipeline.start import CODE_VERSION
 
 
@@ -25,7 +25,7 @@ class Retried:
     units_done: int = 0
     retried: int = 0
     mended: int = 0
-    failures: Mapping[str, int] | None = None
+    failures: Mapping[str, int] = field(default_factory=dict)
     trouble: tuple[UnitTrouble, ...] = ()
     exit_code: int = ExitCode.DONE
 
@@ -41,14 +41,13 @@ class Retried:
 
     def lines(self) -> list[str]:
         """For a screen."""
-        names, left = ", ".join(self.classes), [f"left    {item.error_class}: {item.error}" for item in self.trouble[:10]]
+        names, left = ", ".join(self.classes), left_lines(self.trouble)
         if self.generation is None:
             return [f"nothing to retry: no image of {self.job} failed with {names}, of inputs that are still there", *left]
         state = "done" if self.units == self.units_done else "not finished"
-        lines = [f"{state}: {self.retried:,} images retried ({names}), {self.mended:,} labelled now"]
-        if self.failures:
-            lines.append("failed  " + ", ".join(f"{name} {number:,}" for name, number in self.failures.items()))
-        if self.exit_code == ExitCode.TOO_MANY_FAILED:
-            lines.append(f"over    of all images more have failed than limits.max_failed allows: exit code {self.exit_code:d}")
+        done = f"{state}: {self.retried:,} images retried ({names}), {self.mended:,} labelled now"
+        over = "of all images more have failed than limits.max_failed allows: exit code"
+        failed = failed_lines(self.failures)
+        failed += [f"over    {over} {self.exit_code:d}"] if self.exit_code == ExitCode.TOO_MANY_FAILED else []
         units = f"units   {self.units_done} of {self.units}, generation {self.generation}"
-        return [*lines, *left, f"where   {self.where}", units]
+        return [done, *failed, *left, f"where   {self.where}", units]
