@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,17 +82,17 @@ class Attempt:
         self.arrived += images
         self.tell("rows", images=images, failed=pc.sum(pc.equal(status, "failed")).as_py() or 0)
 
-    def take_commit(self, footer: Footer, rows: pa.Table, seconds: Mapping[str, float], *, ours: bool) -> None:
-        """A unit is committed: by us, or its rows stood there already."""
+    def take_commit(self, footer: Footer, rows: pa.Table, buffer: UnitBuffer, *, ours: bool) -> None:
+        """A unit is committed, its `rows` from this `buffer`: by us, or they stood there already."""
         self.trouble.pop(footer.unit, None)
         self.written += ours
         if ours:
             self.rows += footer.rows_in
-            self.seams = {seam: self.seams[seam] + spent for seam, spent in seconds.items()}
+            self.seams = {seam: self.seams[seam] + spent for seam, spent in buffer.seconds().items()}
             counts = pc.value_counts(rows.column("label").drop_null())
             self.labels.update({item["values"]: item["counts"] for item in counts.to_pylist()})
             self.filled.update(name for name in rows.column_names if rows.column(name).null_count < rows.num_rows)
-        self.tell("commit", unit=footer.unit, rows=footer.rows_in, failed=footer.failed, ours=ours)
+        self.tell("commit", unit=footer.unit, rows=len(buffer), failed=buffer.failed(), ours=ours)
 
     def blame(self, unit: Unit, error_class: str, error: str, *, buffer: UnitBuffer | None = None) -> None:
         """The unit did not come through. What arrived of it, in `buffer`, is dropped and comes again."""

@@ -58,7 +58,7 @@ class UnitBuffer:
         self._tables.append(table)
 
     def __len__(self) -> int:
-        """Rows so far."""
+        """Rows that have come so far."""
         return len(self._seen)
 
     @property
@@ -66,7 +66,7 @@ class UnitBuffer:
         return self.expected is not None and (self.error is not None or len(self._seen) == self.expected)
 
     def failed(self) -> int:
-        """Failed rows so far."""
+        """How many of them failed."""
         return sum(pc.sum(pc.equal(table.column("status"), "failed")).as_py() or 0 for table in self._tables)
 
     def seconds(self) -> dict[str, float]:

@@ -84,7 +84,7 @@ class Committer:
                 self.attempt.drop(unit, outcome.footer.split, buffer)
                 continue
             self.committed.add(unit.id)
-            self.attempt.take_commit(outcome.footer, outcome.rows, buffer.seconds(), ours=outcome.ours)
+            self.attempt.take_commit(outcome.footer, outcome.rows, buffer, ours=outcome.ours)
 
     def _commit(self, unit: Unit, buffer: UnitBuffer) -> _Outcome:
         rows = buffer.table()

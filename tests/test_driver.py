@@ -442,7 +442,7 @@ def test_what_is_dropped_is_not_counted_as_arrived(begin):
     attempt.blame(unit, "CONFLICT", "another's", buffer=buffer)
     attempt.drop(unit, "another's", buffer)
     assert (attempt.arrived, set(attempt.trouble)) == (2 * ROWS, {unit.id})
-    attempt.take_commit(Footer(unit.id, "f", rows_in=6), buffer.table(), {}, ours=False)
+    attempt.take_commit(Footer(unit.id, "f", rows_in=6), buffer.table(), buffer, ours=False)
     assert (attempt.trouble, attempt.rows, attempt.written, attempt.labels) == ({}, 0, 0, {})
 
 

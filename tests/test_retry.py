@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,34 @@ def test_only_the_chosen_rows_of_a_unit_are_read(tmp_path, monkeypatch):
     unit = Unit((Part(item.uri, item.etag, item.size),))
     tables = list(read.read_unit(store, unit, wanted=job("in", "m", "o").input, only=[3, 99]))
     assert [index for table in tables for index in table.column("index").to_pylist()] == [3, 99, 100]
+
+
+def test_a_retry_counts_the_images_that_come_and_not_those_that_stay(tmp_path, model, monkeypatch):
+    """Or its screen would show fewer than none, on the way to a hundred times as many as there are."""
+    without_ray(monkeypatch)
+    guard(monkeypatch)
+    loose(tmp_path / "in", 20)  # five a unit
+    wanted = job(tmp_path / "in", model, tmp_path / "out", input={"format": "images"})
+    denied = [tmp_path / f"in/0{number}.jpg.denied" for number in (1, 3)]
+    for path in denied:
+        path.touch()
+    label(wanted)
+    for path in denied:
+        path.unlink()
+    passes, told = run.run_pass, Counter[str]()
+
+    def dies_once(*words: Any, **named: Any) -> Any:
+        yield next(blocks := passes(*words, **named))
+        if not told["trouble"]:
+            raise Temporary("the raylet is dead")
+        yield from blocks
+
+    def observe(event: str, fields: dict[str, Any]) -> None:
+        told[event] += fields.get("dropped", fields.get("images", fields.get("rows", 0)))
+
+    monkeypatch.setattr(run, "run_pass", dies_once)
+    assert Retry(wanted, ("FETCH_FAILED",), observe=observe, started=0.0).retry().mended == 2
+    assert (told["rows"], told["trouble"], told["commit"]) == (4, 2, 2)
 
 
 def test_what_could_not_be_fetched_is_labelled_in_a_new_generation(tmp_path, model, monkeypatch):

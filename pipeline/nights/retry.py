@@ -50,12 +50,24 @@ class _Task:
     only: frozenset[int]
 
 
-class _Keyed(UnitBuffer):
-    """Rows that come keep the keys that they have: the keys of loose images follow from the folder that a job names."""
+class _Begun(UnitBuffer):
+    """Begins with the `rows` of a unit but for `only`, which come; so what it counts is these alone. They keep the keys that they
+    have: those of loose images follow from the folder that a job names."""
 
-    def __init__(self, rows: pa.Table) -> None:
+    def __init__(self, rows: pa.Table, only: frozenset[int]) -> None:
         super().__init__()
         self._keys = dict(zip(*(rows.column(name).to_pylist() for name in ("index", "key")), strict=True))
+        stay = rows.filter(pc.invert(pc.is_in(rows.column("index"), value_set=pa.array(sorted(only), pa.int64()))))
+        for name in TIMINGS.values():
+            stay = stay.append_column(name, pa.nulls(stay.num_rows, pa.float32()))
+        super().add(stay)
+        self._stay = super().__len__(), super().failed()
+
+    def __len__(self) -> int:
+        return super().__len__() - self._stay[0]
+
+    def failed(self) -> int:
+        return super().failed() - self._stay[1]
 
     def add(self, table: pa.Table) -> None:
         known = pa.array(map(self._keys.get, table.column("index").to_pylist()), pa.string())
@@ -105,12 +117,7 @@ class Retry(Driver):
     def buffer(self, unit_id: str) -> UnitBuffer:
         """A buffer that has the rows that stay."""
         task = self._tasks[unit_id]
-        buffer = _Keyed(rows := read_rows(self.log.store, task.uri))
-        rows = rows.filter(pc.invert(pc.is_in(rows.column("index"), value_set=pa.array(sorted(task.only), pa.int64()))))
-        for name in TIMINGS.values():
-            rows = rows.append_column(name, pa.nulls(rows.num_rows, pa.float32()))
-        buffer.add(rows)
-        return buffer
+        return _Begun(read_rows(self.log.store, task.uri), task.only)
 
     def _stuck(self, _plan: Plan, _committer: Committer) -> list[Unit]:
         return []  # never split: the unit is what it was
