@@ -21,6 +21,7 @@ import yaml
 from models import small_artifact
 from PIL import Image
 from shards import picture, tar_bytes, write_parquet
+from test_metrics import predictions
 
 from pipeline.artifact import build, load_artifact, make_artifact, save_artifact
 from pipeline.errors import JobError, ModelError, NightlabelError, StoreError, UnfitError
@@ -28,7 +29,7 @@ from pipeline.job.jobfile import parse_job
 from pipeline.job.recipe import EvaluateJob
 from pipeline.prepare.evaluate import run_job
 from pipeline.prepare.evaluation_page import MATRIX, SHOWN, TABLE, THUMBNAIL, render, thumbnail
-from pipeline.prepare.metrics import Predictions, measure
+from pipeline.prepare.metrics import measure
 from pipeline.prepare.outcome import Outcome
 from pipeline.preprocess import resize_and_crop
 from pipeline.spec import ModelSource
@@ -133,7 +134,7 @@ def test_answers_are_those_of_a_plain_loop(tmp_path: Path, model: str):
     with torch.inference_mode():
         probabilities = build(artifact)(torch.stack([(crop / 255 - mean) / std for crop in crops])).softmax(dim=1).numpy()
     truth = np.arange(20) % 8
-    wanted = measure(Predictions.of(probabilities, truth), 8)
+    wanted = measure(predictions(probabilities, truth), 8)
     assert record["top1"] == pytest.approx(wanted.top1)
     assert record["top5"] == pytest.approx(wanted.top5)
     assert record["ece"] == pytest.approx(wanted.ece, abs=1e-4)
@@ -277,7 +278,7 @@ def made_up(classes: int, mistakes: int) -> bytes:
 
     rng = np.random.default_rng(0)
     labels = tuple(f"<b>class & {number}</b>" for number in range(classes))
-    found = measure(Predictions.of(rng.dirichlet(np.ones(classes) / 5, 2000), rng.integers(0, classes, 2000)), classes)
+    found = measure(predictions(rng.dirichlet(np.ones(classes) / 5, 2000), rng.integers(0, classes, 2000)), classes)
     picture = thumbnail(rng.integers(0, 256, (3, 224, 224), dtype=np.uint8))
     facts = {"key": "k", "source": "s", "truth": labels[0], "answer": labels[1], "score": 0.9, "truth_score": 0.1}
     facts["picture"] = picture

@@ -24,6 +24,13 @@ from pipeline.prepare.metrics import (
 )
 
 
+def predictions(probabilities: np.ndarray, truth: np.ndarray) -> Predictions:
+    """From the probabilities of all classes, [N, C]; of equal ones the lower class comes first."""
+    ids = np.argsort(-probabilities, axis=1, kind="stable")[:, :5]
+    rows = np.arange(len(truth))
+    return Predictions(ids, probabilities[rows, ids[:, 0]], truth, probabilities[rows, truth])
+
+
 @st.composite
 def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities [N, C] without ties, and the truth."""
@@ -39,7 +46,7 @@ def scored(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 def test_as_scikit_learn_measures(case: tuple[np.ndarray, np.ndarray]):
     probabilities, truth = case
     classes = list(range(probabilities.shape[1]))
-    answers = Predictions.of(probabilities, truth, k=5)
+    answers = predictions(probabilities, truth)
     found = measure(answers, len(classes))
     said = probabilities.argmax(axis=1)
     assert found.top1 == pytest.approx(sk.accuracy_score(truth, said))
@@ -61,7 +68,7 @@ def test_as_scikit_learn_measures(case: tuple[np.ndarray, np.ndarray]):
 @settings(max_examples=150, deadline=None)
 @given(scored())
 def test_calibration_by_the_book(case: tuple[np.ndarray, np.ndarray]):
-    answers = Predictions.of(*case)
+    answers = predictions(*case)
     bins = reliability(answers.score, answers.right)
     assert sum(part.images for part in bins) == len(answers)
     gap = 0.0
@@ -81,7 +88,7 @@ def test_calibration_by_the_book(case: tuple[np.ndarray, np.ndarray]):
 
 def test_worked_out_by_hand():
     probabilities = np.array([[0.9, 0.1, 0], [0.4, 0.6, 0], [0.7, 0.3, 0], [1.0, 0, 0]])
-    answers = Predictions.of(probabilities, np.array([0, 1, 1, 2]))
+    answers = predictions(probabilities, np.array([0, 1, 1, 2]))
     found = measure(answers, 3)
     assert found.top1 == 0.5
     assert found.confusion.tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 0]]
@@ -91,7 +98,7 @@ def test_worked_out_by_hand():
     assert found.nll == pytest.approx(-(np.log(0.9) + np.log(0.6) + np.log(0.3) + np.log(2**-24)) / 4)
     assert worst_confusions(found.confusion, 9) == [(1, 0, 1), (2, 0, 1)]
     assert most_confused(found.confusion, 2) == [0, 1]
-    other = Predictions.of(probabilities[:, ::-1], answers.truth)
+    other = predictions(probabilities[:, ::-1], answers.truth)
     assert agreement(answers, other) == pytest.approx(0.25)
     assert len(answers.where(answers.right)) == 2
 

@@ -24,13 +24,6 @@ class Predictions:
     truth: np.ndarray  # int [N]
     truth_score: np.ndarray  # float [N], probability of the true class
 
-    @classmethod
-    def of(cls, probabilities: np.ndarray, truth: np.ndarray, *, k: int = 5) -> Predictions:
-        """From the probabilities of all classes, [N, C]; of equal ones the lower class comes first."""
-        ids = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
-        rows = np.arange(len(truth))
-        return cls(ids, probabilities[rows, ids[:, 0]], truth, probabilities[rows, truth])
-
     def __len__(self) -> int:
         return len(self.truth)
 
