@@ -164,6 +164,11 @@ def test_checkpoints_that_are_damaged_gone_or_cannot_be_written_are_one_sentence
     (tmp_path / "last.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes()[:5000])
     with pytest.raises(StoreError, match=r"last\.ckpt: cannot be read \(.*\); required: a checkpoint as .* Remove /.* and begin"):
         trained(tmp_path, settings)
+    (tmp_path / "last.ckpt").unlink()
+    (tmp_path / "last.ckpt").mkdir()
+    for world in (1, 2):
+        with pytest.raises(Temporary, match=r"last\.ckpt: .*Is a directory"):
+            trained(tmp_path, settings, worker=Worker(world=world))
     with pytest.raises(StoreError, match=r"/dev/full/x/last\.ckpt: Not a directory; required: a place for checkpoints"):
         replace(Path("/dev/full/x/last.ckpt"), b"")
 

@@ -81,17 +81,21 @@ def replace(path: Path, content: bytes | memoryview) -> None:
             part.unlink(missing_ok=True)  # on a full disk it would take the last of it
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A checkpoint, its tensors on the CPU. Raises StoreError when it is damaged, Temporary when it is gone, or when the
-    machine does not let it be read."""
+def content_of(path: Path) -> bytes:
+    """A checkpoint as it lies there. Raises Temporary when it is gone, or when the machine does not let it be read."""
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError as error:
         do = "Run again: either another run of this job has finished and its model is there, or the training starts anew"
         raise Temporary(f"{path}: somebody has removed it", do=do) from error
     except (OSError, MemoryError) as error:  # it may be sound, so nobody is told to remove it
         do = "Check the rights, the disk and the memory; the same command goes on from it"
         raise Temporary(f"{path}: {first_line(error)}", do=do) from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint, its tensors on the CPU. Raises StoreError when it is damaged, and what `content_of` raises."""
+    content = content_of(path)
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle trips the unpickler up in any way

@@ -26,7 +26,7 @@ from pipeline.errors import JobError, UnfitError
 from pipeline.job.training import Training, Workers
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Augmentation
-from pipeline.prepare.checkpoint import BEST, LAST, Keep, OneStep, make_folder, read, replace
+from pipeline.prepare.checkpoint import BEST, LAST, Keep, OneStep, content_of, make_folder, read, replace
 from pipeline.prepare.epochs import Epoch, EpochLog, Patience
 from pipeline.prepare.images import AtWork, EpochDataset, EpochSampler, Images, in_memory
 from pipeline.prepare.learner import MEASURED, Learner, precision_of
@@ -117,9 +117,9 @@ def _standing(folder: Path, worker: Worker, say: Say) -> dict[str, Any] | None:
         if not stands:
             say(f"starting anew: {folder} holds {LAST} without {BEST}")
     if worker.world > 1:
-        content = worker.broadcast(last.read_bytes() if stands else None)
+        content = worker.broadcast(content_of(last) if stands else None)
         stands = content is not None
-        if stands and not (last.exists() and last.read_bytes() == content):
+        if stands and not (last.exists() and content_of(last) == content):
             replace(last, content)
     return read(last) if stands else None
 
