@@ -260,7 +260,7 @@ def test_a_poison_image_is_retried_in_careful_mode_and_a_killed_retry_goes_on(tm
 
 @pytest.fixture
 def two_classes(tmp_path, model, monkeypatch) -> Job:
-    """Eight images in two units: one that cannot be fetched in each folder, one that is no image in the second."""
+    """Eight images in four units: one that cannot be fetched in each folder, one that is no image in the second."""
     without_ray(monkeypatch)
     guard(monkeypatch)
     for folder in "ab":
@@ -407,6 +407,17 @@ def test_a_job_that_lists_less_goes_on_with_the_whole_retry(two_classes, tmp_pat
         "of what was replaced nothing, of the other one"
     )
     assert latest(two_classes).items() >= {"a/00.jpg": ("ok", None), "b/00.jpg": ("failed", "FETCH_FAILED")}.items()
+
+
+def test_a_unit_whose_object_is_gone_since_the_retry_was_planned_is_named(two_classes):
+    with pytest.raises(KeyboardInterrupt):
+        Retry(two_classes, ("FETCH_FAILED",), observe=stop, started=0.0).retry()
+    log = output_of(two_classes)
+    unit, _ = to_plan(log, ("FETCH_FAILED",)).runs()[0].units
+    gone = Path(log.data_key(unit.id))
+    gone.unlink()
+    with pytest.raises(Conflict, match=f"{gone}: gone since the retry was planned; .*Restore it"):
+        retry(two_classes, "FETCH_FAILED")
 
 
 def with_broken_images(folder: Path, model: str, *, tars: int) -> Job:

@@ -20,7 +20,7 @@ from pipeline.commit import Provenance, UnitBuffer, commit_unit
 from pipeline.committer import Committer
 from pipeline.cut import list_inputs
 from pipeline.environment import set_ray_environment
-from pipeline.errors import JobError
+from pipeline.errors import Conflict, JobError
 from pipeline.footer import Totals, read_rows, totals
 from pipeline.label import TRIES, Driver
 from pipeline.log import Log
@@ -137,6 +137,8 @@ class Retry(Driver):
         planned = generation.runs()
         units = planned[0].units if planned else self._candidates(listing.inputs)
         versions = newest(log, before=generation.number)
+        if lost := [log.data_key(unit.id) for unit in units if unit.id not in versions]:
+            raise Conflict(f"{lost[0]}: gone since the retry was planned", need="the rows that it keeps", do="Restore it")
         tasks = list(side_by_side(lambda unit: self._task(unit, versions[unit.id].uri, is_there), units))
         if not planned:
             tasks = [task for task in tasks if task.only]
