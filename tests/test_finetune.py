@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from shards import tar_bytes
 from test_run import cli
-from trainings import SIDES, SMALL, accuracy, picture, tiny_artifact, write_shards
+from trainings import SIDES, SMALL, accuracy, loss_of, picture, tiny_artifact, write_shards
 
 from pipeline.artifact import Artifact, build, load_artifact, save_artifact
 from pipeline.errors import InputMissing, JobError, ModelError, StoreError
@@ -221,6 +221,18 @@ def test_from_s3_to_s3(tmp_path: Path, start: str, s3: Seaweed, monkeypatch: pyt
         make(wanted.model_copy(update={"training": wanted.training.model_copy(update={"seed": 1})}))
 
 
+def test_an_averaged_model_says_so_on_its_card_and_is_as_good_as_it_says(tmp_path: Path, start: str):
+    train, held = write_shards(tmp_path / "in", 40), write_shards(tmp_path / "held", 10, first=200)
+    wanted = {"model": {"uri": start}, "data": {"validation": {"uri": held}}}
+    make(job(train, tmp_path / "out", training={"ema": 0.9}, **wanted))
+    made = load_artifact(str(tmp_path / "out"))
+    make(job(train, tmp_path / "plain", **wanted))
+    assert made.origin.metrics["validation_loss"] != load_artifact(str(tmp_path / "plain")).origin.metrics["validation_loss"]
+    images = labelled(read_images(Input(uri=held), label="cls"), ("0", "1"), where="x")
+    assert loss_of(build(made), images) == pytest.approx(made.origin.metrics["validation_loss"], abs=1e-5)
+    assert "ema 0.9" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_given_validation_images_and_another_size(tmp_path: Path, start: str):
     train, held = write_shards(tmp_path / "in", 40), write_shards(tmp_path / "held", 10, first=200)
     wanted = job(train, tmp_path / "out", model={"uri": start}, data={"validation": {"uri": held}}, preprocessing={"size": 24})
@@ -313,7 +325,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, start: str):
 def test_kill_9_and_a_rerun_make_the_same_model(tmp_path: Path, start: str):
     """The undisturbed one decodes between its steps, the killed one in a DataLoader's process."""
     train = write_shards(tmp_path / "in", 96)
-    training = QUICK | {"epochs": 6, "augment": {"crop": [0.5, 1]}, "mixup": 0.2, "patience": 6}
+    training = QUICK | {"epochs": 6, "augment": {"crop": [0.5, 1]}, "mixup": 0.2, "ema": 0.9, "patience": 6}
     whole = make(job(train, tmp_path / "whole", model={"uri": start}, training=training))
     path, workers = tmp_path / "killed.yaml", HERE | {"loaders": 1}
     wanted = job(train, tmp_path / "killed", model={"uri": start}, training=training, workers=workers)
@@ -338,7 +350,8 @@ def test_two_workers_train_one_model(tmp_path: Path, start: str, on_ray: str, mo
     train = write_shards(tmp_path / "in", 96)
     monkeypatch.chdir(tmp_path)
     workers = {"count": 2, "cpus_per_worker": 1}
-    wanted = job("in", "out", model={"uri": "start"}, workers=workers, training={"freeze": 1, "unfreeze_epoch": 2})
+    training = {"freeze": 1, "unfreeze_epoch": 2, "ema": 0.9}
+    wanted = job("in", "out", model={"uri": "start"}, workers=workers, training=training)
     said: list[str] = []
     done = make(wanted, said)
     assert [line.split(":")[0] for line in said if line.startswith("epoch")] == ["epoch 1 of 3", "epoch 2 of 3", "epoch 3 of 3"]

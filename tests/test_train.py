@@ -108,9 +108,10 @@ def test_loaders_are_started_once_and_change_nothing(tmp_path: Path, monkeypatch
     assert len(forks) == 2
 
 
-def test_a_kill_costs_an_epoch_and_changes_nothing(tmp_path: Path):
+@pytest.mark.parametrize("more", [{}, {"ema": 0.9, "precision": "bfloat16"}])
+def test_a_kill_costs_an_epoch_and_changes_nothing(tmp_path: Path, more: dict[str, object]):
     drawn = {"augment": Augment(crop=(0.5, 1), trivial=True), "mixup": 0.2, "cutmix": 1.0}
-    longer = QUICK.model_copy(update={**drawn, "epochs": 5})
+    longer = QUICK.model_copy(update={**drawn, "epochs": 5, **more})
     undisturbed, _ = trained(tmp_path / "a", longer)
 
     with pytest.raises(Killed):
@@ -351,6 +352,42 @@ def test_another_objective_is_used(tmp_path: Path):
     assert result.epochs[-1].accuracy == 0.5
 
 
+@pytest.mark.parametrize("frozen", [{}, {"freeze": 1}, {"freeze": 1, "unfreeze_epoch": 2}])
+def test_the_average_of_the_weights_is_what_validates_and_is_kept(tmp_path: Path, frozen: dict[str, int]):
+    """Of statistics too; the steps themselves are those of a training without it."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Watched(CrossEntropy):
+        def forward(self, network: ResNet, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            seen.append({name: value.clone() for name, value in network.state_dict().items()})
+            return super().forward(network, images, targets)
+
+    how = QUICK.model_copy(update={"patience": 3, **frozen})
+    result, _ = trained(tmp_path / "a", how.model_copy(update={"ema": 0.7}), objective=Watched(0.1))
+    trained(tmp_path / "b", how)
+    state, plain = (read(tmp_path / name / "last.ckpt")["state_dict"] for name in "ab")
+    after = [*seen[1:], {name: state[f"network.{name}"] for name in seen[0]}]
+    expected = after[0]
+    for steps, now in enumerate(after[1:], 1):
+        decay = min(0.7, (1 + steps) / (10 + steps))
+        expected = {name: decay * expected[name] + (1 - decay) * value for name, value in now.items()}
+    assert len(after) == 24
+    for name, value in expected.items():
+        assert torch.equal(state[f"network.{name}"], plain[f"network.{name}"])
+        averaged = state[f"average.module.{name}"]
+        if averaged.is_floating_point():
+            torch.testing.assert_close(averaged, value)
+    network, held = tiny_network(), pictures(16, first=64)
+    network.load_state_dict(result.weights)
+    assert loss_of(network, held) == pytest.approx(result.best.validation_loss, abs=1e-5)
+    network.load_state_dict({name: plain[f"network.{name}"] for name in seen[0]})
+    assert loss_of(network, held) != pytest.approx(result.best.validation_loss, abs=1e-3)
+    if frozen == {"freeze": 1}:
+        stem = {name for name in seen[0] if "embedder" in name and "tracked" not in name}
+        assert stem
+        assert all(torch.equal(result.weights[name], seen[0][name]) for name in stem)
+
+
 @pytest.mark.parametrize("optimizer", [{"optimizer": "adamw"}, {"optimizer": "sgd", "learning_rate": 0.05}])
 def test_frozen_parts_stay_until_they_are_thawed(tmp_path: Path, optimizer: dict[str, object]):
     before = tiny_network().state_dict()
@@ -408,6 +445,7 @@ def test_settings_refuse_what_cannot_be():
     for wrong in (
         {"epochs": 0},
         {"batch_size": 1},
+        {"ema": 1.0},
         {"label_smoothing": 1.0},
         {"epoch": 3},
         {"augment": {"crop": [0.1, 2]}},
@@ -425,5 +463,6 @@ def test_a_missing_gpu_is_said():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_training_on_a_gpu_in_float16(tmp_path: Path):
-    assert trained(tmp_path, worker=Worker("gpu"))[0].best.accuracy > 0.9
+@pytest.mark.parametrize("more", [{}, {"ema": 0.9}])
+def test_training_on_a_gpu_in_float16(tmp_path: Path, more: dict[str, float]):
+    assert trained(tmp_path, QUICK.model_copy(update=more), worker=Worker("gpu"))[0].best.accuracy > 0.9

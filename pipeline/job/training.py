@@ -115,6 +115,9 @@ class Training(Model):
     """balanced: a class counts in inverse proportion to its images."""
     gradient_clip: NotNegative = 1.0
     """Largest norm of a step's gradient; 0 is off."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of an exponential moving average of the weights, which then is what is validated and saved; 0 is off, 0.999 is usual,
+    some 1,000 steps. After n steps it is no more than (1 + n) / (10 + n), or a short training would keep its start."""
     patience: Count = 5
     """Epochs without a better validation accuracy before the training stops."""
     freeze: Annotated[int, Field(ge=0, le=5)] = 0

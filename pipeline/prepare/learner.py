@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
@@ -84,6 +85,7 @@ class Learner(pl.LightningModule):
         # A loaded network is in eval mode, and Lightning leaves it so.
         self.network = network.train().requires_grad_(True).to(memory_format=torch.channels_last)
         self.objective, self.training_, self.normalise = objective, training, Normalise(preprocessing)
+        self.average = _average(self.network, training.ema) if training.ema else None
         self.classes: int = network.classifier[1].out_features  # type: ignore[assignment]
         self.accuracy = MulticlassAccuracy(self.classes, average="micro")
         self.validation_loss, self.loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
@@ -109,9 +111,15 @@ class Learner(pl.LightningModule):
         self.loss.update(loss.detach())
         return loss
 
+    def optimizer_step(self, *args: Any, **more: Any) -> None:
+        super().optimizer_step(*args, **more)
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         pixels, labels = batch
-        logits = self.network(self.normalise(pixels))
+        network = self.network if self.average is None else self.average
+        logits = network(self.normalise(pixels))
         self.accuracy.update(logits, labels)
         # Image by image, and so counted: of a batch's mean MeanMetric forgets the weight where it is not to look for nan (1.9).
         self.validation_loss.update(F.cross_entropy(logits, labels, reduction="none"))
@@ -135,6 +143,11 @@ class Learner(pl.LightningModule):
         values = {name: float(self.trainer.callback_metrics[metric]) for name, metric in named.items()}
         checkpoint[MEASURED] = {"number": self.current_epoch + 1, **values}
 
+    def weights(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of the network that was validated, from the `state_dict` of a checkpoint."""
+        prefix = "network." if self.average is None else "average.module."
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
     def configure_optimizers(self) -> Any:
         wanted = self.training_
         groups = decay_groups(self, wanted.weight_decay)
@@ -154,6 +167,21 @@ class Learner(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def _average(network: ResNet, decay: float) -> AveragedModel:
+    """A part of the learner, so it is where the network is and in every checkpoint. Lightning's own is neither: it leaves the
+    average on the CPU, and out of a checkpoint of weights only, which the best one is (2.6)."""
+
+    def update(average: Any, current: Any, steps: Any) -> None:
+        with torch.no_grad():
+            if average[0].is_floating_point():  # weights, and the statistics of norms: of nearly the same images as they are
+                late = min(decay, float((1 + steps) / (10 + steps)))
+                torch._foreach_lerp_(average, current, 1 - late)  # what is frozen stays as it is, to the bit
+            else:
+                torch._foreach_copy_(average, current)  # how many batches a norm has seen
+
+    return AveragedModel(network, multi_avg_fn=update, use_buffers=True).requires_grad_(False)
+
+
 def precision_of(training: Training, device: str) -> str:
     """The arithmetic that is asked for, or the device's own."""
     return training.precision or ("float16" if device == "cuda" else "float32")
@@ -167,8 +195,9 @@ def parts(network: ResNet) -> list[nn.Module]:
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Parameter groups for an optimiser: matrices and kernels decay, vectors (norms and biases) do not."""
-    parameters = list(module.parameters())
+    """Parameter groups for an optimiser: matrices and kernels decay, vectors (norms and biases) do not. What is frozen when it is
+    called, as an average is, is in none."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     decayed, spared = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
 

@@ -104,8 +104,8 @@ def fit(
             trainer.fit(learner, *loaders, ckpt_path=str(folder / LAST) if resumed else None, weights_only=True)
     kept = read(folder / BEST) if worker.rank == 0 else {"state_dict": {}}
     best: Epoch = worker.broadcast(log.kept(kept[MEASURED]) if worker.rank == 0 else None)
-    state = {name.removeprefix("network."): value for name, value in kept["state_dict"].items() if name.startswith("network.")}
-    return Result(tuple(log.epochs), best, state, len(log.epochs) < training.epochs, resumed)
+    weights = learner.weights(kept["state_dict"])
+    return Result(tuple(log.epochs), best, weights, len(log.epochs) < training.epochs, resumed)
 
 
 def _standing(folder: Path, worker: Worker, say: Say) -> dict[str, Any] | None:
