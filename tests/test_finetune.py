@@ -302,7 +302,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, start: str):
             JobError,
             "cls: 2; required: one of 2 classes, a, b",
         ),
-        (job(two, tmp_path / "out", training={"batch_size": 64}), JobError, "a batch of 64 and one. Give more images or lower"),
+        (job(two, tmp_path / "out", training={"batch_size": 64}), JobError, "a step of 64 and one. Give more images or lower"),
         (job(tmp_path / "absent", tmp_path / "out"), InputMissing, "absent"),
         (job(two, tmp_path / "out", model={"uri": start, "digest": "sha256:" + "0" * 64}), ModelError, "digest sha256:"),
         (job(two, tmp_path / "out", model={"uri": str(tmp_path / "none")}), ModelError, "has no config.json"),
@@ -350,7 +350,7 @@ def test_two_workers_train_one_model(tmp_path: Path, start: str, on_ray: str, mo
     train = write_shards(tmp_path / "in", 96)
     monkeypatch.chdir(tmp_path)
     workers = {"count": 2, "cpus_per_worker": 1}
-    training = {"freeze": 1, "unfreeze_epoch": 2, "ema": 0.9}
+    training = {"freeze": 1, "unfreeze_epoch": 2, "ema": 0.9, "accumulate": 2}
     wanted = job("in", "out", model={"uri": "start"}, workers=workers, training=training)
     said: list[str] = []
     done = make(wanted, said)

@@ -346,7 +346,7 @@ def over_black(pixels: torch.Tensor, down: int, right: int) -> torch.Tensor:
 
 @given(st.integers(8, 100), st.integers(2, 8), st.integers(1, 3))
 def test_workers_share_an_epoch_without_overlap(count: int, batch: int, world: int):
-    orders = [EpochSampler(count, batch=batch, seed=3, rank=rank, world=world) for rank in range(world)]
+    orders = [EpochSampler(count, step=batch, seed=3, rank=rank, world=world) for rank in range(world)]
     for order in orders:
         order.set_epoch(2)
     visits = [list(order) for order in orders]

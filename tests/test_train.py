@@ -89,6 +89,24 @@ def test_a_long_epoch_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(said) == 4, "and the epoch"
 
 
+@pytest.mark.parametrize("more", [{}, {"ema": 0.9}, {"optimizer": "sgd", "learning_rate": 0.05}])
+def test_batches_that_are_accumulated_are_a_large_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, object]):
+    """Rate, clipping and average go by steps. Norms see batches, so they rest here; 70 images are eight steps of 8 and some."""
+    monkeypatch.setattr("pipeline.prepare.epochs.EVERY_S", 0.0)
+    data = pictures(70), pictures(16, first=70)
+    how = QUICK.model_copy(update={"freeze": 5, "gradient_clip": 0.05, **more})
+    whole, said = trained(tmp_path / "a", how, data=data)
+    parts, told = trained(tmp_path / "b", how.model_copy(update={"batch_size": 2, "accumulate": 4}), data=data)
+    for name, value in whole.weights.items():
+        torch.testing.assert_close(parts.weights[name], value)
+    assert [epoch.loss for epoch in parts.epochs] == pytest.approx([epoch.loss for epoch in whole.epochs], abs=1e-5)
+    assert [line.split(", ")[0] for line in told] == [line.split(", ")[0] for line in said]
+    assert said[0].startswith("epoch 1 of 3: step 1 of 8, loss ")
+    states = [read(tmp_path / name / "last.ckpt") for name in "ab"]
+    assert [state["global_step"] for state in states] == [24, 24]
+    assert states[0]["lr_schedulers"] == states[1]["lr_schedulers"]
+
+
 def test_same_seed_same_weights_and_another_seed_others(tmp_path: Path):
     drawn = {"augment": Augment(crop=(0.5, 1), jitter=0.2, trivial=True, erase=0.5), "mixup": 0.2, "cutmix": 1.0}
     changed = QUICK.model_copy(update={**drawn, "epochs": 2})
@@ -108,7 +126,7 @@ def test_loaders_are_started_once_and_change_nothing(tmp_path: Path, monkeypatch
     assert len(forks) == 2
 
 
-@pytest.mark.parametrize("more", [{}, {"ema": 0.9, "precision": "bfloat16"}])
+@pytest.mark.parametrize("more", [{}, {"ema": 0.9, "precision": "bfloat16", "batch_size": 4, "accumulate": 2}])
 def test_a_kill_costs_an_epoch_and_changes_nothing(tmp_path: Path, more: dict[str, object]):
     drawn = {"augment": Augment(crop=(0.5, 1), trivial=True), "mixup": 0.2, "cutmix": 1.0}
     longer = QUICK.model_copy(update={**drawn, "epochs": 5, **more})
@@ -437,8 +455,10 @@ def test_a_diverging_training_says_what_to_do(tmp_path: Path):
 
 
 def test_fewer_images_than_a_batch(tmp_path: Path):
-    with pytest.raises(JobError, match=r"7 images to train on .* a batch of 8 and one\. Give more images or lower"):
+    with pytest.raises(JobError, match=r"7 images to train on .* a step of 8 and one\. Give .* lower training\.batch_size\.$"):
         trained(tmp_path, data=(pictures(7), pictures(2)))
+    with pytest.raises(JobError, match=r"16 images to train on .* a step of 24 and one\. .* or training\.accumulate\.$"):
+        trained(tmp_path, QUICK.model_copy(update={"accumulate": 3}), data=(pictures(16), pictures(2)))
 
 
 def test_settings_refuse_what_cannot_be():

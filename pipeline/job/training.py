@@ -94,13 +94,15 @@ class Training(Model):
     epochs: Count = 12
     """Passes over the training images, at most."""
     batch_size: Annotated[int, Field(ge=2)] = 64
-    """Images of one step of one worker, so a step has workers.count times as many; batch normalisation, which every worker does
-    alone, needs two. In every epoch fewer than a step has are left out, other ones each time."""
+    """Images that one worker has in memory at a time; batch normalisation, which is done over these, needs two. A step has
+    workers.count × accumulate times as many; in every epoch fewer than a step has are left out, other ones each time."""
+    accumulate: Count = 1
+    """Batches whose gradients make one step, for steps of more images than fit into memory."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with Nesterov momentum of 0.9."""
     learning_rate: Positive = 1e-3
-    """Highest rate, after the warm-up; for SGD 0.1 is usual. It is the rate as it stands, whatever batch_size and workers.count
-    are."""
+    """Highest rate, after the warm-up; for SGD 0.1 is usual. It is the rate as it stands, whatever batch_size, accumulate and
+    workers.count are."""
     weight_decay: NotNegative = 0.05
     """Decay of convolution and classifier weights; norms and biases have none. For SGD 5e-4 is usual."""
     warmup_epochs: NotNegative = 1.0

@@ -40,11 +40,12 @@ class EpochLog(pl.Callback):
         self._since = self._told = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        now, done, of = time.perf_counter(), batch_idx + 1, int(trainer.num_training_batches)
-        if now - self._told > EVERY_S and done < of:
-            self._told, pace = now, done / (now - self._since)
+        batches = trainer.accumulate_grad_batches  # of a step; the loss of each is given as its share of the step's
+        now, done, of = time.perf_counter(), (batch_idx + 1) / batches, int(trainer.num_training_batches) // batches
+        if now - self._told > EVERY_S and done < of and done.is_integer():
+            self._told, pace, loss = now, done / (now - self._since), batches * float(outputs["loss"])
             self._say(
-                f"epoch {len(self.epochs) + 1} of {self._total}: step {done:,} of {of:,}, loss {float(outputs['loss']):.3f}, "
+                f"epoch {len(self.epochs) + 1} of {self._total}: step {done:,.0f} of {of:,}, loss {loss:.3f}, "
                 f"{pace * self._images:,.0f} images/s, {(of - done) / pace / 60:,.1f} min to go"
             )
 

@@ -183,17 +183,17 @@ def in_memory(images: AtWork) -> TensorDataset:
 
 class EpochSampler(Sampler[tuple[int, int]]):
     """(epoch, index) of the visits of one worker: all images in an order of the epoch's own, dealt out to `world` workers; those
-    that fill no last batch are other ones in every epoch. The trainer calls `set_epoch`."""
+    that fill no last step, of `step` images a worker, are other ones in every epoch. The trainer calls `set_epoch`."""
 
-    def __init__(self, count: int, *, batch: int, seed: int, rank: int, world: int) -> None:
-        self.count, self.batch, self.seed, self.rank, self.world = count, batch, seed, rank, world
+    def __init__(self, count: int, *, step: int, seed: int, rank: int, world: int) -> None:
+        self.count, self.step, self.seed, self.rank, self.world = count, step, seed, rank, world
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.count // (self.batch * self.world) * self.batch
+        return self.count // (self.step * self.world) * self.step
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)[: len(self) * self.world]

@@ -84,10 +84,11 @@ def fit(
     `checkpoint` raises.
     """
     training = learner.training_
-    wanted = training.batch_size * worker.world
+    wanted = training.batch_size * training.accumulate * worker.world
     if len(data[0]) < wanted or not len(data[1]):
         got = f"{len(data[0]):,} images to train on and {len(data[1]):,} to validate with"
-        raise JobError(got, need=f"a batch of {wanted} and one", do="Give more images or lower training.batch_size")
+        lower = "training.batch_size" + (" or training.accumulate" if training.accumulate > 1 else "")
+        raise JobError(got, need=f"a step of {wanted} and one", do=f"Give more images or lower {lower}")
     make_folder(folder)
     log, patience = EpochLog(say, training.epochs, wanted), Patience(training)
     state = _standing(folder, worker, say)
@@ -128,7 +129,8 @@ def _loaders(
     data: tuple[Images, Images], preprocessing: Preprocessing, training: Training, worker: Worker, *, resumed: int
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
     visits = EpochDataset(data[0], Augmentation(preprocessing, training.augment), seed=training.seed)
-    order = EpochSampler(len(data[0]), batch=training.batch_size, seed=training.seed, rank=worker.rank, world=worker.world)
+    step = training.batch_size * training.accumulate  # none is of fewer batches: Lightning would weigh these as if it were whole
+    order = EpochSampler(len(data[0]), step=step, seed=training.seed, rank=worker.rank, world=worker.world)
     order.set_epoch(resumed)  # Lightning says it too late for loaders in processes of their own, which draw ahead
     pinned = worker.accelerator == "gpu"
     train = DataLoader(
@@ -175,6 +177,7 @@ def _trainer(training: Training, worker: Worker, folder: Path, callbacks: Sequen
             max_epochs=training.epochs,
             benchmark=worker.accelerator == "gpu",  # batches of one size: cuDNN tries its kernels once
             gradient_clip_val=training.gradient_clip or None,
+            accumulate_grad_batches=training.accumulate,
             callbacks=[*callbacks, best, last],
             plugins=[OneStep(), *worker.plugins],
             logger=False,
