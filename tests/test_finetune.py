@@ -18,9 +18,11 @@ from trainings import SIDES, SMALL, accuracy, loss_of, picture, tiny_artifact, w
 
 from pipeline.artifact import Artifact, build, load_artifact, save_artifact
 from pipeline.errors import InputMissing, JobError, ModelError, StoreError
+from pipeline.job.recipe import EvaluateJob
 from pipeline.job.training import FinetuneJob, RandomNetwork, Training
 from pipeline.model.huggingface import Architecture
 from pipeline.model.preprocessing import Preprocessing
+from pipeline.prepare.evaluate import run_job as evaluate
 from pipeline.prepare.finetune import architecture_of, classifier_line, run_job, starting_network
 from pipeline.prepare.images import labelled, read_images
 from pipeline.prepare.resume import finished, job_key
@@ -231,6 +233,31 @@ def test_an_averaged_model_says_so_on_its_card_and_is_as_good_as_it_says(tmp_pat
     images = labelled(read_images(Input(uri=held), label="cls"), ("0", "1"), where="x")
     assert loss_of(build(made), images) == pytest.approx(made.origin.metrics["validation_loss"], abs=1e-5)
     assert "ema 0.9" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_labels_under_a_key_are_trained_on_and_measured(tmp_path: Path, start: str):
+    members: dict[str, bytes] = {}
+    for number in range(40):
+        told = {"caption": f"the {number}th", "side": SIDES[number % 2]}
+        members |= {f"{number}.png": picture(number), f"{number}.json": json.dumps(told).encode()}
+    (tmp_path / "in.tar").write_bytes(tar_bytes(members))
+    where = {"label": "json", "label_key": "side"}
+    make(job(tmp_path / "in.tar", tmp_path / "out", model={"uri": start}, data=where))
+    made = load_artifact(str(tmp_path / "out"))
+    assert made.labels == SIDES[:2]
+    assert (made.origin.data["label"], made.origin.data["label_key"]) == ("json", "side")
+    content = {"name": "exam", "model": {"uri": str(tmp_path / "out")}, "output": {"uri": str(tmp_path / "report")}}
+    measured = {"input": {"uri": str(tmp_path / "in.tar")}, **where}
+    wanted = EvaluateJob.model_validate({"kind": "evaluate", "data": measured, **content})
+    assert evaluate(wanted, say=lambda _: None, command="x").facts["images"]["measured"] == 40
+    with pytest.raises(JobError, match=r"json: a label is \{.*Set data\.label_key to the key of the class in it"):
+        make(job(tmp_path / "in.tar", tmp_path / "other", model={"uri": start}, data={"label": "json"}))
+    classes = {"label": "json", "label_key": "caption", "classes": SIDES[:2]}
+    with pytest.raises(JobError, match=r"in\.tar, json, caption: .*required: one of 2 classes"):
+        make(job(tmp_path / "in.tar", tmp_path / "other", model={"uri": start}, data=classes))
+    for wrong in ({"label": None}, {"label": "folder", "train": {"uri": "x", "format": "images"}}):
+        with pytest.raises(ValidationError, match=r"label_key is side, and label is .* Leave label_key out"):
+            job("x", "y", data={"label_key": "side", **wrong})
 
 
 def test_given_validation_images_and_another_size(tmp_path: Path, start: str):

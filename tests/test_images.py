@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -123,6 +124,44 @@ def test_nothing_to_train_on_and_broken_shards_are_one_sentence(tmp_path: Path):
         read_images(Input(uri=uri), label="cls")
 
 
+def test_labels_are_found_under_a_key_of_json_objects_and_structs(tmp_path: Path):
+    told = [{"class": " cat "}, {"class": 7, "url": "x"}, {"class": None}, {"url": "y"}, {"class": True}, {"class": "Köln"}]
+    expected = ["cat", "7", "true", "Köln"]
+    members = {}
+    for number, each in enumerate(told):
+        members |= {f"{number}.png": picture(number), f"{number}.json": json.dumps(each).encode()}
+    (tmp_path / "a.tar").write_bytes(tar_bytes({**members, "none.png": picture(9)}))
+    found = read_images(Input(uri=str(tmp_path / "a.tar")), label="json", label_key="class")
+    assert (found.texts, found.left_out.keys) == (expected, {"NO_LABEL": ["2", "3", "none"]})
+    columns = {"key": ["a", "b", "c"], "image": [picture(number) for number in range(3)]}
+    meta = pa.array([{"class": 3, "x": "a"}, None, {"class": 4, "x": "b"}])
+    pq.write_table(pa.table({**columns, "meta": meta}), tmp_path / "b.parquet")
+    found = read_images(Input(uri=str(tmp_path / "b.parquet"), format="parquet"), label="meta", label_key="class")
+    assert (found.texts, found.left_out.keys) == (["3", "4"], {"NO_LABEL": ["b"]})
+    with pytest.raises(JobError, match=r"no sound image with a label.* their labels in json under clas"):
+        read_images(Input(uri=str(tmp_path / "a.tar")), label="json", label_key="clas")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"cat", "is no object"),
+        (b"7", "is no object"),
+        (b"", "is no object"),
+        (b'{"class": "c', "is no object"),
+        (b"\xff\xd8", "is no object"),
+        (b"[" * 100_000, "is no object"),
+        (b'{"class": 1.5}', "has 1.5 as class"),
+        (b'{"class": ["cat"]}', r"has \['cat'\] as class"),
+    ],
+)
+def test_a_label_without_its_key_is_one_sentence(tmp_path: Path, content: bytes, what: str):
+    (tmp_path / "a.tar").write_bytes(tar_bytes({"a.png": picture(0), "a.json": content}))
+    need = r"; required: a JSON object or a struct with a name or a number as class\. Correct it, or data\.label_key"
+    with pytest.raises(JobError, match=rf"a\.tar: json of a {what}{need}"):
+        read_images(Input(uri=str(tmp_path)), label="json", label_key="class")
+
+
 @pytest.mark.parametrize(
     ("labels", "what"),
     [
@@ -137,7 +176,10 @@ def test_labels_that_are_no_text_are_one_sentence(tmp_path: Path, labels: pa.Arr
     with pytest.raises(JobError) as caught:
         read_images(Input(uri=str(tmp_path), format="parquet"), label="side")
     assert str(caught.value).startswith(f"{tmp_path}/a.parquet: column side {what}")
-    assert "; required: labels as text or numbers. Name another column as data.label, or write this" in str(caught.value)
+    assert "; required: labels as text or numbers. Name another column as data.label, or " in str(caught.value)
+    assert str(caught.value).endswith(
+        "name a key of this one as data.label_key." if "struct" in what else "write this one as text."
+    )
 
 
 def test_classes_are_found_by_size_or_alphabet_and_given_ones_keep_their_order():
@@ -149,7 +191,7 @@ def test_classes_are_found_by_size_or_alphabet_and_given_ones_keep_their_order()
     with pytest.raises(JobError, match=r"x: dog; required: one of 2 classes, cat, cow, or its number\. Correct the labels"):
         find_classes(["cat", "dog"], ("cat", "cow"), where="x")
     with pytest.raises(
-        JobError, match=r'x: a label is {"id": 1}; required: the name of a class, or its number\. Write the class'
+        JobError, match=r'x: a label is {"id": 1}; required: the name of a class, or its number\. Set data\.label_key'
     ):
         find_classes(['{"id": 2}', '{"id": 1}'], (), where="x")
 

@@ -26,12 +26,16 @@ Label = Annotated[Word, AfterValidator(_label)]
 FOLDER = "folder"  # the label of loose images
 
 
-def check_label(label: str | None, wanted: Input) -> None:
-    """Raises ValueError for a label that loose images cannot have."""
+def check_label(label: str | None, key: str | None, wanted: Input) -> None:
+    """Raises ValueError for a label that loose images cannot have, and for a key in what is no object."""
     if wanted.format == "images" and label not in (FOLDER, None):
         got = f"label is {label}, and loose images have no sidecars"
         raise ValueError(
             f"{got}; required: {FOLDER}, the one that each lies in. Set label: {FOLDER}, or pack them with their labels"
+        )
+    if key is not None and (label is None or wanted.format == "images"):
+        raise ValueError(
+            f"label_key is {key}, and label is {label or 'null'}; required: a sidecar or column. Leave label_key out"
         )
 
 
@@ -71,13 +75,20 @@ class Measured(Model):
     """Where the images are."""
     label: Label = "cls"
     """Sidecar or column that holds the label, a class name or its number; of loose images `folder`, the one that they lie in."""
+    label_key: Word | None = None
+    """Key of the class in the label, where that is a JSON object or a struct."""
     images: Count | None = None
     """At most this many, alike from the front of 16 shards; in shards of one class each that is 16 classes."""
 
     @model_validator(mode="after")
     def _labelled(self) -> Measured:
-        check_label(self.label, self.input)
+        check_label(self.label, self.label_key, self.input)
         return self
+
+    @property
+    def where(self) -> str:
+        """Of the labels, for what is said of them."""
+        return ", ".join(filter(None, (*self.input.uris, self.label, self.label_key)))
 
 
 class Gate(Model):

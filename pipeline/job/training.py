@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from pipeline.job.fields import Word
 from pipeline.job.quantity import Count, Fraction, Model, Positive, between, in_percent
 from pipeline.job.recipe import Label, Preparation, Start, check_label
 from pipeline.model.preprocessing import Preprocessing, Resample
@@ -60,13 +61,15 @@ class Data(Model):
     label: Label | None = "cls"
     """Sidecar or column with the label, a class name or its number in `classes`; of loose images `folder`, the one that they lie
     in; null, for distill: there are none."""
+    label_key: Word | None = None
+    """Key of the class in the label, where that is a JSON object, as a sidecar of img2dataset is, or a struct."""
     classes: tuple[str, ...] = ()
     """Names in the order of their numbers; absent: the model's if the labels are just those, else those found, sorted."""
 
     @model_validator(mode="after")
     def _labelled(self) -> Self:
         for wanted in filter(None, (self.train, self.validation)):
-            check_label(self.label, wanted)
+            check_label(self.label, self.label_key, wanted)
         return self
 
 

@@ -5,6 +5,7 @@ Reader, decoder and resize are those of labelling, so a model never sees other p
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,9 +54,12 @@ class LeftOut:
         )
 
 
-def image_rows(wanted: Input, *, label: str | None = None, most: int | None = None) -> Iterator[pa.Table]:
-    """Tables of rows.IMAGE, plus the column `label` when one is named. With `most`, at most so many images: from the front of
-    SPREAD shards alike, for in whole shards, as in loose images, there is often one class after the other.
+def image_rows(
+    wanted: Input, *, label: str | None = None, label_key: str | None = None, most: int | None = None
+) -> Iterator[pa.Table]:
+    """Tables of rows.IMAGE, plus the column `label` when one is named, or what is under `label_key` in each of its objects. With
+    `most`, at most so many images: from the front of SPREAD shards alike, for in whole shards, as in loose images, there is often
+    one class after the other.
 
     Raises what an end row says about a unit that cannot be read: InputError, or what may be the store's fault.
     """
@@ -63,14 +67,14 @@ def image_rows(wanted: Input, *, label: str | None = None, most: int | None = No
     store = open_input(wanted)
     inputs = list_inputs(store, wanted).inputs
     if most is None or wanted.format == "images":
-        yield from _rows(store, wanted, inputs if most is None else _evenly(inputs, most), label=label)
+        yield from _rows(store, wanted, inputs if most is None else _evenly(inputs, most), label=label, key=label_key)
         return
     # What a small one lacks, larger ones make up for.
     picked = sorted(_evenly(inputs, min(SPREAD, most)), key=lambda item: item.size)
     rest = [item for item in inputs if item not in picked]
     for place, item in enumerate(picked + rest):
         share = -(-most // max(1, len(picked) - place))
-        for table in _rows(store, wanted, [item], label=label) if share else ():
+        for table in _rows(store, wanted, [item], label=label, key=label_key) if share else ():
             images = table.slice(0, share)
             share, most = share - images.num_rows, most - images.num_rows
             yield images
@@ -89,7 +93,7 @@ def _evenly(inputs: list[Object], most: int) -> list[Object]:
     return [inputs[place * len(inputs) // count] for place in range(count)]
 
 
-def _rows(store: Store, wanted: Input, inputs: list[Object], *, label: str | None) -> Iterator[pa.Table]:
+def _rows(store: Store, wanted: Input, inputs: list[Object], *, label: str | None, key: str | None) -> Iterator[pa.Table]:
     for unit in cut(store, wanted, inputs, tasks=1):
         for table in read_unit(store, unit, wanted=wanted):
             for end in table.filter(pc.is_null(table["key"])).to_pylist():
@@ -97,16 +101,16 @@ def _rows(store: Store, wanted: Input, inputs: list[Object], *, label: str | Non
                     raise kind_of(end["error_class"])(end["error"].rstrip("."))
             images = table.filter(pc.is_valid(table["key"]))
             if images.num_rows:
-                yield _with_labels(images, wanted, label)
+                yield _with_labels(images, wanted, label, key)
 
 
-def _with_labels(images: pa.Table, wanted: Input, label: str | None) -> pa.Table:
+def _with_labels(images: pa.Table, wanted: Input, label: str | None, key: str | None) -> pa.Table:
     if label is None:
         return images
     if wanted.format == "images":
         folders = [source.rpartition("/")[0].rpartition("/")[2] for source in images["source"].to_pylist()]
         return images.append_column(label, pa.array(folders, pa.string()))
-    return _with_texts(images, label)
+    return _with_texts(images, label) if key is None else _with_members(images, label, key)
 
 
 def _with_texts(images: pa.Table, label: str) -> pa.Table:
@@ -121,8 +125,27 @@ def _with_texts(images: pa.Table, label: str) -> pa.Table:
         got = "is not UTF-8"
     else:
         return images.set_column(images.schema.get_field_index(label), label, texts)
-    do = "Name another column as data.label, or write this one as text"
+    key = "name a key of this one as data.label_key" if pa.types.is_struct(column.type) else "write this one as text"
+    do = f"Name another column as data.label, or {key}"
     raise JobError(f"{images['source'][0]}: column {label} {got}", need="labels as text or numbers", do=do)
+
+
+def _with_members(images: pa.Table, label: str, key: str) -> pa.Table:
+    """Image rows with what their labels, JSON or structs, have under `key`, as text; None where that is null or not there. Raises
+    JobError for a label that is no object, and for what is no name and no number."""
+    texts: list[str | None] = []
+    for image, content in zip(images["key"].to_pylist(), images[label].to_pylist(), strict=True):
+        try:
+            whole = {} if content is None else content if isinstance(content, dict) else json.loads(content)
+        except (TypeError, ValueError, RecursionError):  # neither text nor a struct; not JSON, or not UTF-8; too deep
+            whole = None
+        value = whole.get(key) if isinstance(whole, dict) else None
+        if not isinstance(whole, dict) or not isinstance(value, str | int | None):
+            got = f"has {str(value)[:60]} as {key}" if isinstance(whole, dict) else "is no object"
+            need = f"a JSON object or a struct with a name or a number as {key}"
+            raise JobError(f"{images['source'][0]}: {label} of {image} {got}", need=need, do="Correct it, or data.label_key")
+        texts.append(value if isinstance(value, str | None) else json.dumps(value))  # true, as Arrow casts it
+    return images.set_column(images.schema.get_field_index(label), label, pa.array(texts, pa.string()))
 
 
 def has_labels(wanted: Input, label: str) -> bool:

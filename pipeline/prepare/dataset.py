@@ -30,8 +30,8 @@ class TrainingData:
 def read_data(wanted: Data, *, seed: int, known: tuple[str, ...], shelf: Shelf) -> TrainingData:
     """Of a training on labels. The classes are those that the job gives, else those `known` to the model to begin from when the
     labels are exactly these, else those found."""
-    where = _where(wanted.train.uris, wanted.label)
-    train = read_images(wanted.train, label=wanted.label, shelf=shelf)
+    where = _where(wanted.train.uris, wanted)
+    train = read_images(wanted.train, label=wanted.label, label_key=wanted.label_key, shelf=shelf)
     held = _read_held(wanted, shelf=shelf)
     classes = find_classes(train.texts, wanted.classes or fitting(train.texts, known), where=where)
     return _together(wanted, train, held, classes=classes, seed=seed)
@@ -40,8 +40,8 @@ def read_data(wanted: Data, *, seed: int, known: tuple[str, ...], shelf: Shelf) 
 def read_taught(wanted: Data, *, seed: int, classes: tuple[str, ...], shelf: Shelf) -> TrainingData:
     """Of a training on the answers of a teacher of these classes: images without a label are trained on too, and when no labels
     are named, those to validate with have none either. Raises JobError for named labels of which none is there."""
-    where = _where(wanted.train.uris, wanted.label)
-    train = read_images(wanted.train, label=wanted.label, unlabelled=True, shelf=shelf)
+    where = _where(wanted.train.uris, wanted)
+    train = read_images(wanted.train, label=wanted.label, label_key=wanted.label_key, unlabelled=True, shelf=shelf)
     held = _read_held(wanted, shelf=shelf)
     if wanted.label is not None and held is None and not any(train.texts):
         do = "Name some as data.validation, or set data.label to null: then agreement with the teacher chooses"
@@ -55,18 +55,19 @@ def _read_held(wanted: Data, *, shelf: Shelf) -> Found | None:
     if wanted.validation is None:
         return None
     bare = wanted.label is None
-    return read_images(wanted.validation, label=wanted.label, unlabelled=bare, shelf=shelf, name="validation")
+    label, key = wanted.label, wanted.label_key
+    return read_images(wanted.validation, label=label, label_key=key, unlabelled=bare, shelf=shelf, name="validation")
 
 
-def _where(uris: tuple[str, ...], label: str | None) -> str:
-    return ", ".join([*uris, *([label] if label else [])])
+def _where(uris: tuple[str, ...], wanted: Data) -> str:
+    return ", ".join(filter(None, (*uris, wanted.label, wanted.label_key)))
 
 
 def _together(wanted: Data, train: Found, held: Found | None, *, classes: tuple[str, ...], seed: int) -> TrainingData:
-    images = labelled(train, classes, where=_where(wanted.train.uris, wanted.label))
+    images = labelled(train, classes, where=_where(wanted.train.uris, wanted))
     uris = wanted.validation.uris if wanted.validation else ()
     if held is not None:
-        parts = images, labelled(held, classes, where=_where(uris, wanted.label))
+        parts = images, labelled(held, classes, where=_where(uris, wanted))
     else:
         parts = split(images, wanted.validation_share, seed=seed)
     left_out = {"train": train.left_out} | ({"validation": held.left_out} if held is not None else {})
@@ -74,6 +75,7 @@ def _together(wanted: Data, train: Found, held: Found | None, *, classes: tuple[
         "uris": list(wanted.train.uris),
         "validation_uris": list(uris),
         "label": wanted.label,
+        **({"label_key": wanted.label_key} if wanted.label_key else {}),
         "images": {"train": len(parts[0]), "validation": len(parts[1])},
         "unlabelled": int((parts[0].labels == NO_LABEL).sum()),
         "left_out": {name: dict(part.counts) for name, part in left_out.items()},

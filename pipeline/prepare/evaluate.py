@@ -87,7 +87,7 @@ class Evaluation:
     def read(self, say: Say) -> None:
         """All images. Raises JobError when not one can be measured."""
         data = self._job.data
-        where, told = f"{', '.join(data.input.uris)}, {data.label}", time.monotonic()
+        where, told = data.where, time.monotonic()
         for block in _blocks(self._labelled(where), self._job.batch_size):
             self._ask(block)
             if time.monotonic() - told > EVERY_S:
@@ -103,7 +103,7 @@ class Evaluation:
     def _labelled(self, where: str) -> Iterator[pa.Table]:
         """Image rows with the class in place of the label; those without one are counted and gone."""
         data: Measured = self._job.data
-        for table in image_rows(data.input, label=data.label, most=data.images):
+        for table in image_rows(data.input, label=data.label, label_key=data.label_key, most=data.images):
             truth = class_index(label_texts(table[data.label]), self._labels, where=where)
             named = truth != NO_LABEL
             self._read += len(truth)
@@ -223,6 +223,7 @@ def _subject(job: EvaluateJob, model: Artifact, other: Artifact | None) -> Recor
             "format": wanted.format,
             "columns": [wanted.image_column, wanted.key_column] if wanted.format == "parquet" else [],
             "label": job.data.label,
+            **({"label_key": job.data.label_key} if job.data.label_key else {}),
             "images": job.data.images,
             "inputs": hashlib.sha256(inputs.encode()).hexdigest(),
         },

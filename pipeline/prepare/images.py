@@ -54,7 +54,13 @@ class Images:
 
 
 def read_images(
-    wanted: Input, *, label: str | None, unlabelled: bool = False, shelf: Shelf = IN_MEMORY, name: str = "train"
+    wanted: Input,
+    *,
+    label: str | None,
+    label_key: str | None = None,
+    unlabelled: bool = False,
+    shelf: Shelf = IN_MEMORY,
+    name: str = "train",
 ) -> Found:
     """Every sound image of `wanted`, put on the `shelf` under a `name`, or found there. One that cannot be decoded is left out,
     and without `unlabelled` one without a label is too. `label` None: there are none to look for.
@@ -64,22 +70,23 @@ def read_images(
     if (standing := shelf.standing(name)) is not None:
         return standing
     with shelf.place(name, wanted) as place:
-        found = place.found(_put(wanted, place, label=label, unlabelled=unlabelled))
+        found = place.found(_put(wanted, place, label=label, label_key=label_key, unlabelled=unlabelled))
         if not found.texts:
             what = "sound image" if unlabelled else "sound image with a label"
             got = f"{', '.join(wanted.uris)}: no {what}" + (f"; left out: {found.left_out}" if found.left_out.counts else "")
-            need = f"images to train on, their labels in {label}" if label else "images to train on"
+            where = f", their labels in {label}" + (f" under {label_key}" if label_key else "") if label else ""
+            need = "images to train on" + where
             raise JobError(got, need=need, do="Check the URI and the label's name")
     return found
 
 
-def _put(wanted: Input, place: Place, *, label: str | None, unlabelled: bool) -> LeftOut:
+def _put(wanted: Input, place: Place, *, label: str | None, label_key: str | None, unlabelled: bool) -> LeftOut:
     """All that are to be had in their place; which are not."""
     check = Preprocess(Preprocessing(size=1), max_pixels=MAX_PIXELS, threads=torch.get_num_threads())
     if label is not None and unlabelled and not has_labels(wanted, label):
         label = None
     left_out = LeftOut()
-    for table in image_rows(wanted, label=label):
+    for table in image_rows(wanted, label=label, label_key=label_key):
         checked = check(table)
         left_out.add_failed(checked)
         keep = pc.is_null(checked["error_class"]).to_numpy()
@@ -100,7 +107,7 @@ def find_classes(texts: list[str | None], given: tuple[str, ...], *, where: str)
     if given:
         class_index(sorted(found), given, where=where)
     elif objects := [text for text in found if text.startswith("{")]:  # of img2dataset and its like; each is another one
-        do = "Write the class of each into a sidecar or column of its own, and name that"
+        do = "Set data.label_key to the key of the class in it"
         raise JobError(f"{where}: a label is {min(objects)[:60]}", need="the name of a class, or its number", do=do)
     numeric = all(text.isascii() and text.isdigit() for text in found)
     classes = given or tuple(sorted(found, key=lambda text: (int(text), text) if numeric else (0, text)))

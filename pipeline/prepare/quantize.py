@@ -58,8 +58,7 @@ def run_job(job: QuantizeJob, *, say: Say, command: str) -> Outcome:
     say(f"measuring float32 and {', '.join(candidates)} with {threads} threads")
     measured = measure({FLOAT32: float32, **candidates}, images.labelled(), job.gate, threads=threads)
     if not measured:
-        where = f"{', '.join(job.data.input.uris)}, {job.data.label}"
-        raise JobError(f"{where}: no sound image has a label", need="some, to measure with", do="Check the label's name")
+        raise JobError(f"{job.data.where}: no sound image has a label", need="some, to measure with", do="Check the label's name")
     best = best_of(measured, job.gate)
     if best is None:
         for line in _table(measured, None):
@@ -143,9 +142,8 @@ class _Images:
     def labelled(self) -> Iterator[Batch]:
         """Raises JobError for a label that is no class."""
         wanted = self.job.data
-        where = f"{', '.join(wanted.input.uris)}, {wanted.label}"
-        for table in self._sound(wanted.input, label=wanted.label, most=wanted.images):
-            labels = class_index(label_texts(table[wanted.label]), self.source.labels, where=where)
+        for table in self._sound(wanted.input, label=wanted.label, label_key=wanted.label_key, most=wanted.images):
+            labels = class_index(label_texts(table[wanted.label]), self.source.labels, where=wanted.where)
             told = labels != NO_LABEL
             self.left_out.add("NO_LABEL", table["key"].filter(pa.array(~told)).to_pylist())
             self.measured += int(told.sum())
@@ -167,9 +165,10 @@ class _Images:
         if self.overlap:
             yield f"{self.overlap} of {self.measured} measured images were calibrated with, others would judge better"
 
-    def _sound(self, wanted: Input, *, label: str | None = None, most: int | None) -> Iterator[pa.Table]:
+    def _sound(self, wanted: Input, **which: Any) -> Iterator[pa.Table]:
+        """Images of `image_rows`, prepared, BATCH at most at a time."""
         prepare = Preprocess(self.source.preprocessing, max_pixels=MAX_PIXELS, threads=self.threads)
-        for table in map(prepare, image_rows(wanted, label=label, most=most)):
+        for table in map(prepare, image_rows(wanted, **which)):
             self.left_out.add_failed(table)
             sound = table.filter(pc.is_valid(table["pixels"]))
             yield from (sound.slice(at, BATCH) for at in range(0, sound.num_rows, BATCH))
