@@ -69,7 +69,7 @@ def test_an_artifact_with_its_origin(tmp_path: Path, start: str):
         "86 images to train on, 10 to validate with, 3 classes",
         "left out of the training images: 1 NOT_AN_IMAGE (x), 1 NO_LABEL (y)",
         "classifier replaced: 3 classes instead of 2",
-        f"checkpoints in {checkpoints} until the model is saved; the same command goes on from them",
+        f"checkpoints and epochs.csv in {checkpoints} until the model is saved; the same command goes on from them",
     ]
     assert not checkpoints.parent.exists()
     made = load_artifact(str(tmp_path / "out"))
@@ -215,7 +215,7 @@ def test_from_s3_to_s3(tmp_path: Path, start: str, s3: Seaweed, monkeypatch: pyt
     done = make(wanted, said)
     made = load_artifact(f"{bucket}/out/", s3.options)
     assert (made.digest, made.labels) == (done.facts["digest"], SIDES[:2])
-    assert any(line.startswith(f"checkpoints in {tmp_path}/test.training/") for line in said)
+    assert any(line.startswith(f"checkpoints and epochs.csv in {tmp_path}/test.training/") for line in said)
     assert not (tmp_path / "test.training").exists()
     assert b"| accuracy |" in open_store(bucket, s3.options).read(f"{bucket}/out/README.md")
     assert make(wanted).lines[0] == "nothing to do: the artifact is there"

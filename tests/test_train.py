@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import os
 import re
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,9 @@ def test_a_kill_costs_an_epoch_and_changes_nothing(tmp_path: Path, more: dict[st
     assert [epoch.loss for epoch in resumed.epochs] == [epoch.loss for epoch in undisturbed.epochs]
     assert resumed.best.number == undisturbed.best.number
     assert same(resumed, undisturbed)
+    with (tmp_path / "b" / "epochs.csv").open() as table:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(table)]
+    assert rows == [asdict(epoch) for epoch in resumed.epochs]
     again, said = trained(tmp_path / "b", longer)
     assert said == ["resuming: 5 of at most 5 epochs done"]
     assert same(again, undisturbed)
@@ -198,7 +203,7 @@ def test_what_a_kill_or_a_full_disk_left_half_written_takes_no_room(tmp_path: Pa
     for name in (f"last.{killed.pid}.part", f"last.{other}.part", "odd.part"):
         (tmp_path / name).write_bytes(b"half")
     trained(tmp_path, QUICK.model_copy(update={"epochs": 1}))
-    whole = {"best.ckpt", "last.ckpt", f"last.{other}.part"}
+    whole = {"best.ckpt", "last.ckpt", "epochs.csv", f"last.{other}.part"}
     assert {path.name for path in tmp_path.iterdir()} == whole
 
     def full(self: Path, content: bytes) -> None:

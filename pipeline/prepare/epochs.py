@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,9 +15,11 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from pipeline.errors import ModelError
 from pipeline.job.training import Training
+from pipeline.prepare.checkpoint import replace
 from pipeline.prepare.outcome import Say
 
 EVERY_S = 30.0
+TABLE = "epochs.csv"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +35,13 @@ class Epoch:
 
 class EpochLog(pl.Callback):
     """Keeps the epochs, in the checkpoint too, and tells them as they end; of a long one also how far it is. `images` are those
-    of a step, of all workers."""
+    of a step, of all workers. The first worker writes a table of them into `folder`, anew each time: Lightning's own logger would
+    begin an empty one when the training goes on."""
 
-    def __init__(self, say: Say, total: int, images: int) -> None:
+    def __init__(self, say: Say, total: int, images: int, folder: Path) -> None:
         self.epochs: list[Epoch] = []
         self._say, self._total, self._images, self._since, self._told = say, total, images, 0.0, 0.0
+        self._table = folder / TABLE
 
     def on_train_epoch_start(self, *_: Any) -> None:
         self._since = self._told = time.perf_counter()
@@ -58,10 +65,19 @@ class EpochLog(pl.Callback):
             raise ModelError(f"training: the loss became {loss}", need="a finite number", do=do)
         epoch = Epoch(len(self.epochs) + 1, loss, validation_loss, accuracy, time.perf_counter() - self._since)
         self.epochs.append(epoch)
+        if trainer.is_global_zero:
+            self._write()
         self._say(
             f"epoch {epoch.number} of {self._total}: loss {loss:.3f}, validation loss {validation_loss:.3f}, "
             f"{accuracy:.2%} right, {epoch.seconds:.1f} s"
         )
+
+    def _write(self) -> None:
+        sink = io.StringIO()
+        table = csv.DictWriter(sink, [field.name for field in fields(Epoch)], lineterminator="\n")
+        table.writeheader()
+        table.writerows(map(asdict, self.epochs))
+        replace(self._table, sink.getvalue().encode())
 
     def kept(self, measured: dict[str, float]) -> Epoch:
         """The epoch that a checkpoint says it holds. It is one that came again, with other figures, where a kill fell between the

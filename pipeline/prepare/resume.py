@@ -22,6 +22,7 @@ from pipeline.model.preprocessing import PREPROCESSING_VERSION
 from pipeline.prepare.card import folder_name, model_card
 from pipeline.prepare.checkpoint import LAST
 from pipeline.prepare.data import listing
+from pipeline.prepare.epochs import TABLE
 from pipeline.prepare.outcome import Outcome
 from pipeline.prepare.train import Worker
 from pipeline.storage import head_if_there, join, open_store
@@ -73,7 +74,7 @@ def checkpoints(job: TrainingJob, key: str) -> Path:
 
 
 def checkpoint_line(folder: Path) -> str:
-    return f"checkpoints in {folder} until the model is saved; the same command goes on from them"
+    return f"checkpoints and {TABLE} in {folder} until the model is saved; the same command goes on from them"
 
 
 def close(job: TrainingJob, key: str, worker: Worker, *, made: Callable[[], Artifact], lines: tuple[str, ...]) -> Outcome:

@@ -90,7 +90,7 @@ def fit(
         lower = "training.batch_size" + (" or training.accumulate" if training.accumulate > 1 else "")
         raise JobError(got, need=f"a step of {wanted} and one", do=f"Give more images or lower {lower}")
     make_folder(folder)
-    log, patience = EpochLog(say, training.epochs, wanted), Patience(training)
+    log, patience = EpochLog(say, training.epochs, wanted, folder), Patience(training)
     state = _standing(folder, worker, say)
     if state is not None:
         log.load_state_dict(state["callbacks"][log.state_key])
