@@ -451,6 +451,28 @@ def test_a_signal_stops_the_run_and_says_how_to_go_on(tmp_path, model, on_ray, n
     assert "Traceback" not in err
 
 
+#: Among the imports of the command line somebody presses Ctrl-C.
+PRESSED = """
+import os, signal, sys
+
+class Pressed:
+    def find_spec(self, name, *_):
+        if name == "pipeline.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Pressed())
+from importlib.metadata import entry_points
+(command,) = entry_points(group="console_scripts", name="nightlabel")
+command.load()()
+"""
+
+
+def test_an_early_signal_leaves_no_traceback():
+    command = [sys.executable, "-c", PRESSED, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_a_run_outlives_who_reads_what_it_says(tmp_path, model, on_ray):
     keys = write_tars(tmp_path / "in", shards=2, images=10)
     (tmp_path / "job.yaml").write_text(job_text(tmp_path, model))
