@@ -51,10 +51,14 @@ def ray_address(s3: Seaweed, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     Its workers inherit the credentials of the S3 server, a private HOME, and the tests' folder on their path."""
     from ray.cluster_utils import Cluster
 
+    from pipeline.environment import RAYLET_ENVIRONMENT
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        for name, value in RAYLET_ENVIRONMENT.items():
+            patch.setenv(name, value)
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # the code under test, wherever that runs
         cluster = Cluster(
             initialize_head=True,

@@ -267,6 +267,29 @@ def test_more_shared_memory_than_the_machine_has(monkeypatch):
     assert "JobError: resources: object_store is more than this machine's memory; required: room" in done.stderr
 
 
+#: A task twice, while an actor has all CPUs; in between its worker is idle for longer than the second that Ray gives one.
+TWICE = """
+import os, time
+from pipeline.environment import set_ray_environment
+set_ray_environment()
+import ray
+from pipeline.cluster import start_ray
+start_ray(object_store=2**27)
+pid = ray.remote(num_cpus=0)(lambda: os.getpid())
+pool = ray.util.placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
+ray.get(pool.ready())
+first = ray.get(pid.remote())
+time.sleep(3)
+print(first == ray.get(pid.remote()))
+"""
+
+
+def test_a_reader_that_waits_for_a_while_is_not_ended(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_a_pass_that_dies_without_a_word_is_told_by_its_kind():
     told = {"": "RuntimeError", "\nno room\nhere": "no room"}
     assert all(f"the pass ended early ({words})" in str(run._reason(RuntimeError(text))) for text, words in told.items())

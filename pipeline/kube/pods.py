@@ -10,6 +10,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pipeline.environment import RAYLET_ENVIRONMENT
 from pipeline.job.placement import Kubernetes
 from pipeline.job.quantity import text
 from pipeline.kube.types import (
@@ -33,6 +34,7 @@ JOB_FOLDER = "/job"
 JOB_FILE = f"{JOB_FOLDER}/job.yaml"
 _USER = 1000  # of the image; any number but 0 does
 _LONGEST = 36  # KubeRay: a RayCronJob, whose jobs append 11 characters, and their clusters another 6
+_ENVIRONMENT = {"HOME": "/tmp", "RAY_USAGE_STATS_ENABLED": "0", **RAYLET_ENVIRONMENT}
 _SECCOMP: Seccomp = {"type": "RuntimeDefault"}
 _bytes = text({"Ti": 2**40, "Gi": 2**30, "Mi": 2**20, "Ki": 2**10, "": 1})
 
@@ -80,7 +82,7 @@ def container(name: str, site: Site, size: Size, *, command: list[str] | None = 
     made: Container = {
         "name": name,
         "image": site.image,
-        "env": [{"name": "HOME", "value": "/tmp"}, {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"}],
+        "env": [{"name": variable, "value": value} for variable, value in _ENVIRONMENT.items()],
         "resources": _demand(size),
         "securityContext": {
             "runAsNonRoot": True,
