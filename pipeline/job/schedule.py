@@ -20,7 +20,7 @@ from pipeline.job.quantity import Model, Seconds, between, in_seconds
 IfRunning = Literal["skip", "queue", "replace"]
 Policy = Literal[IfRunning, "share"]  # of a run, which may do without a lease
 WAIT_S = 6 * 3600.0
-_TICKS, _YEARS = 3_000, 9  # looked at: two days of minutes, or two 29ths of February
+_TICKS, _YEARS = 8_000, 9  # looked at: five days of minutes and a weekend, or two 29ths of February
 FORMS = "YYYY-MM-DD, today, yesterday, or two of them with .. between"
 
 
