@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -24,10 +25,13 @@ from shards import picture, tar_bytes, write_parquet
 from test_metrics import predictions
 
 from pipeline.artifact import build, load_artifact, make_artifact, save_artifact
+from pipeline.decode import decode
 from pipeline.errors import JobError, ModelError, NightlabelError, StoreError, UnfitError
 from pipeline.job.jobfile import parse_job
 from pipeline.job.recipe import EvaluateJob
+from pipeline.prepare.answer import Clock
 from pipeline.prepare.evaluate import run_job
+from pipeline.prepare.evaluation import lines, metrics_dict
 from pipeline.prepare.evaluation_page import MATRIX, SHOWN, TABLE, THUMBNAIL, render, thumbnail
 from pipeline.prepare.metrics import measure
 from pipeline.prepare.outcome import Outcome
@@ -140,8 +144,84 @@ def test_answers_are_those_of_a_plain_loop(tmp_path: Path, model: str):
     assert record["ece"] == pytest.approx(wanted.ece, abs=1e-4)
     assert record["nll"] == pytest.approx(wanted.nll, rel=1e-2)
     assert record["confusion"] == wanted.confusion.tolist()
-    scores = [one["score"] for one in record["mistakes"]]
-    assert scores == sorted(scores, reverse=True)
+    wrong = sorted(np.flatnonzero(probabilities.argmax(axis=1) != truth), key=lambda row: -probabilities[row].max())
+    assert len(wrong) > 5
+    assert [one["key"] for one in record["mistakes"]] == [f"k{row}" for row in wrong[:SHOWN]]
+    for row, one in zip(wrong, record["mistakes"], strict=False):
+        assert (one["truth"], one["answer"]) == (f"class {row % 8}", f"class {probabilities[row].argmax()}")
+        assert one["score"] == pytest.approx(probabilities[row].max(), abs=1e-3)
+        assert one["truth_score"] == pytest.approx(probabilities[row, row % 8], abs=1e-3)
+        assert one["picture"] == thumbnail(crops[row].numpy())
+
+
+def test_what_one_of_two_models_cannot_score_is_compared_by_neither(tmp_path: Path, model: str, other: str):
+    """The other one's first logit is more than a float32 holds for one image, and decides for all others."""
+    known, broken = load_artifact(model), build(load_artifact(other))
+    images = [decode(picture(number), max_pixels=10**6) for number in range(8)]
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (known.preprocessing.mean, known.preprocessing.std))
+    crops = torch.stack([(torch.tensor(resize_and_crop(image, known.preprocessing)) / 255 - mean) / std for image in images])
+    with torch.inference_mode():
+        sums = broken.features(crops).sum(dim=1)
+    last = int(sums.argmax())
+    state = broken.state_dict()
+    between = (sums.topk(2).values.mean() / torch.finfo(torch.float32).max).item()
+    state["classifier.1.weight"], state["classifier.1.bias"] = torch.zeros(8, known.architecture.features), torch.zeros(8)
+    state["classifier.1.weight"][0] = 1 / between
+    save_artifact(
+        make_artifact(known.architecture, state, labels=known.labels, preprocessing=known.preprocessing), str(tmp_path / "broken")
+    )
+    data = shard(tmp_path / "in", [str(number) for number in range(8)])
+    evaluate(job(model, data, tmp_path / "out", compare={"uri": str(tmp_path / "broken")}))
+    record = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert (record["images"]["measured"], record["top1"]) == (8, 1)
+    zeros = int(last != 0)  # the one image of class 0, if it can be scored
+    compared = {name: record["compare"][name] for name in ("images", "agreement", "top1", "only_model_right", "only_it_right")}
+    share = round(zeros / 7, 6)
+    assert compared == {"images": 7, "agreement": share, "top1": share, "only_model_right": 7 - zeros, "only_it_right": 0}
+
+
+def test_a_rate_leaves_the_first_block_out(monkeypatch: pytest.MonkeyPatch):
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    clock = Clock()
+    for images, seconds, rate in ((10, 5.0, 2), (20, 1.0, 20), (10, 2.0, 10)):
+
+        def work(block: pa.Table, seconds: float = seconds) -> pa.Table:
+            nonlocal now
+            now += seconds
+            return block
+
+        clock(work, pa.table({"n": range(images)}))
+        assert clock.rate == rate
+
+
+def test_the_classes_with_the_lowest_recall_are_on_top():
+    truth = np.repeat(np.arange(12), 12)
+    answers = np.where(np.tile(np.arange(12), 12) < truth, (truth + 1) % 12, truth)  # `truth` of 12 are wrong
+    shares = np.full((len(truth), 14), 0.01)
+    shares[np.arange(len(truth)), answers] = 0.87
+    record = {
+        **metrics_dict(measure(Predictions.of(shares, truth), 14), tuple(f"c{number}" for number in range(14))),
+        "images": {"read": 147, "measured": 144, "unlabelled": 1, "failed": {"CORRUPT": 2}},
+        "left_out_images": {"NO_LABEL": ["x"], "CORRUPT": ["y", "z"]},
+        "throughput": {"decode": 100.0, "predict": 99.96, "how": "alone"},
+        "compare": {
+            **{"digest": "sha256:0123456789abcdef", "precision": "int8", "agreement": 0.5, "top1": 0.25},
+            **{"only_it_right": 3, "only_model_right": 1_204},
+        },
+    }
+    said = list(lines(record, "out"))
+    assert "images  144 measured of 147; left out: 1 NO_LABEL (x), 2 CORRUPT (y, z)" in said
+    assert "img/s   100 decode, 100.0 predict; alone" in said
+    assert "agrees  50.00% with sha256:0123456789ab…, int8" in said
+    assert "        its top-1 25.00%; right alone on 3 images, this model on 1,204" in said
+    assert said[0] == "top-1   54.17%"
+    assert "classes" not in said[1]
+    table = [line.split() for line in said[said.index("") + 1 : -3]]
+    assert [row[0] for row in table] == ["class", *(f"c{number}" for number in range(11, 1, -1)), "and"]
+    assert table[1][1:] == ["8.3%", "9.1%", "12"], "1 of 12 of them, and of 11 that were taken for it"
+    assert table[-1][:4] == ["and", "4", "more", "classes;"]
+    assert [part["from"] < part["to"] for part in record["reliability"]] == [True] * 15
 
 
 def test_a_number_of_images_from_a_parquet_file_and_another_precision(tmp_path: Path, model: str, other: str):
@@ -274,8 +354,6 @@ def test_to_s3_through_the_command_line(tmp_path: Path, model: str, s3):
 
 def made_up(classes: int, mistakes: int) -> bytes:
     """The page of a random evaluation."""
-    from pipeline.prepare.evaluation import metrics_dict
-
     rng = np.random.default_rng(0)
     labels = tuple(f"<b>class & {number}</b>" for number in range(classes))
     found = measure(predictions(rng.dirichlet(np.ones(classes) / 5, 2000), rng.integers(0, classes, 2000)), classes)

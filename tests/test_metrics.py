@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 
@@ -100,7 +101,29 @@ def test_worked_out_by_hand():
     assert most_confused(found.confusion, 2) == [0, 1]
     other = predictions(probabilities[:, ::-1], answers.truth)
     assert agreement(answers, other) == pytest.approx(0.25)
-    assert len(answers.where(answers.right)) == 2
+    kept = answers.where(answers.right)
+    assert (len(kept), kept.ids[:, 0].tolist(), kept.truth.tolist()) == (2, [0, 1], [0, 1])
+    assert (kept.score.tolist(), kept.truth_score.tolist()) == ([0.9, 0.6], [0.9, 0.6])
+    wrong = answers.where(~answers.right)
+    assert (wrong.score.tolist(), wrong.truth_score.tolist()) == ([0.7, 1.0], [0.3, 0.0])
+
+
+@given(
+    st.integers(1, 60).flatmap(lambda classes: st.lists(st.integers(0, 3), min_size=classes, max_size=classes)), st.integers(1, 9)
+)
+def test_of_equal_probabilities_the_lower_class_comes_first(levels: list[int], k: int):
+    answers = Predictions.of(np.array([levels]) / 4, np.zeros(1, int), k=k)
+    assert answers.ids.tolist() == [sorted(range(len(levels)), key=lambda number: (-levels[number], number))[:k]]
+
+
+@given(st.integers(1, 6).flatmap(lambda size: arrays(int, (size, size), elements=st.integers(0, 3))), st.integers(0, 9))
+def test_mistakes_are_ranked_by_how_many_there_are(confusion: np.ndarray, most: int):
+    classes = range(len(confusion))
+    cells = [(row, column, int(confusion[row, column])) for row in classes for column in classes if row != column]
+    ranked = sorted((cell for cell in cells if cell[2]), key=lambda cell: -cell[2])
+    assert worst_confusions(confusion, most) == ranked[:most]
+    busy = {number: sum(images for row, column, images in cells if number in (row, column)) for number in classes}
+    assert most_confused(confusion, most) == sorted(sorted(classes, key=lambda number: -busy[number])[:most])
 
 
 def test_edges_belong_to_the_bin_below_and_a_score_just_over_one_counts():

@@ -28,7 +28,7 @@ from pipeline.artifact import INT8, Artifact, load_artifact, save_artifact
 from pipeline.decode import decode
 from pipeline.engines.onnx_engine import OnnxEngine
 from pipeline.engines.onnx_graph import to_onnx
-from pipeline.engines.scores import Wanted
+from pipeline.engines.scores import Scores, Wanted
 from pipeline.errors import InputMissing, JobError, ModelError
 from pipeline.job.recipe import Gate, QuantizeJob
 from pipeline.prepare import calibrate, gate
@@ -289,6 +289,42 @@ def test_few_images_are_measured_in_rounds_enough(monkeypatch: pytest.MonkeyPatc
     assert seen == [0, *range(gate.ROUNDS)], "a warm-up, then every round begins with another model"
     assert (one.right, other.same, other.images, other.drift) == (2, 2, 2, 0)
     assert gate.measure({FLOAT32: graph}, [], Gate(), threads=1) == ()
+
+
+def test_the_gate_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three images in two batches; what is not finite is never right; a speed-up is the median of those of the rounds, and with
+    these paces neither that of the medians nor its inverse."""
+    clock = 0.0
+
+    class Engine:
+        def __init__(self, model: bytes, **_: Any) -> None:
+            paces = [1.0, 1.0, 1.0, 10.0, 10.0, 10.0, 10.0]
+            ratios = [2, 2, 2, 2, 3, 3, 3] if model == b"int8" else [1] * 7
+            self._paces = iter([0.0, *(pace / ratio for pace, ratio in zip(paces, ratios, strict=True))])
+            self._ids = np.array([0, 0, 2] if model == b"int8" else [0, 1, 0])
+            self._finite = np.array([True, True, model != b"int8"])
+            shares = (
+                [[0.75, 0.25, 0], [0.5, 0.5, 0], [0.5, 0, 0.5]] if model == b"int8" else [[0.75, 0.25, 0], [0, 1, 0], [1, 0, 0]]
+            )
+            self._shares = np.array(shares, np.float16)
+
+        def __call__(self, pixels: np.ndarray) -> Scores:
+            nonlocal clock
+            clock += next(self._paces) * len(pixels)
+            rows = pixels[:, 0, 0, 0]
+            ids, shares = self._ids[rows, None], self._shares[rows]
+            return Scores(ids, np.take_along_axis(shares, ids, axis=1), self._finite[rows], None, shares)
+
+    monkeypatch.setattr(gate, "OnnxEngine", Engine)
+    monkeypatch.setattr("time.perf_counter", lambda: clock)
+    pixels = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1).repeat(3, axis=1)
+    batches = [(pixels[:2], np.array([0, 1])), (pixels[2:], np.array([2]))]
+    original, int8 = gate.measure({FLOAT32: b"whole", "int8": b"int8"}, batches, Gate(), threads=1)
+    assert (original.bytes, original.images, original.right, original.same, original.drift) == (5, 3, 2, 3, 0)
+    assert (int8.bytes, int8.images, int8.right, int8.same) == (4, 3, 1, 1)
+    assert (int8.accuracy, int8.agreement, int8.drift) == (1 / 3, 1 / 3, (0.5 + 0.5) / 3)
+    assert (original.speedup, int8.speedup) == (1, 2)
+    assert (original.images_per_second, int8.images_per_second) == pytest.approx((0.1, 0.3))
 
 
 def test_seven_bits_only_where_sums_overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
