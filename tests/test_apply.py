@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
@@ -291,11 +292,15 @@ def test_a_run_that_somebody_deletes_ends_the_following(cluster: ApiServer, api:
         (Progress("Failed", "", "PreRunningDeadlineExceeded", "The RayJob has passed the preRunningDeadlineSeconds."), 75),
         (Progress("Failed", "FAILED", "JobStatusCheckTimeoutExceeded", "no answer"), 75),
         (Progress("ValidationFailed", "", "ValidationFailed", "wrong"), 2),
+        (Progress("ValidationFailed"), 2),
     ],
 )
 def test_exit_codes(progress: Progress, code: int):
     assert progress.ended
     assert progress.exit_code == code
+    last = replace(progress, cluster="small-abcde", failed=1).line()
+    assert "attempt" not in last, "of a run that has ended its attempts are no news"
+    assert "small-abcde" not in last
 
 
 def refuse(cluster: ApiServer, request: str, code: int, message: str) -> None:

@@ -21,6 +21,7 @@ from pipeline.disk import Disk
 from pipeline.errors import InputMissing, PermissionDenied, StoreError, Temporary, UnitsLeft
 from pipeline.nights import lease
 from pipeline.nights.lease import Heartbeat, Lease, LeaseStore, LeaseTiming
+from pipeline.nights.nightly import SILENCE_S
 from pipeline.storage import Object, Store, join, open_store
 
 FAST = LeaseTiming(beat=0.1, dead=1.5, stale=600.0, grace=5.0, look=0.02)
@@ -72,6 +73,13 @@ def test_of_many_one_holds_it(place):
         held = [lease for lease in pool.map(ask, range(6)) if lease is not None]
     assert len(held) == 1
     held[0].__exit__()
+
+
+def test_the_living_are_not_taken_for_dead():
+    """A beat may wait for SILENCE_S and be one of four that are lost; who was asked to stop has the time of a block and more."""
+    usual = LeaseTiming()
+    assert 4 * usual.beat <= usual.dead - usual.look
+    assert usual.beat + SILENCE_S < usual.dead < usual.grace < usual.stale
 
 
 def test_queue_waits_its_turn_or_gives_up(place):

@@ -16,6 +16,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from pipeline.commands.nightly import label_nights
 from pipeline.cut import list_inputs
 from pipeline.errors import InputMissing, Interrupted, JobError, Temporary, UnfitError, UnitsLeft, gravest
 from pipeline.job.jobfile import at_day, parse_job
-from pipeline.job.schedule import Schedule, days_of
+from pipeline.job.schedule import Schedule, days_of, looked_back
 from pipeline.label import Driver
 from pipeline.nights import nightly, notify
 from pipeline.nights.lease import LeaseStore, LeaseTiming
@@ -69,6 +70,7 @@ def receipt(name: str = "test", *, run: str | None = "000001", exit_code: int = 
         ("yesterday", "UTC", ["2026-11-24"]),
         ("yesterday..today", "UTC", ["2026-11-24", "2026-11-25"]),
         ("2026-11-24..today", "UTC", ["2026-11-24", "2026-11-25"]),
+        ("2026-11-01..2026-11-01", "UTC", ["2026-11-01"]),
     ],
 )
 def test_days(text, zone, days):
@@ -111,6 +113,8 @@ def test_what_a_schedule_and_a_notice_can_hold():
     base = b"name: x\ninput: {uri: 'a/{date}/'}\nmodel: {uri: m}\noutput: {uri: o}\n"
     for more, words in (
         (b"schedule: {cron: '0 2 * * *', timezone: Mars/Base}", "schedule.timezone is 'Mars/Base'"),
+        (b"schedule: {cron: '0 2 * * *', catch_up: 23h}", "schedule.catch_up is '23h'; required: 1d to 366d"),
+        (b"schedule: {cron: '0 2 * * *', catch_up: 367d}", "schedule.catch_up is '367d'; required: 1d to 366d"),
         (b"notify: {}", "names nobody"),
         (b"notify: {webhook: 'http://example.com/x'}", "https"),
         (b"notify: {webhook: 'https://me:secret@example.com/x'}", "without credentials"),
@@ -148,6 +152,12 @@ def test_a_day_that_fails_stops_no_other_and_the_gravest_code_is_the_outcome(tmp
     assert [night.exit_code for night in nights] == [0, 3, 75, 4]
     assert gravest(night.exit_code for night in nights) == 3
     assert nights[1].line() == "2026-11-02   3  in/02 is absent."
+
+
+def test_the_gravest_of_two_days_is_what_somebody_must_mend():
+    for milder, graver in combinations((0, 4, 5, 75, 3, 77, 2, 6, 70), 2):
+        assert gravest([milder, graver]) == gravest([graver, milder]) == graver
+    assert gravest([]) == 0
 
 
 def test_a_table_that_fails_leaves_the_labels_and_says_so(tmp_path, monkeypatch):
@@ -212,6 +222,13 @@ def test_catch_up_labels_missed_days_and_passes_over_days_without_input(tmp_path
     assert asked(wanted, "2026-11-01", name="j") == (Day("2026-11-01"),), "a day by its name is that day alone"
     again = [day.again for day in asked(wanted, "today", name="j", again=True)]
     assert again == [False, False, False, True], "a day that was labelled in another night is not this run's failure"
+
+
+@pytest.mark.parametrize(("reach", "days"), [("1d", ["2026-03-01"]), ("71h", ["2026-02-28", "2026-03-01"]), (None, [])])
+def test_catch_up_reaches_whole_days_before_the_one_asked_for(reach, days):
+    schedule = Schedule.model_validate(DAILY | {"catch_up": reach})
+    assert list(looked_back("2026-03-02", schedule)) == days
+    assert looked_back("2026-03-02", None) == ()
 
 
 def test_catch_up_passes_over_no_day_of_which_one_source_is_there(tmp_path):
@@ -443,6 +460,7 @@ def test_a_command_gets_the_receipt(tmp_path):
     assert tell(wanted, Night("products", "2026-11-01", Temporary("the store is slow"))) == []
     told = json.loads((tmp_path / "told; $(x)").read_text())
     assert (told["job"], told["day"], told["exit_code"], told["error"]) == ("products", "2026-11-01", 75, "the store is slow.")
+    assert (told["error_class"], told["receipt"]) == ("Temporary", None)
     (tmp_path / "told; $(x)").unlink()
     assert tell(wanted, Night("products", None, receipt())) == []
     assert not (tmp_path / "told; $(x)").exists(), "a success is not told unless it is asked for"
@@ -518,6 +536,14 @@ def test_a_webhook_is_tried_again_and_keeps_its_secret(monkeypatch):
         assert tell(Notify(webhook=url + "/in"), night) == []
         assert [(path, head) for path, head, _ in came] == [("/in", "Bearer hush")] * 3
         assert came[-1][2]["receipt"]["exit_code"] == 4
+    with webhook(408, 500) as (url, came):
+        assert tell(Notify(webhook=url, command=("/no/such/program",)), night) == [
+            "notify.command /no/such/program: No such file or directory"
+        ]
+        assert len(came) == 3, "whoever is named beside it is told all the same"
+    with webhook(500, 502, 503) as (url, came):
+        assert tell(Notify(webhook=url), night) == [f"notify.webhook {url}: HTTP 503"]
+        assert len(came) == 3
     with webhook() as (url, came):
         assert tell(Notify(webhook=url + "/{token}/x"), night) == []
         assert came[0][:2] == ("/hush/x", None)

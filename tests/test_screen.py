@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html import unescape
+from itertools import combinations, product
 
 import pytest
 from programs import wait_for
 
 from pipeline import screen as screens
 from pipeline.errors import ExitCode
+from pipeline.footer import Totals
 from pipeline.nights.retried import Retried
-from pipeline.report import Receipt, UnitTrouble
+from pipeline.report import Receipt, UnitTrouble, exit_code
 from pipeline.screen import Screen
 
 
@@ -105,6 +108,36 @@ def seen(page: bytes) -> str:
     """The text of a page, its markup and style taken off."""
     text = re.sub(r"<style>.*?</style>", "", page.decode(), flags=re.DOTALL)
     return unescape(" ".join(re.sub(r"<[^>]+>", " ", text).split()))
+
+
+TROUBLE = {
+    **{"CONFLICT": 6, "UNFIT": 2, "PERMISSION_DENIED": 77, "UNIDENTIFIED": 77},
+    **{"TAR_TRUNCATED": 3, "PARQUET_CORRUPT": 3, "INPUT_CHANGED": 3, "INPUT_MISSING": 3, "INPUT_BROKEN": 3},
+    **{"TEMPORARY": 75, "LOST": 5},
+}
+
+
+def test_the_gravest_trouble_is_the_exit_code():
+    """Of every set of troubles; also of an input that is in no unit, when all of the units are done."""
+    subsets = [names for count in range(len(TROUBLE) + 1) for names in combinations(TROUBLE, count)]
+    for names, left, done in product(subsets, (0, 2), (0, 1)):
+        trouble = tuple(UnitTrouble("u" if left else "", ("in/a.tar",), name, "broken.") for name in names)
+        code = exit_code(trouble[::-1], Totals(units=done, rows_in=8 * done, failed=8 * done), left=left, limit=0.5)
+        assert code == (TROUBLE[names[0]] if names else 5 if left else 4 if done else 0), (names, left, done)
+    assert exit_code((), Totals(units=1), left=0, limit=1.0) == 3, "not one image in a unit that was read"
+
+
+def test_the_receipt_names_ten_units_that_are_left_and_how_many_more():
+    trouble = tuple(UnitTrouble("u", ("in/a.tar",), "TAR_NO_EOF", f"in/{number}.tar: cut.") for number in range(12))
+    said = receipt(units_done=2, trouble=trouble, exit_code=3).lines()
+    assert said[:2] == ["not finished: 12,345 in = 12,340 ok + 5 failed, 2 of 3 units", "failed  CORRUPT 3, TRUNCATED 2"]
+    left = [f"left    TAR_NO_EOF: in/{number}.tar: cut." for number in range(10)]
+    assert [line for line in said if line.startswith("left")] == [*left, "left    and 2 more units"]
+    assert not any("more units" in line for line in receipt(trouble=trouble[:10], exit_code=3).lines())
+    assert receipt(exit_code=4).lines()[0].startswith("done: "), "everything is committed"
+    nothing = receipt(rows_in=0, ok=0, failed=0, failures={}, labels={}, exit_code=3)
+    assert sum(line.startswith("empty ") for line in nothing.lines()) == 1
+    assert not any(line.startswith("empty ") for line in replace(nothing, trouble=trouble).lines())
 
 
 def test_the_page_of_a_run_says_what_the_receipt_says():

@@ -26,6 +26,7 @@ from pipeline.commands.cluster import _follow as follow
 from pipeline.environment import Address, cluster_address
 from pipeline.errors import JobError, PermissionDenied, Temporary, UnfitError
 from pipeline.job.jobfile import load_template
+from pipeline.job.schedule import days_of
 from pipeline.ship import Parcel, number, pack
 from pipeline.spec import Job
 
@@ -125,6 +126,7 @@ def test_the_day_travels_and_not_the_word_but_where_the_run_looks_back():
         parcel = packed(wanted, date=date)
         shipped = parcel.entrypoint.split("--date ")[1]
         assert ("yesterday" in shipped) is travels, (wanted.schedule, date)
+        assert travels or shipped.split("..") == list(dict.fromkeys([days_of(date)[0], days_of(date)[-1]]))
         assert travels or all(day in parcel.name for day in shipped.split(".."))
 
 
