@@ -178,6 +178,17 @@ def test_the_loss_is_that_of_the_paper_and_the_teacher_sees_its_own_normalisatio
     soft = (F.softmax(answers / 3, 1) * (F.log_softmax(answers / 3, 1) - F.log_softmax(ours / 3, 1))).sum(1).mean()
     hard = F.cross_entropy(ours[:3], targets[:3], label_smoothing=0.1) / 2  # half of the images have a label
     assert loss.item() == pytest.approx((0.7 * 9 * soft + 0.3 * hard).item(), rel=1e-4)
+    for wide in (16, 24):  # as long as the student's, and longer
+        teacher = tiny_artifact(SIDES[:2], preprocessing=theirs, wide=wide)
+        parts = [
+            DistillationLoss(distill_job("x", tmp_path, "t", distillation={"features": features}), teacher, SMALL, 16)
+            for features in (0, 0.25)
+        ]
+        without, whole = (part(network, Normalise(SMALL)(pixels), targets) for part in parts)
+        mine = parts[1].project(network.features(Normalise(SMALL)(pixels)))
+        his = build(teacher).features(Normalise(theirs)(pixels))
+        distance = (mine / mine.norm(dim=1, keepdim=True) - his / his.norm(dim=1, keepdim=True)).norm(dim=1).square().mean()
+        assert (whole - without).item() == pytest.approx(0.25 * distance.item(), rel=1e-3)
 
 
 def test_the_map_of_the_features_is_the_same_whatever_was_drawn_before(tmp_path: Path):

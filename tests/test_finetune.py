@@ -19,12 +19,14 @@ from trainings import SIDES, SMALL, accuracy, loss_of, picture, tiny_artifact, w
 from pipeline.artifact import Artifact, build, load_artifact, save_artifact
 from pipeline.errors import InputMissing, JobError, ModelError, StoreError
 from pipeline.job.recipe import EvaluateJob
-from pipeline.job.training import FinetuneJob, RandomNetwork, Training
+from pipeline.job.training import DistillJob, FinetuneJob, RandomNetwork, Training
 from pipeline.model.huggingface import Architecture
 from pipeline.model.preprocessing import Preprocessing
+from pipeline.prepare.distill import run_job as run_distill
 from pipeline.prepare.evaluate import run_job as evaluate
 from pipeline.prepare.finetune import architecture_of, classifier_line, run_job, starting_network
 from pipeline.prepare.images import labelled, read_images
+from pipeline.prepare.learner import Learner
 from pipeline.prepare.resume import finished, job_key
 from pipeline.prepare.train import Worker
 from pipeline.spec import Input
@@ -117,6 +119,64 @@ def test_a_field_that_a_later_version_adds_makes_no_other_training_of_an_old_job
     assert job_key(Later.model_validate(content), []) == job_key(old, [])
     content["training"]["fresh"] = 0.7
     assert job_key(Later.model_validate(content), []) != job_key(old, [])
+
+
+def test_a_training_is_named_by_what_it_is_made_of_and_by_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    train, held = write_shards(tmp_path / "in", 4), write_shards(tmp_path / "held", 4)
+
+    def key(parents: tuple[str, ...] = ("sha256:1",), **fields: Any) -> str:
+        return job_key(job(train, tmp_path / "out", **fields), list(parents))
+
+    usual = key()
+    elsewhere = {"name": "other", "output": {"uri": "elsewhere"}, "model": {"uri": "moved"}, "workers": {"cpus_per_worker": 2}}
+    assert key(**elsewhere) == usual
+    others = [
+        key(parents=("sha256:2",)),
+        key(training={"seed": 1}),
+        key(network={"depth": 34}),
+        key(preprocessing={"size": 24}),
+        key(workers={"count": 2}),
+        key(data={"label": "json"}),
+        key(data={"classes": ["a", "b"]}),
+        key(data={"validation": {"uri": held}}),
+    ]
+    Path(held, "0000.tar").write_bytes(b"other images")
+    others.append(key(data={"validation": {"uri": held}}))
+    monkeypatch.setattr("pipeline.prepare.resume.PREPROCESSING_VERSION", 2)
+    others.append(key())
+    assert len({usual, *others}) == 1 + len(others)
+
+
+def test_rare_classes_count_as_much_where_the_job_says_so(tmp_path: Path, start: str, monkeypatch: pytest.MonkeyPatch):
+    """12 of one side, 4 of the other and one without a label."""
+    members: dict[str, bytes] = {"none.png": picture(0)}
+    for number in range(16):
+        members |= {f"{number}.png": picture(number % 2), f"{number}.cls": b"%d" % (number % 4 == 3)}
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.tar").write_bytes(tar_bytes(members))
+
+    class Seen(Exception):
+        pass
+
+    def seen(learner: Learner, *_: object, **__: object) -> None:
+        raise Seen(learner.objective)
+
+    monkeypatch.setattr("pipeline.prepare.finetune.fit", seen)
+    monkeypatch.setattr("pipeline.prepare.distill.fit", seen)
+    held = {"validation": {"uri": write_shards(tmp_path / "held", 4)}}
+    distilled = {"kind": "distill", "teacher": {"uri": start}, "student": {"uri": start}}
+    for balanced, weights in (("balanced", [16 / 24, 16 / 8]), ("none", None)):
+        training = {"class_weights": balanced, "label_smoothing": 0.2}
+        fields = {"data": held, "training": training}
+        for more in ({}, {"distillation": {"baseline": True}}, {"distillation": {"baseline": False}}):
+            plain = job(tmp_path / "in", tmp_path / "out", **fields)
+            content = plain.model_dump(mode="json", exclude_unset=True) | distilled | more
+            wanted, run = (DistillJob.model_validate(content), run_distill) if more else (plain, run_job)
+            with pytest.raises(Seen) as caught:
+                run(wanted, say=print, command="x")
+            objective = getattr(caught.value.args[0], "hard", caught.value.args[0])
+            assert objective.smoothing == 0.2
+            assert (objective.weights is None) if weights is None else objective.weights.tolist() == pytest.approx(weights)
 
 
 def test_a_finished_job_does_nothing_and_another_one_is_refused(tmp_path: Path, start: str):
