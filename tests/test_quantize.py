@@ -333,11 +333,14 @@ def test_seven_bits_only_where_sums_overflow(tmp_path: Path, monkeypatch: pytest
         ("x86_64", "fpu avx2 fma", True),
         ("x86_64", "fpu avx2 avx512_vnni", False),
         ("AMD64", "fpu avx_vnni", False),
+        ("AMD64", "fpu avx2", True),
         ("aarch64", "asimd", False),
     ):
         monkeypatch.setattr("platform.machine", lambda name=machine: name)
         cpuinfo.write_text(f"processor : 0\nflags : {flags}\n")
         assert calibrate.cpu_saturates(cpuinfo) == saturates, (machine, flags)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert calibrate.cpu_saturates(tmp_path / "absent"), "where the system does not tell"
     assert [str(scheme) for scheme in calibrate.schemes(saturates=False)] == ["per channel", "per tensor"]
     assert "per channel, 7 bits" in map(str, calibrate.schemes(saturates=True))
 
@@ -357,6 +360,8 @@ def test_schemes_do_what_they_say() -> None:
         scales = {array.size for name, array in arrays.items() if name.endswith("weight_scale")}
         assert (scales == {1}) == (not scheme.per_channel)
         assert "Relu" not in {node.op_type for node in made.graph.node}, "the zero point does it"
+        (logits,) = [node for node in made.graph.node if "logits" in node.output]
+        assert logits.op_type == "Gemm", "in 256 levels classes would tie"
 
 
 def test_a_job_labels_at_int8(done: tuple[Outcome, Path], tmp_path: Path, shards: dict[str, str], on_ray: str) -> None:
