@@ -31,6 +31,7 @@ from pipeline.job.jobfile import parse_job
 from pipeline.job.recipe import EvaluateJob
 from pipeline.prepare.answer import Clock
 from pipeline.prepare.evaluate import run_job
+from pipeline.prepare.evaluation import Images as EvaluatedImages
 from pipeline.prepare.evaluation import lines, metrics_dict
 from pipeline.prepare.evaluation_page import MATRIX, SHOWN, TABLE, THUMBNAIL, render, thumbnail
 from pipeline.prepare.metrics import measure
@@ -116,6 +117,7 @@ def test_figures_that_are_known_beforehand(tmp_path: Path, model: str, other: st
         "images  8 measured of 12; left out: 2 NO_LABEL (p8, p9), 1 NOT_AN_IMAGE (text), 1 TRUNCATED (cut)",
         "agrees  100.00% with sha256:",
         "class 0     50.0%     100.0%        2",
+        "and 1 more classes;",
     ):
         assert words in text
     assert re.search(r"img/s   [\d,.]+ decode, [\d,.]+ predict; each alone, in one process", text)
@@ -202,7 +204,7 @@ def test_the_classes_with_the_lowest_recall_are_on_top():
     shares[np.arange(len(truth)), answers] = 0.87
     record = {
         **metrics_dict(measure(Predictions.of(shares, truth), 14), tuple(f"c{number}" for number in range(14))),
-        "images": {"read": 147, "measured": 144, "unlabelled": 1, "failed": {"CORRUPT": 2}},
+        "images": EvaluatedImages(147, 144, 1, {"CORRUPT": 2}).as_dict(),
         "left_out_images": {"NO_LABEL": ["x"], "CORRUPT": ["y", "z"]},
         "throughput": {"decode": 100.0, "predict": 99.96, "how": "alone"},
         "compare": {
@@ -210,6 +212,8 @@ def test_the_classes_with_the_lowest_recall_are_on_top():
             **{"only_it_right": 3, "only_model_right": 1_204},
         },
     }
+    with pytest.raises(AssertionError, match="do not add up"):
+        EvaluatedImages(147, 144, 1, {"CORRUPT": 1}).as_dict()
     said = list(lines(record, "out"))
     assert "images  144 measured of 147; left out: 1 NO_LABEL (x), 2 CORRUPT (y, z)" in said
     assert "img/s   100 decode, 100.0 predict; alone" in said

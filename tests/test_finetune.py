@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -141,6 +142,8 @@ def test_a_training_is_named_by_what_it_is_made_of_and_by_nothing_else(tmp_path:
         key(data={"validation": {"uri": held}}),
     ]
     Path(held, "0000.tar").write_bytes(b"other images")
+    others.append(key(data={"validation": {"uri": held}}))
+    os.utime(Path(held, "0000.tar"), ns=(1, 1))  # of the same size, written at another time
     others.append(key(data={"validation": {"uri": held}}))
     monkeypatch.setattr("pipeline.prepare.resume.PREPROCESSING_VERSION", 2)
     others.append(key())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,17 @@ from seaweed import Seaweed
 from shards import tar_bytes
 from trainings import SMALL, picture, write_shards
 
-from pipeline.errors import InputError, JobError
+from pipeline.disk import Disk
+from pipeline.errors import (
+    InputError,
+    InputMissing,
+    JobError,
+    NightlabelError,
+    PermissionDenied,
+    StoreError,
+    Temporary,
+    Unidentified,
+)
 from pipeline.job.training import Augment
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Augmentation
@@ -162,6 +173,20 @@ def test_a_label_without_its_key_is_one_sentence(tmp_path: Path, content: bytes,
         read_images(Input(uri=str(tmp_path)), label="json", label_key="class")
 
 
+@pytest.mark.parametrize("error", [Temporary, PermissionDenied, Unidentified, StoreError, InputMissing])
+def test_what_the_store_does_is_no_fault_of_the_images(tmp_path: Path, error: type[NightlabelError], monkeypatch):
+    """Kubernetes tries what is temporary again, and nothing else."""
+
+    class Away(Disk):
+        def read(self, uri: str, **_: Any) -> bytes:
+            raise error(f"{uri}: slow down")
+
+    monkeypatch.setattr("pipeline.prepare.data.open_input", lambda _: Away())
+    with pytest.raises(NightlabelError, match=r"0000\.tar: slow down") as caught:
+        read_images(Input(uri=write_shards(tmp_path, 4)), label="cls")
+    assert caught.value.exit_code == error.exit_code
+
+
 @pytest.mark.parametrize(
     ("labels", "what"),
     [
@@ -269,6 +294,8 @@ def test_a_list_of_what_is_left_out_is_bounded():
         left_out.add("TRUNCATED", [str(number + more) for more in range(40)])
     left_out.add("NO_LABEL", [])
     assert str(left_out) == "1,000 TRUNCATED (0, 1, 2, …)"
+    left_out.add("CORRUPT", ["a", "b", "c"])
+    assert str(left_out) == "1,000 TRUNCATED (0, 1, 2, …), 3 CORRUPT (a, b, c)"
     assert len(left_out.keys["TRUNCATED"]) == 50
 
 
