@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -15,8 +16,9 @@ import kubernetes_validate
 import pytest
 import yaml
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from kubernetes.utils import parse_quantity
 from kubeschema import check, check_kuberay, templates, unrestricted
 
 from pipeline.errors import JobError
@@ -187,6 +189,77 @@ def test_one_run_is_for_one_day_whenever_its_attempts_begin():
         assert job["spec"]["entrypoint"].split()[4] in days
 
 
+SETTINGS = {
+    "namespace": "night",
+    "labels": {"kueue.x-k8s.io/queue-name": "q", "app.kubernetes.io/name": "theirs"},
+    "pod_labels": {"azure.workload.identity/use": "true", "app.kubernetes.io/instance": "theirs"},
+    "node_selector": {"zone": "a"},
+    "pull_secrets": ["registry", "mirror"],
+    "secrets": ["s3-keys"],
+    "spot": {"capacity": "spot"},
+    "service_account": "labeller",
+    "service_account_annotations": {"eks.amazonaws.com/role-arn": "arn:1"},
+}
+
+
+@pytest.mark.parametrize("workers", [None, {"count": 2, "cpus": 4, "gpus": 1, "gpu_type": "t4"}])
+@pytest.mark.parametrize("target", ["rayjob", "raycronjob", "cronjob"])
+def test_what_the_settings_say_is_in_every_object_and_pod(target: Any, workers: dict[str, Any] | None):
+    """On spot nodes are the workers, and the pod that is all there is; who says what is ours is not overruled."""
+    cluster = {"head": {"cpus": 4, "memory": "8GiB"}, "kubernetes": SETTINGS} | ({"workers": workers} if workers else {})
+    text = yaml.safe_dump(yaml.safe_load(HEAD_ONLY) | {"cluster": cluster})
+    things = rendered(text, RenderOptions(target, image=DIGEST))
+    ours = {"app.kubernetes.io/name": "nightlabel", "app.kubernetes.io/instance": "small"}
+    ours |= {"app.kubernetes.io/managed-by": "nightlabel"}
+    assert with_kind([thing for thing in things if "annotations" in thing["metadata"]], "ServiceAccount")["metadata"] == {
+        "name": "labeller",
+        "namespace": "night",
+        "labels": ours | {"kueue.x-k8s.io/queue-name": "q"},
+        "annotations": {"eks.amazonaws.com/role-arn": "arn:1"},
+    }
+    for thing in things:
+        assert thing["metadata"]["namespace"] == "night"
+        assert thing["metadata"]["labels"] == ours | {"kueue.x-k8s.io/queue-name": "q"}
+        for pod in templates(thing):
+            assert pod["metadata"]["labels"] == ours | {"azure.workload.identity/use": "true"}
+            spec, (container,) = pod["spec"], pod["spec"]["containers"]
+            assert spec["imagePullSecrets"] == [{"name": "registry"}, {"name": "mirror"}]
+            gpus = "nvidia.com/gpu" in container["resources"]["limits"]
+            on_spot = gpus or (target == "cronjob" and not workers)
+            selector = {"zone": "a"} | ({"capacity": "spot"} if on_spot else {})
+            gpu_type = {"cloud.google.com/gke-accelerator": "t4"} if gpus else {}
+            assert spec["nodeSelector"] == selector | gpu_type
+            assert ("affinity" in spec) != on_spot
+            assert ("envFrom" in container) == (container["name"] == "ray")
+            assert spec["serviceAccountName"] == ("small-apply" if container["name"] == "apply" else "labeller")
+
+
+@given(st.integers(2**20, 2**50) | st.integers(1, 2**20).map(lambda number: number * 2**30))
+def test_a_pod_has_the_memory_that_the_job_says(memory: int):
+    text = HEAD_ONLY.replace("memory: 8GiB", f"memory: {memory}B") + "resources: {object_store: 75MiB}\n"
+    if memory < 150 * 2**20:
+        return
+    (pod,) = (template for thing in rendered(text, RenderOptions("cronjob", image=DIGEST)) for template in templates(thing))
+    (ray,) = pod["spec"]["containers"]
+    assert parse_quantity(ray["resources"]["limits"]["memory"]) == memory
+    sizes = {volume["name"]: volume["emptyDir"].get("sizeLimit") for volume in pod["spec"]["volumes"] if "emptyDir" in volume}
+    assert 1 <= parse_quantity(sizes["shared-memory"]) / (75 * 2**20) <= Decimal("1.1")
+    assert parse_quantity(sizes["scratch"]) == parse_quantity(ray["resources"]["limits"]["ephemeral-storage"]) == 16 * 2**30
+
+
+@pytest.mark.parametrize(("if_running", "policy"), [("skip", "Forbid"), ("queue", "Allow"), ("replace", "Replace")])
+def test_a_cron_job_does_with_the_last_run_what_the_schedule_says(if_running: str, policy: str):
+    """Where they are allowed side by side the driver's own lease has the next one wait."""
+    text = HEAD_ONLY.replace("if_running: queue", f"if_running: {if_running}")
+    cron = with_kind(rendered(text, RenderOptions("cronjob", image=DIGEST)), "CronJob")
+    assert cron["spec"]["concurrencyPolicy"] == policy
+    (pod,) = templates(cron)
+    assert ("share" in pod["spec"]["containers"][0]["command"]) == (if_running != "queue")
+    suspended = text.replace("memory: 8GiB}", "memory: 8GiB}, kubernetes: {suspend: true}")
+    for target, kind in (("cronjob", "CronJob"), ("raycronjob", "RayCronJob")):
+        assert with_kind(rendered(suspended, RenderOptions(target, image=DIGEST)), kind)["spec"]["suspend"]
+
+
 def test_secrets_reach_ray_and_nobody_else():
     text = HEAD_ONLY.replace("memory: 8GiB}", "memory: 8GiB}, kubernetes: {secrets: [s3-keys], suspend: true}")
     job = with_kind(rendered(text, RenderOptions("rayjob", image=DIGEST)), "RayJob")
@@ -208,7 +281,22 @@ def test_secrets_reach_ray_and_nobody_else():
             RenderOptions("rayjob", image=DIGEST),
             "input.uri is photos/; required: s3://",
         ),
+        (
+            HEAD_ONLY.replace("s3://models/m/", "/models/m/"),
+            RenderOptions("rayjob", image=DIGEST),
+            "model.uri is /models/m/; required: s3://",
+        ),
+        (
+            HEAD_ONLY.replace("s3://labels/", "labels/"),
+            RenderOptions("rayjob", image=DIGEST),
+            "output.uri is labels/; required: s3",
+        ),
         (HEAD_ONLY.replace("8GiB", "1GiB"), RenderOptions("rayjob", image=DIGEST), "object_store is 1 GiB of a node's 1 GiB"),
+        (
+            HEAD_ONLY.replace("8GiB}", "8GiB}, workers: {count: 1, cpus: 4, memory: 1GiB}"),
+            RenderOptions("rayjob", image=DIGEST),
+            "object_store is 1 GiB of a node's 1 GiB",
+        ),
         (HEAD_ONLY.partition("cluster")[0], RenderOptions("rayjob", image=DIGEST), "no cluster section"),
         (HEAD_ONLY.partition("schedule")[0], RenderOptions("cronjob", image=DIGEST), "no schedule in the job"),
     ],
@@ -228,12 +316,16 @@ NAMES = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?", fullmatch=True)
 
 
 @given(NAMES, NAMES)
+@example("a" * 36, "a" * 37)
+@example("a" * 50, "a" * 49 + "b")
+@example("1" * 36, "a" * 26 + "-" * 10 + "b")
 def test_names_are_rfc_1035_and_differ(one: str, other: str):
     for name in (one, other):
         made = object_name(name)
         assert len(made) <= 36
         assert made[0].isalpha()
         assert made[-1] != "-"
+        assert made == name or not name[0].isalpha() or len(name) > 36
     assert one == other or object_name(one) != object_name(other) or f"job-{one}" == other or f"job-{other}" == one
 
 
