@@ -99,6 +99,9 @@ def test_another_run_is_refused_skipped_queued_behind_or_replaced(cluster: ApiSe
     before = cluster.objects()
     with pytest.raises(Conflict, match=r"for another date or of another job file.*kubectl delete rayjob"):
         start(api, things(date="2026-11-02"))
+    text = GOLDEN["rayjob"][0].replace("top_k: 5", "top_k: 3")
+    with pytest.raises(Conflict, match="of another job file"):
+        start(api, render(job_of(text), text, RenderOptions("rayjob", date="2026-11-01")))
     assert start(api, things(date="2026-11-02"), "skip") is None
     assert cluster.objects() == before
     threading.Timer(0.3, lambda: cluster.status(NAME, "Complete", jobStatus="SUCCEEDED")).start()

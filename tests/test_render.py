@@ -190,6 +190,7 @@ def test_one_run_is_for_one_day_whenever_its_attempts_begin():
 
 
 SETTINGS = {
+    "image": "images.example/other@sha256:" + "6" * 64,
     "namespace": "night",
     "labels": {"kueue.x-k8s.io/queue-name": "q", "app.kubernetes.io/name": "theirs"},
     "pod_labels": {"azure.workload.identity/use": "true", "app.kubernetes.io/instance": "theirs"},
@@ -223,6 +224,7 @@ def test_what_the_settings_say_is_in_every_object_and_pod(target: Any, workers: 
         for pod in templates(thing):
             assert pod["metadata"]["labels"] == ours | {"azure.workload.identity/use": "true"}
             spec, (container,) = pod["spec"], pod["spec"]["containers"]
+            assert container["image"] == DIGEST, "--image stands in for the job's"
             assert spec["imagePullSecrets"] == [{"name": "registry"}, {"name": "mirror"}]
             gpus = "nvidia.com/gpu" in container["resources"]["limits"]
             on_spot = gpus or (target == "cronjob" and not workers)
@@ -234,6 +236,7 @@ def test_what_the_settings_say_is_in_every_object_and_pod(target: Any, workers: 
             assert spec["serviceAccountName"] == ("small-apply" if container["name"] == "apply" else "labeller")
 
 
+@example(150 * 2**20)  # of which half is for the object store
 @given(st.integers(2**20, 2**50) | st.integers(1, 2**20).map(lambda number: number * 2**30))
 def test_a_pod_has_the_memory_that_the_job_says(memory: int):
     text = HEAD_ONLY.replace("memory: 8GiB", f"memory: {memory}B") + "resources: {object_store: 75MiB}\n"

@@ -214,7 +214,11 @@ def test_a_running_job_is_joined_and_an_ended_one_followed_by_the_next(fake, api
         api.end(f"one-{tried}", status="FAILED", driver_exit_code=3)
         attempt, new = fake.submit(parcel)
         assert (attempt.id, new) == (f"one-{tried + 1}", True)
-    assert [attempt.id for attempt in fake.attempts("one")] == [f"one-{tried}" for tried in range(1, 12)]
+        assert fake.submit(parcel) == (attempt, False), "the one that runs, not the one that ended"
+    ours = [f"one-{tried}" for tried in range(1, 12)]
+    assert [attempt.id for attempt in fake.attempts("one")] == ours
+    fake.submit(script("a"))
+    assert [attempt.id for attempt in fake.attempts()] == [*ours, "a-1"], "oldest first"
 
 
 def test_a_log_that_breaks_off_is_told_once(fake, api):
