@@ -62,6 +62,15 @@ def test_a_parcel_holds_the_job_and_the_package():
     assert {name for name in files if "__pycache__" in name} == set()
     assert {"pipeline/report.html.j2", "pipeline/prepare/train.py"} <= set(files)
     assert set(contents(packed(job(), code=False))) == {"nightly.yaml"}
+    with zipfile.ZipFile(BytesIO(packed(job()).archive)) as archive:
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}, "or every upload would be another"
+
+
+def test_a_parcel_that_ray_would_refuse_is_not_sent(monkeypatch):
+    monkeypatch.setattr("pipeline.ship.MAX_BYTES", 1000)
+    with pytest.raises(JobError, match=r"^jobs/nightly\.yaml: job and package are [\d,]+ bytes; required: at most 1,000\. Put"):
+        packed(job())
+    packed(job(), code=False)
 
 
 def test_a_parcel_runs_where_nothing_is_installed(tmp_path):
@@ -104,7 +113,8 @@ def test_the_id_follows_from_the_job_and_its_day():
     with pytest.raises(JobError, match=r"contains {date}, which needs a date"):
         packed(job(), date=None)
     assert number(f"{monday.name}-12", monday.name) == 12
-    assert [number(name, monday.name) for name in (monday.name, "other-1", f"{monday.name}-x")] == [None] * 3
+    strange = (monday.name, "other-1", f"{monday.name}-x", "nightly-1", "nightly-2026-11-23-1")
+    assert [number(name, monday.name) for name in strange] == [None] * len(strange)
 
 
 @pytest.mark.parametrize("uri", ["photos/", "file://photos/", "file://./photos/"])
@@ -218,7 +228,8 @@ def test_a_running_job_is_joined_and_an_ended_one_followed_by_the_next(fake, api
     ours = [f"one-{tried}" for tried in range(1, 12)]
     assert [attempt.id for attempt in fake.attempts("one")] == ours
     fake.submit(script("a"))
-    assert [attempt.id for attempt in fake.attempts()] == [*ours, "a-1"], "oldest first"
+    api.jobs["one-12"] = api.jobs["a-1"] | {"submission_id": "one-12", "metadata": {}}
+    assert [attempt.id for attempt in fake.attempts()] == [*ours, "a-1"], "oldest first, and what is not ours left out"
 
 
 def test_a_log_that_breaks_off_is_told_once(fake, api):
@@ -227,6 +238,15 @@ def test_a_log_that_breaks_off_is_told_once(fake, api):
     api.breaks = [0, 50, 333, 333]
     assert "".join(fake.follow("one-1")) == api.log
     assert fake.attempt("one-1").exit_code() == 0
+
+
+def test_a_cluster_that_comes_back_each_time_is_followed(fake, api, monkeypatch):
+    """Its absences are not added up."""
+    fake.submit(script("one"))
+    api.log, api.breaks = "much to say", [3] * 60
+    monkeypatch.setattr("pipeline.submit._PATIENCE_S", 0.3)
+    api.fail["GET /api/jobs/one-1"] = [0, *[503, 0] * 30]
+    assert "".join(fake.follow("one-1")) == api.log
 
 
 def test_a_cluster_that_goes_away_for_good_is_temporary(fake, api, monkeypatch):
@@ -269,7 +289,9 @@ def test_a_head_that_has_started_anew_has_lost_the_driver_and_not_what_it_did(fa
 )
 def test_the_drivers_exit_code(fake, api, fields, code):
     fake.submit(script("one"))
+    assert (fake.attempt("one-1").over, fake.attempt("one-1").started) == (False, 1.0)
     api.end("one-1", **fields)
+    assert fake.attempt("one-1").over
     if isinstance(code, int):
         assert fake.attempt("one-1").exit_code() == code
         return
