@@ -131,6 +131,12 @@ def test_a_range_needs_a_job_with_a_date(tmp_path):
         asked(job("in", "m", "o"), "2026-11-01..2026-11-03", name="j")
     with pytest.raises(JobError, match=r"^j: .*\{date\}.* needs a date"):  # by its file, before the lease is looked at
         asked(template(tmp_path), None, name="j")
+
+    for last, count in (("02", 2), ("03", 3)):
+        with pytest.raises(JobError, match=f"is {count} days"):
+            asked(job("in", "m", "o"), f"2026-11-01..2026-11-{last}", name="j")
+    undated = job("in", "m", "o", schedule=DAILY | {"catch_up": "3d"})
+    assert [day.behind for day in asked(undated, "yesterday", name="j")] == [False], "the same images on every day"
     with pytest.raises(JobError, match="is 2 days"):
         parse_job(b"name: x\ninput: {uri: 'a/{date}/'}\nmodel: {uri: m}\noutput: {uri: o}", date="2026-11-01..2026-11-02")
 
@@ -175,6 +181,8 @@ def test_a_table_that_fails_leaves_the_labels_and_says_so(tmp_path, monkeypatch)
     assert nights[0].as_dict()["table"] == {"error": "the table is busy."}
     run_nights(wanted, (Day("2026-11-01"),), label=lambda one, check: receipt(exit_code=3), say=print)
     assert len(asked_for) == 1, "what is not finished is not published"
+    (night,) = run_nights(wanted, (Day("2026-11-01"),), label=lambda one, check: receipt(exit_code=4), say=print)
+    assert (len(asked_for), night.exit_code) == (2, 75), "too many failed, and everything is committed"
 
 
 def test_a_publisher_that_is_not_installed_is_found_before_the_images(tmp_path, monkeypatch):
@@ -186,6 +194,38 @@ def test_a_publisher_that_is_not_installed_is_found_before_the_images(tmp_path, 
 
     with pytest.raises(UnfitError, match=r"pip install 'nightlabel\[delta\]'"):
         run_nights(wanted, (Day("2026-11-01"),), label=label, say=print)
+
+
+@pytest.mark.parametrize("when", ["while a day is labelled", "between two days"])
+def test_who_is_told_to_stop_labels_no_other_day(tmp_path, monkeypatch, when):
+    """What fails because of it is no failure of the day, and nobody hears of it."""
+    wanted, seen, over = template(tmp_path, notify={"command": ["false"], "when": "always"}), list[str](), list[str]()
+    monkeypatch.setattr(nightly, "tell", lambda wanted, content, *, say: seen.append(f"told of {content['day']}"))
+
+    def check() -> None:
+        if over:
+            raise UnitsLeft("another run took over")
+
+    @contextmanager
+    def held(*_: object, **__: object) -> Iterator[Any]:
+        yield check
+
+    def label(one: Job, check: Any) -> Receipt:
+        seen.append(Path(one.input.uris[0]).name)
+        over.append("asked to stop")
+        if when == "between two days":
+            return receipt()
+        raise Temporary("the pass was left")
+
+    monkeypatch.setattr(nightly, "leased", held)
+    with pytest.raises(UnitsLeft, match="took over"):
+        run_nights(wanted, asked(wanted, "2026-11-01..2026-11-02", name="j"), label=label, say=print)
+    assert seen == (["2026-11-01", "told of 2026-11-01"] if when == "between two days" else ["2026-11-01"])
+
+
+def test_an_input_that_is_missing_is_graver_than_failures_of_an_attempt_before(tmp_path):
+    missing = receipt(run=None, exit_code=3)
+    assert nightly._as_it_stands(template(tmp_path), missing) is missing
 
 
 def test_a_signal_stops_all_days_and_gives_the_lease_back(tmp_path):
@@ -200,10 +240,10 @@ def test_a_signal_stops_all_days_and_gives_the_lease_back(tmp_path):
     assert run_nights(wanted, days[:1], label=lambda one, check: receipt(), say=lambda text: None)
 
 
-def test_catch_up_labels_missed_days_and_passes_over_days_without_input(tmp_path):
-    wanted = template(
-        tmp_path, schedule=DAILY | {"catch_up": "3d"}, notify={"command": [sys.executable, "-c", "pass"], "when": "always"}
-    )
+def test_catch_up_labels_missed_days_and_passes_over_days_without_input(tmp_path, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(nightly, "tell", lambda wanted, content, *, say: told.append(content["day"]))
+    wanted = template(tmp_path, schedule=DAILY | {"catch_up": "3d"})
     today, *_ = days_of("today")
     days = asked(wanted, "today", name="j")
     assert [day.behind for day in days] == [True, True, True, False]
@@ -214,11 +254,12 @@ def test_catch_up_labels_missed_days_and_passes_over_days_without_input(tmp_path
 
     def label(one: Job, check: Any) -> Receipt:
         seen.append(Path(one.input.uris[0]).name)
-        return receipt(run=None)
+        return receipt(run=None if seen[1:] else "000001")
 
     nights = run_nights(wanted, days, label=label, say=lambda text: None)
     assert seen == [days[0].date, days[2].date, today], "today is run whatever it has: a night without input is an error"
     assert [night.date for night in nights] == seen
+    assert told == [days[0].date, today], "a day that was looked at and has nothing left is no news"
     assert asked(wanted, "2026-11-01", name="j") == (Day("2026-11-01"),), "a day by its name is that day alone"
     again = [day.again for day in asked(wanted, "today", name="j", again=True)]
     assert again == [False, False, False, True], "a day that was labelled in another night is not this run's failure"
