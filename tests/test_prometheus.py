@@ -140,14 +140,15 @@ def test_a_run_tells_a_pushgateway_from_start_to_end(gateway, monkeypatch):
         observe("planned", {"units": 7, "done": 2})
         observe("rows", {"images": 10, "failed": 3})
         observe("commit", {})
+        observe("replanned", {"units": 9, "done": 3})
         wait_for(lambda: len(gateway.posts) >= 3)
-    assert seen == ["planned", "rows", "commit"]
+    assert seen == ["planned", "rows", "commit", "replanned"]
     assert {path for path, _ in gateway.posts} == {"/metrics/job/nightlabel/name/nightly"}
     first, last = values(gateway.posts[0][1]), values(gateway.posts[-1][1])
     assert first["running"] == 1
     assert "exit_code" not in first
     told = ("running", "exit_code", "units_planned", "units_done", "images_total ok", "images_total failed", "max_failed_ratio")
-    assert [last[name] for name in told] == [0, 0, 7, 3, 7, 3, 0.01]
+    assert [last[name] for name in told] == [0, 0, 9, 3, 7, 3, 0.01]
     assert first["run_start_timestamp_seconds"] <= last["progress_timestamp_seconds"] <= last["last_success_timestamp_seconds"]
 
 
@@ -165,7 +166,10 @@ def test_a_job_that_is_not_heard_of_before_its_end_never_looks_stuck(tmp_path):
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(Conflict("x"), 6), (Interrupted("x", signal_number=15), 143), (SystemExit(4), 4), (ZeroDivisionError(), 70)],
+    [
+        *((Conflict("x"), 6), (Interrupted("x", signal_number=15), 143), (ZeroDivisionError(), 70)),
+        *((SystemExit(4), 4), (SystemExit("a sentence"), 1)),
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_a_failed_run_keeps_the_last_success(tmp_path, error, code):
