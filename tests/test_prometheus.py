@@ -141,14 +141,15 @@ def test_a_run_tells_a_pushgateway_from_start_to_end(gateway, monkeypatch):
         observe("rows", {"images": 10, "failed": 3})
         observe("commit", {})
         observe("replanned", {"units": 9, "done": 3})
+        observe("commit", {})
         wait_for(lambda: len(gateway.posts) >= 3)
-    assert seen == ["planned", "rows", "commit", "replanned"]
+    assert seen == ["planned", "rows", "commit", "replanned", "commit"]
     assert {path for path, _ in gateway.posts} == {"/metrics/job/nightlabel/name/nightly"}
     first, last = values(gateway.posts[0][1]), values(gateway.posts[-1][1])
     assert first["running"] == 1
     assert "exit_code" not in first
     told = ("running", "exit_code", "units_planned", "units_done", "images_total ok", "images_total failed", "max_failed_ratio")
-    assert [last[name] for name in told] == [0, 0, 9, 3, 7, 3, 0.01]
+    assert [last[name] for name in told] == [0, 0, 9, 4, 7, 3, 0.01]
     assert first["run_start_timestamp_seconds"] <= last["progress_timestamp_seconds"] <= last["last_success_timestamp_seconds"]
 
 
