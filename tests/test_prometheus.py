@@ -129,7 +129,9 @@ def test_promtool_has_no_objection(account):
 
 
 def test_every_family_is_told_at_the_end():
-    assert {key.split()[0] for key in values(ENDED.text())} == set(prometheus._FAMILIES)
+    told = values(ENDED.text())
+    assert {key.split()[0] for key in told} == set(prometheus._FAMILIES)
+    assert (told["run_start_timestamp_seconds"], told["run_duration_seconds"]) == (1, 3)
 
 
 def test_a_run_tells_a_pushgateway_from_start_to_end(gateway, monkeypatch):
@@ -150,6 +152,7 @@ def test_a_run_tells_a_pushgateway_from_start_to_end(gateway, monkeypatch):
     assert "exit_code" not in first
     told = ("running", "exit_code", "units_planned", "units_done", "images_total ok", "images_total failed", "max_failed_ratio")
     assert [last[name] for name in told] == [0, 0, 9, 4, 7, 3, 0.01]
+    assert first["progress_timestamp_seconds"] < last["progress_timestamp_seconds"], "or it looks stuck"
     assert first["run_start_timestamp_seconds"] <= last["progress_timestamp_seconds"] <= last["last_success_timestamp_seconds"]
 
 
