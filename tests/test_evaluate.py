@@ -123,15 +123,19 @@ def test_figures_that_are_known_beforehand(tmp_path: Path, model: str, other: st
     assert re.search(r"img/s   [\d,.]+ decode, [\d,.]+ predict; each alone, in one process", text)
 
 
-def test_answers_are_those_of_a_plain_loop(tmp_path: Path, model: str):
-    """Twenty strange images, of two batches, in another order than the classes."""
+@pytest.mark.parametrize(("batch_size", "shown"), [(6, SHOWN), (20, 3)])
+def test_answers_are_those_of_a_plain_loop(
+    tmp_path: Path, model: str, batch_size: int, shown: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Twenty strange images, of several batches or one, in another order than the classes."""
+    monkeypatch.setattr("pipeline.prepare.evaluate.SHOWN", shown)
     folder = tmp_path / "in"
     folder.mkdir()
     members: dict[str, bytes] = {}
     for number in range(20):
         members |= {f"k{number}.png": picture(100 + number, size=(32, 32), kind="PNG"), f"k{number}.cls": b"%d" % (number % 8)}
     (folder / "0.tar").write_bytes(tar_bytes(members))
-    evaluate(job(model, str(folder), tmp_path / "out", batch_size=6))
+    evaluate(job(model, str(folder), tmp_path / "out", batch_size=batch_size))
     record = json.loads((tmp_path / "out/evaluation.json").read_text())
     artifact = load_artifact(model)
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (artifact.preprocessing.mean, artifact.preprocessing.std))
@@ -148,7 +152,7 @@ def test_answers_are_those_of_a_plain_loop(tmp_path: Path, model: str):
     assert record["confusion"] == wanted.confusion.tolist()
     wrong = sorted(np.flatnonzero(probabilities.argmax(axis=1) != truth), key=lambda row: -probabilities[row].max())
     assert len(wrong) > 5
-    assert [one["key"] for one in record["mistakes"]] == [f"k{row}" for row in wrong[:SHOWN]]
+    assert [one["key"] for one in record["mistakes"]] == [f"k{row}" for row in wrong[:shown]]
     for row, one in zip(wrong, record["mistakes"], strict=False):
         assert (one["truth"], one["answer"]) == (f"class {row % 8}", f"class {probabilities[row].argmax()}")
         assert one["score"] == pytest.approx(probabilities[row].max(), abs=1e-3)

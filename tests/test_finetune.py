@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from pydantic import ValidationError
@@ -23,10 +25,12 @@ from pipeline.job.recipe import EvaluateJob
 from pipeline.job.training import DistillJob, FinetuneJob, RandomNetwork, Training
 from pipeline.model.huggingface import Architecture
 from pipeline.model.preprocessing import Preprocessing
+from pipeline.prepare.data import NO_LABEL
+from pipeline.prepare.dataset import TrainingData
 from pipeline.prepare.distill import run_job as run_distill
 from pipeline.prepare.evaluate import run_job as evaluate
-from pipeline.prepare.finetune import architecture_of, classifier_line, run_job, starting_network
-from pipeline.prepare.images import labelled, read_images
+from pipeline.prepare.finetune import architecture_of, class_weights, classifier_line, run_job, starting_network
+from pipeline.prepare.images import Images, labelled, read_images
 from pipeline.prepare.learner import Learner
 from pipeline.prepare.resume import finished, job_key
 from pipeline.prepare.train import Worker
@@ -180,6 +184,13 @@ def test_rare_classes_count_as_much_where_the_job_says_so(tmp_path: Path, start:
             objective = getattr(caught.value.args[0], "hard", caught.value.args[0])
             assert objective.smoothing == 0.2
             assert (objective.weights is None) if weights is None else objective.weights.tolist() == pytest.approx(weights)
+
+
+def test_a_class_without_images_has_a_weight_too():
+    images = Images(pa.array([b""] * 4, pa.large_binary()), np.array([0, 0, 1, NO_LABEL]))
+    data = TrainingData((images, images), ("a", "b", "c"), {}, ())
+    weights = class_weights(job("in", "out", training={"class_weights": "balanced"}), data)
+    assert weights.tolist() == pytest.approx([3 / 4, 3 / 2, 0])
 
 
 def test_a_finished_job_does_nothing_and_another_one_is_refused(tmp_path: Path, start: str):

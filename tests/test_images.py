@@ -18,6 +18,7 @@ from seaweed import Seaweed
 from shards import tar_bytes
 from trainings import SMALL, picture, write_shards
 
+from pipeline.decode import decode
 from pipeline.disk import Disk
 from pipeline.errors import (
     InputError,
@@ -29,10 +30,11 @@ from pipeline.errors import (
     Temporary,
     Unidentified,
 )
-from pipeline.job.training import Augment
+from pipeline.job.training import Augment, Data
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Augmentation
-from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, image_rows
+from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, has_labels, image_rows
+from pipeline.prepare.dataset import read_data, read_taught
 from pipeline.prepare.images import (
     EpochDataset,
     EpochSampler,
@@ -44,6 +46,7 @@ from pipeline.prepare.images import (
     seeded,
     split,
 )
+from pipeline.prepare.shelf import Shelf
 from pipeline.spec import Input
 from pipeline.storage import open_store
 
@@ -219,6 +222,36 @@ def test_classes_are_found_by_size_or_alphabet_and_given_ones_keep_their_order()
         JobError, match=r'x: a label is {"id": 1}; required: the name of a class, or its number\. Set data\.label_key'
     ):
         find_classes(['{"id": 2}', '{"id": 1}'], (), where="x")
+
+
+def test_classes_are_those_given_else_the_models_if_they_fit_else_those_found(tmp_path: Path):
+    two, three = (Input(uri=write_shards(tmp_path / str(n), 40, classes=n, label="name")) for n in (2, 3))
+    known = ("right", "left")
+    for wanted, named, classes in (
+        (two, (), known),
+        (three, (), ("left", "right", "top")),
+        (two, ("left", "right"), ("left", "right")),
+        (two, ("left", "right", "top"), ("left", "right", "top")),
+    ):
+        data = read_data(Data(train=wanted, classes=named), seed=0, known=known, shelf=Shelf())
+        assert data.classes == classes
+        for images in data.images:
+            bright = [decode(images[row], max_pixels=10**6)[:, :8].mean() > 100 for row in range(len(images))]
+            assert wanted is three or [classes[label] == "left" for label in images.labels] == bright
+    alike = Data(train=Input(uri=write_shards(tmp_path / "1", 8, classes=1)))
+    with pytest.raises(JobError, match="every label is 0; required: two classes or more"):
+        read_taught(alike, seed=0, classes=known, shelf=Shelf())
+
+
+def test_labels_are_looked_for_in_every_parquet_file(tmp_path: Path):
+    columns = {"key": ["a"], "image": [picture(0)]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    wanted = Input(uri=str(tmp_path), format="parquet")
+    assert not has_labels(wanted, "side")
+    pq.write_table(pa.table(columns | {"side": ["left"]}), tmp_path / "b.parquet")
+    assert has_labels(wanted, "side")
+    (tmp_path / "0.parquet").write_bytes(b"PAR1")
+    assert has_labels(wanted, "side"), "whoever reads it says that it is broken"
 
 
 def test_a_label_is_a_name_or_a_number_and_the_name_wins():

@@ -358,6 +358,9 @@ def test_what_fits_exactly_is_taken(preprocess: str):
     assert parse_job(SIX_LINES + f"resources: {pools}\ncluster: {{workers: {{count: 1, cpus: 5, gpus: 2}}}}".encode())
     resources = Resources.model_validate({"preprocess": {"cpus_per_actor": 0.29}, "predict": {"cpus_per_actor": 0.58}})
     check_demand(resources, [Node(0.25 + 0.29 + 0.58)], where="1 node")
+    over = {"read": {"cpus_per_task": 0.1}, "preprocess": {"cpus_per_actor": 2.7}, "predict": {"cpus_per_actor": 0.2}}
+    assert Resources.model_validate(over).cpus > 3, "in binary"
+    check_demand(Resources.model_validate(over), [Node(3)], where="1 node")
 
 
 def fits(pools: list[Pool], nodes: list[Node]) -> bool:

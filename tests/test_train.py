@@ -8,12 +8,15 @@ import os
 import re
 import subprocess
 from dataclasses import asdict
+from dataclasses import replace as replace_epoch
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import ValidationError
 from trainings import SMALL, accuracy, loss_of, picture, tiny_network
 
@@ -22,6 +25,7 @@ from pipeline.job.training import Augment, Training, Workers
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.model.resnet import ResNet
 from pipeline.prepare.checkpoint import BEST, read, replace
+from pipeline.prepare.epochs import Epoch, EpochLog, Patience
 from pipeline.prepare.images import Images
 from pipeline.prepare.learner import MEASURED, CrossEntropy, Learner, balanced_weights, decay_groups, warmup_cosine
 from pipeline.prepare.train import Result, Worker, fit
@@ -107,6 +111,63 @@ def test_batches_that_are_accumulated_are_a_large_one(tmp_path: Path, monkeypatc
     states = [read(tmp_path / name / "last.ckpt") for name in "ab"]
     assert [state["global_step"] for state in states] == [24, 24]
     assert states[0]["lr_schedulers"] == states[1]["lr_schedulers"]
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_the_line_of_a_long_epoch_and_the_epochs_that_are_kept(tmp_path: Path, batches: int, monkeypatch: pytest.MonkeyPatch):
+    """Every half minute, but for the last step, which the epoch itself tells; a step may be of several batches."""
+    now, said = 100.0, list[str]()
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    log, trainer = EpochLog(said.append, 3, 64, tmp_path), SimpleNamespace(is_global_zero=True)
+    trainer.num_training_batches, trainer.accumulate_grad_batches = 10 * batches, batches
+    log.on_train_epoch_start()
+    for seconds, done in ((40, 4), (20, 6), (11, 7), (40, 10)):
+        now += seconds
+        for batch in range(batches * (done - 1), batches * done):
+            log.on_train_batch_end(trainer, None, {"loss": torch.tensor(0.5 / batches)}, None, batch)
+    assert said == [
+        "epoch 1 of 3: step 4 of 10, loss 0.500, 6 images/s, 1.0 min to go",
+        "epoch 1 of 3: step 7 of 10, loss 0.500, 6 images/s, 0.5 min to go",
+    ]
+    trainer.callback_metrics = {"training_loss": 0.5, "validation_loss": 0.25, "accuracy": 0.75}
+    log.on_train_epoch_end(trainer)
+    assert said[2:] == ["epoch 1 of 3: loss 0.500, validation loss 0.250, 75.00% right, 111.0 s"]
+    log.epochs += [replace_epoch(log.epochs[0], number=2, seconds=1.0), replace_epoch(log.epochs[0], number=2, seconds=2.0)]
+    log.epochs += [replace_epoch(log.epochs[0], number=3, seconds=4.0)]
+    measured = {"number": 2.0, "loss": 0.1, "validation_loss": 0.2, "accuracy": 0.9}
+    assert log.kept(measured) == Epoch(2, 0.1, 0.2, 0.9, 3.0), "one that came again after a kill took both times"
+    trainer.callback_metrics["training_loss"] = float("inf")
+    with pytest.raises(ModelError, match=r"the loss became inf; required: a finite number"):
+        log.on_train_epoch_end(trainer)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "thaw", "epochs"),
+    [
+        ([0.1, 0.2, 0.2, 0.3, 0.3, 0.3, 0.3], None, 6),
+        ([0.5, 0.4, 0.3, 0.2], None, 3),
+        ([0.5] * 9, None, 3),
+        ([0.5] * 9, 4, 5),  # no sooner than two epochs in which all of it was trained
+        ([0.5] * 9, 2, 3),
+    ],
+)
+def test_patience_is_with_epochs_that_are_no_better_once_all_is_trained(accuracies: list[float], thaw: int | None, epochs: int):
+    settings = {"epochs": 9, "patience": 2} | ({"freeze": 1, "unfreeze_epoch": thaw} if thaw else {})
+    patience = Patience(Training.model_validate(QUICK.model_dump() | settings))
+    decide = SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision)
+    state = SimpleNamespace(fn=TrainerFn.FITTING)
+    trainer = SimpleNamespace(
+        state=state, sanity_checking=False, fast_dev_run=False, should_stop=False, strategy=decide, world_size=1
+    )
+    trainer.val_check_interval, trainer.check_val_every_n_epoch, trainer.num_val_batches = 1.0, 1, [1]
+    patience.setup(trainer, None, "fit")
+    for number, right in enumerate(accuracies):
+        trainer.current_epoch, trainer.callback_metrics = number, {"accuracy": torch.tensor(right)}
+        patience.on_train_epoch_end(trainer, None)
+        assert patience.spent == trainer.should_stop
+        if trainer.should_stop:
+            break
+    assert number + 1 == epochs
 
 
 def test_same_seed_same_weights_and_another_seed_others(tmp_path: Path):
