@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,13 @@ from pipeline.artifact import build, load_artifact, save_artifact
 from pipeline.errors import JobError
 from pipeline.job.training import DistillJob
 from pipeline.model.preprocessing import Preprocessing
-from pipeline.prepare.distill import DistillationLoss, run_job
+from pipeline.prepare.data import NO_LABEL
+from pipeline.prepare.dataset import TrainingData
+from pipeline.prepare.distill import DistillationLoss, _baseline, _numbers, _side_by_side, run_job
+from pipeline.prepare.epochs import Epoch
+from pipeline.prepare.images import Images
+from pipeline.prepare.learner import CrossEntropy
+from pipeline.prepare.train import Result
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +152,42 @@ def test_two_workers_distil_one_student(tmp_path: Path, teacher: str, student: s
     assert made.digest == done.facts["digest"]
     assert made.origin.metrics["accuracy"] > 0.9
     assert not (tmp_path / "out.training").exists()
+
+
+def test_what_the_teacher_was_worth_is_told():
+    def result(accuracy: float) -> Result:
+        epoch = Epoch(1, 0.5, 0.25, accuracy, 2.0)
+        return Result((epoch,), epoch, {}, stopped_early=False, resumed=0)
+
+    numbers = _numbers(result(0.75), result(0.5), {"teacher_accuracy": 0.875})
+    assert numbers == {
+        **{"accuracy": 0.75, "validation_loss": 0.25, "epoch": 1, "epochs": 1},
+        **{"teacher_accuracy": 0.875, "baseline_accuracy": 0.5, "gain_points": 25},
+    }
+    assert list(_side_by_side(result(0.75), numbers)) == [
+        "done: 75.00% right in epoch 1 of 1, all epochs done, 2 s of training",
+        "teacher 87.50% right, on the same validation images",
+        "student 50.00% without the teacher",
+        "student 75.00% with the teacher, +25.00 points",
+    ]
+    assert _numbers(result(0.75), None, {}) == {"agreement": 0.75, "validation_loss": 0.25, "epoch": 1, "epochs": 1}
+
+
+@pytest.mark.parametrize(("bare", "seen"), [(0, 20), (4, 16), (5, None)])
+def test_the_student_without_the_teacher_sees_the_labels_alone(tmp_path: Path, bare: int, seen: int | None):
+    """Of two workers with batches of 8, so that fewer than 16 are not a step."""
+    labels = np.where(np.arange(20) < bare, NO_LABEL, np.arange(20) % 2)
+    encoded = pa.array([b"%d" % number for number in range(20)], pa.large_binary())
+    data = TrainingData((Images(encoded, labels), Images(encoded, labels)), SIDES[:2], {}, ())
+    said, given = list[str](), list[tuple[str, list[int], int]]()
+
+    def train(name: str, objective: object, images: TrainingData) -> None:
+        given.append((name, [int(bytes(images.images[0][row])) for row in range(len(images.images[0]))], len(images.images[1])))
+
+    wanted = distill_job("x", tmp_path, "t")
+    _baseline(wanted, data, train, CrossEntropy(0.0), fewest=2, say=said.append)
+    assert given == ([] if seen is None else [("without the teacher", list(range(bare, 20)), 20)])
+    assert said == (["no student without the teacher: 15 images have a label, and a batch has 16"] if seen is None else [])
 
 
 def test_what_does_not_go_together_is_one_sentence(tmp_path: Path, teacher: str, student: str):

@@ -390,6 +390,9 @@ def test_random_starts_are_resnets_of_the_paper():
     first, second, other = (starting_network(None, RandomNetwork(), ("a", "b"), seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first.classifier[1].weight, second.classifier[1].weight)
     assert not torch.equal(first.classifier[1].weight, other.classifier[1].weight)
+    for convolution in (module for module in first.modules() if isinstance(module, torch.nn.Conv2d)):
+        outputs, _, *kernel = convolution.weight.shape
+        assert convolution.weight.std().item() == pytest.approx((2 / (outputs * kernel[0] * kernel[1])) ** 0.5, rel=0.05)
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path, start: str):
@@ -408,6 +411,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, start: str):
         (job(two, tmp_path / "out", model={"uri": start, "digest": "sha256:" + "0" * 64}), ModelError, "digest sha256:"),
         (job(two, tmp_path / "out", model={"uri": str(tmp_path / "none")}), ModelError, "has no config.json"),
         (job(two, tmp_path / "out", preprocessing={"std": [0, 1, 1]}), JobError, "preprocessing: std is"),
+        (job(two, tmp_path / "out", preprocessing={"size": 400}), ModelError, "warps instead of cropping; required: below 384"),
         (
             job(two, tmp_path / "out", preprocessing={"size": 4096, "crop_pct": 1e-9}),
             JobError,

@@ -26,6 +26,7 @@ from pipeline.model.preprocessing import Preprocessing
 from pipeline.model.resnet import ResNet
 from pipeline.prepare.checkpoint import BEST, read, replace
 from pipeline.prepare.epochs import Epoch, EpochLog, Patience
+from pipeline.prepare.finetune import metrics
 from pipeline.prepare.images import Images
 from pipeline.prepare.learner import MEASURED, CrossEntropy, Learner, balanced_weights, decay_groups, warmup_cosine
 from pipeline.prepare.train import Result, Worker, fit
@@ -369,6 +370,10 @@ def test_stops_early_and_keeps_the_best_epoch(tmp_path: Path):
     assert result.stopped_early
     assert result.best.number == len(result.epochs) - 2
     assert result.best.accuracy == max(epoch.accuracy for epoch in result.epochs)
+    assert metrics(result) == {
+        **{"accuracy": result.best.accuracy, "validation_loss": result.best.validation_loss},
+        **{"epoch": len(result.epochs) - 2, "epochs": len(result.epochs)},
+    }
     network = tiny_network()
     network.load_state_dict(result.weights)
     assert accuracy(network, wrong) == pytest.approx(result.best.accuracy)
