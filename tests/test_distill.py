@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from test_finetune import HERE, QUICK, job, make
-from trainings import SIDES, SMALL, picture, tiny_artifact, tiny_network, write_shards
+from trainings import SIDES, SMALL, logits_of, picture, tiny_artifact, tiny_network, write_shards
 
 from pipeline.artifact import build, load_artifact, save_artifact
 from pipeline.errors import JobError
@@ -20,11 +21,11 @@ from pipeline.job.training import DistillJob
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.data import NO_LABEL
 from pipeline.prepare.dataset import TrainingData
-from pipeline.prepare.distill import DistillationLoss, _baseline, _numbers, _side_by_side, run_job
+from pipeline.prepare.distill import DistillationLoss, _baseline, _numbers, _side_by_side, answers, run_job
 from pipeline.prepare.epochs import Epoch
 from pipeline.prepare.images import Images
 from pipeline.prepare.learner import CrossEntropy
-from pipeline.prepare.train import Result
+from pipeline.prepare.train import Result, Worker
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,19 @@ def test_two_workers_distil_one_student(tmp_path: Path, teacher: str, student: s
     assert made.digest == done.facts["digest"]
     assert made.origin.metrics["accuracy"] > 0.9
     assert not (tmp_path / "out.training").exists()
+
+
+def test_the_teacher_answers_with_its_own_preprocessing_and_for_every_image():
+    theirs = Preprocessing(size=16, crop_pct=0.8, mean=(0.9, 0.1, 0.5), std=(0.05, 0.9, 0.9))
+    teacher = tiny_artifact(preprocessing=theirs)
+    images = Images(pa.array([picture(number) for number in range(130)], pa.large_binary()), np.zeros(130, np.int64))
+    said = answers(teacher, images, Worker())
+    by_hand, otherwise = (
+        logits_of(build(teacher), images, seen).argmax(dim=1).numpy()
+        for seen in (theirs, replace(theirs, mean=SMALL.mean, std=SMALL.std))
+    )
+    assert said.tolist() == by_hand.tolist() != otherwise.tolist()
+    assert answers(teacher, images.take(np.arange(0)), Worker()).tolist() == []
 
 
 def test_what_the_teacher_was_worth_is_told():
