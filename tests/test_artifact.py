@@ -33,7 +33,7 @@ from pipeline.artifact import (
     with_files,
 )
 from pipeline.errors import ModelError
-from pipeline.model.huggingface import Architecture
+from pipeline.model.huggingface import Architecture, read_config, read_preprocessor
 from pipeline.model.preprocessing import PRESETS, Preprocessing
 from pipeline.model.resnet import ResNet, fold
 from pipeline.prepare.importer import crop_share, import_model
@@ -124,6 +124,55 @@ def test_ours_opens_what_transformers_saved(tmp_path: Path, layer_type: str) -> 
     assert artifact.preprocessing == Preprocessing(224, 0.95, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert artifact == load_artifact(str(tmp_path), weights=False)
     np.testing.assert_allclose(logits(build(artifact)), logits(theirs), atol=1e-4)
+
+
+def test_what_files_leave_out_is_what_transformers_takes_it_to_be() -> None:
+    from transformers import ConvNextImageProcessor, ResNetConfig
+
+    theirs = ResNetConfig()
+    architecture, labels = read_config(b'{"model_type": "resnet"}', "x")
+    assert architecture == Architecture(
+        theirs.layer_type,
+        tuple(theirs.depths),
+        tuple(theirs.hidden_sizes),
+        classes=theirs.num_labels,
+        embedding_size=theirs.embedding_size,
+        downsample_in_first_stage=theirs.downsample_in_first_stage,
+        downsample_in_bottleneck=theirs.downsample_in_bottleneck,
+    )
+    assert labels == tuple(theirs.id2label[number] for number in range(theirs.num_labels))
+    shuffled = {str(number): f"class {number}" for number in (10, 1, 0, *range(2, 10))}  # as a writer has them that sorts texts
+    _, labels = read_config(json.dumps({"model_type": "resnet", "id2label": shuffled}).encode(), "x")
+    assert labels == tuple(f"class {number}" for number in range(11))
+    processor, kind = ConvNextImageProcessor(size={"shortest_edge": 224}), b'{"image_processor_type": "ConvNextImageProcessor"'
+    seen = read_preprocessor(kind + b', "size": {"shortest_edge": 224}}', "x")
+    assert seen.resample == {2: "bilinear", 3: "bicubic"}[int(processor.resample)]
+    assert (seen.mean, seen.std) == (tuple(processor.image_mean), tuple(processor.image_std))
+    image = np.random.default_rng(0).integers(0, 256, (260, 340, 3), dtype=np.uint8)
+    (pixels,) = processor(image, return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(pixels, reference(image, seen), atol=2 / 127)
+    assert ConvNextImageProcessor().size["shortest_edge"] == 384
+    with pytest.raises(ModelError, match=r"size is 384 pixels, at which Hugging Face's processor warps"):
+        read_preprocessor(kind + b"}", "x")
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"size": 0}, "size is 0, required: 1 to 4096 pixels"),
+        ({"crop_pct": 0.0}, "crop_pct is 0.0, required: over 0, up to 1"),
+        ({"crop_pct": 1.01}, "crop_pct is 1.01, required: over 0, up to 1"),
+        ({"resample": "lanczos"}, "resample is 'lanczos', required: one of bilinear, bicubic"),
+        ({"mean": (0.5, math.nan, 0.5)}, "mean is .*, required: three finite numbers"),
+        ({"std": (math.inf, 1, 1)}, "std is .*, required: three finite numbers"),
+        ({"std": (0.2, 0.0, 0.2)}, "std is .*, required: numbers over 0, they divide"),
+        ({"std": (58.4, 57.1, 57.4)}, "on the scale 0 to 1; divide those of 0 to 255 by 255"),
+        ({"mean": (-0.1, 0.5, 0.5)}, "on the scale 0 to 1"),
+    ],
+)
+def test_values_no_image_can_be_prepared_with(values: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Preprocessing(**values)
 
 
 def test_a_folder_of_2022_opens(tmp_path: Path) -> None:
@@ -417,6 +466,9 @@ def broken(folder: Path, name: str, **fields: object) -> None:
         ("preprocessor_config.json", {"crop_pct": 1e-320}, "images are resized to inf pixels, required: at most"),
         ("preprocessor_config.json", {"resample": 0}, "resample is 0"),
         ("preprocessor_config.json", {"do_rescale": False}, "do_rescale is False"),
+        ("preprocessor_config.json", {"do_normalize": False}, "do_normalize is False"),
+        ("preprocessor_config.json", {"rescale_factor": 1.0}, "rescale_factor is 1.0"),
+        ("config.json", {"num_channels": 1}, "num_channels is 1; required: 3"),
         ("preprocessor_config.json", {"image_std": [1, 1]}, "unpack"),
     ],
 )

@@ -140,5 +140,7 @@ def test_a_batch_of_nothing_passes(predict: Predict) -> None:
 def test_the_strip_is_pillows() -> None:
     assert SMALL.is_strip(2, 90)
     assert not SMALL.is_strip(40, 30)
+    assert SMALL.is_strip(1000, 4200)
+    assert not SMALL.is_strip(4000, 1000)
     with Image.open(io.BytesIO(picture(1))) as image:
         assert SMALL.placement(*image.size) == (48, 36, 8, 2)
