@@ -36,7 +36,7 @@ from pipeline.errors import ModelError
 from pipeline.model.huggingface import Architecture, read_config, read_preprocessor
 from pipeline.model.preprocessing import PRESETS, Preprocessing
 from pipeline.model.resnet import ResNet, fold
-from pipeline.prepare.importer import crop_share, import_model
+from pipeline.prepare.importer import crop_share, default_labels, import_model
 from pipeline.preprocess import resize_and_crop
 
 TINY = Architecture("basic", (1, 1), (8, 16), classes=3, embedding_size=8)
@@ -210,6 +210,45 @@ def test_state_dicts_of_torchvision_are_imported(tmp_path: Path, name: str, endi
     np.testing.assert_allclose(logits(fold(build(artifact))), logits(theirs), atol=1e-5 * np.abs(logits(theirs)).max())
 
 
+@pytest.mark.parametrize("nest", ["state_dict", "model_state_dict", "model", "model/state_dict"])
+def test_a_state_dict_is_found_where_training_scripts_put_it(tmp_path: Path, nest: str) -> None:
+    saved: dict[str, object] = {**weights(SMALL), "steps": 3}
+    for name in reversed(nest.split("/")):
+        saved = {"epoch": 3, name: saved, "optimizer": {"state": {}}}
+    torch.save(saved, tmp_path / "w.pth")
+    artifact = import_model(str(tmp_path / "w.pth"), str(tmp_path / "model"))
+    assert artifact.architecture == SMALL, "its stem is seen in the first convolution"
+    np.testing.assert_array_equal(logits(build(artifact)), logits(build(made(SMALL))))
+
+
+def test_a_folder_says_what_no_weights_do(tmp_path: Path) -> None:
+    """Where a network strides leaves no trace in its parameters; how many classes it has does."""
+    save_artifact(made(V1), str(tmp_path / "theirs"))
+    again = import_model(str(tmp_path / "theirs"), str(tmp_path / "ours"))
+    assert (again.architecture, again.labels) == (V1, ("label 0", "label 1"))
+    np.testing.assert_array_equal(logits(build(again)), logits(build(made(V1))))
+    broken(tmp_path / "theirs", "config.json", id2label={"0": "one"})
+    with pytest.raises(ModelError, match="1 labels"):
+        import_model(str(tmp_path / "theirs"), str(tmp_path / "other"))
+    named = import_model(str(tmp_path / "theirs"), str(tmp_path / "other"), labels=("x", "y"))
+    assert (named.architecture, named.labels) == (V1, ("x", "y"))
+
+
+def test_torchvisions_names_bring_labels_and_crop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.models import ResNet50_Weights, resnet50
+
+    state = resnet50().state_dict()
+    asked: list[dict[str, object]] = []
+    fetch = "torchvision.models._api.load_state_dict_from_url"
+    monkeypatch.setattr(fetch, lambda url, **options: asked.append(options) or state)
+    artifact = import_model("ResNet50_Weights.IMAGENET1K_V2", str(tmp_path / "model"))
+    assert artifact.labels == tuple(ResNet50_Weights.IMAGENET1K_V2.meta["categories"])
+    assert (artifact.preprocessing.size, artifact.preprocessing.resize_edge) == (224, 232)
+    assert asked[0]["check_hash"]
+    given = import_model("ResNet50_Weights.IMAGENET1K_V2", str(tmp_path / "other"), preprocessing=Preprocessing(size=64))
+    assert given.preprocessing == Preprocessing(size=64)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_state_dicts_of_timm_are_imported_with_timms_crop(tmp_path: Path, name: str) -> None:
     import timm
@@ -256,6 +295,8 @@ def test_folders_of_timm_are_imported_with_what_they_say(tmp_path: Path) -> None
         ({"label_names": "ant"}, "label_names is 'ant'; required: a list of names"),
         ({"pretrained_cfg": {"input_size": [3, 224, 224]}}, "pretrained_cfg: 'crop_pct'"),
         ({"pretrained_cfg": {"input_size": [1, 224, 224]}}, "required: a centre square of RGB"),
+        ({"pretrained_cfg": {"input_size": [3, 224, 192]}}, "required: a centre square of RGB"),
+        ({"architecture": "ecaresnet50"}, "architecture is 'ecaresnet50'; required: resnet18"),
     ],
 )
 def test_what_timm_would_run_otherwise_is_refused(tmp_path: Path, changed: dict[str, object], sentence: str) -> None:
@@ -295,6 +336,7 @@ def test_a_thousand_classes_are_imagenet(tmp_path: Path) -> None:
     torch.save(weights(architecture), tmp_path / "w.pt")
     artifact = import_model(str(tmp_path / "w.pt"), str(tmp_path / "model"), preprocessing=Preprocessing(size=64))
     assert (artifact.labels[0], artifact.labels[-1], artifact.preprocessing.size) == ("tench", "toilet tissue", 64)
+    assert [default_labels(classes)[-1] for classes in (999, 1001)] == ["class_998", "class_1000"]
 
 
 def test_pickled_weights_of_a_folder_are_imported_not_loaded(tmp_path: Path) -> None:
@@ -306,7 +348,7 @@ def test_pickled_weights_of_a_folder_are_imported_not_loaded(tmp_path: Path) -> 
         load_artifact(str(tmp_path / "old"))
     again = import_model(str(tmp_path / "old"), str(tmp_path / "new"))
     assert (again.digest, again.labels) == (artifact.digest, artifact.labels)
-    assert len(import_model(str(tmp_path / "old"), str(tmp_path / "b"), labels=("x", "y", "z")).labels) == 3
+    assert import_model(str(tmp_path / "old"), str(tmp_path / "b"), labels=("x", "y", "z")).labels == ("x", "y", "z")
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
@@ -364,6 +406,8 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
         ("nan.pt", r"classifier\.1\.bias holds nan or infinity; required: finite numbers"),
         ("unprepared", r"preprocessor_config\.json: not found\. Restore it, or say .* with --preprocessing"),
         ("grouped.pt", "has shape"),
+        ("turned.pt", "has shape"),
+        ("attention.pt", r"has resnet\.encoder\.stages\.0\.layers\.0\.attention\.weight; required: only what a ResNet"),
     ],
 )
 def test_what_is_no_resnet_is_not_imported(tmp_path: Path, source: str, sentence: str) -> None:
@@ -373,11 +417,14 @@ def test_what_is_no_resnet_is_not_imported(tmp_path: Path, source: str, sentence
     torch.save({name: t for name, t in state.items() if "classifier" not in name}, tmp_path / "headless.pt")
     both = {f"{prefix}.{name}": tensor for prefix in ("teacher", "student") for name, tensor in state.items()}
     torch.save({"state_dict": both}, tmp_path / "two.ckpt")
-    torch.save({**state, "classifier.1.bias": torch.full((3,), math.nan)}, tmp_path / "nan.pt")
+    torch.save({**state, "classifier.1.bias": torch.tensor([0.0, math.inf])}, tmp_path / "nan.pt")
     save_artifact(made(), str(tmp_path / "unprepared"))
     (tmp_path / "unprepared/preprocessor_config.json").unlink()
     grouped = "resnet.encoder.stages.0.layers.0.layer.1.convolution.weight"
     torch.save({**state, grouped: state[grouped][:, :2].clone()}, tmp_path / "grouped.pt")
+    turned = "resnet.encoder.stages.0.layers.0.layer.0.convolution.weight"
+    torch.save({**state, turned: state[turned].transpose(0, 1).clone()}, tmp_path / "turned.pt")
+    torch.save({**state, "resnet.encoder.stages.0.layers.0.attention.weight": torch.ones(4)}, tmp_path / "attention.pt")
     with pytest.raises(ModelError, match=sentence):
         import_model(source if "_Weights" in source else str(tmp_path / source), str(tmp_path / "model"))
 

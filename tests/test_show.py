@@ -14,7 +14,7 @@ from test_artifact import RESNET18, RESNET50, TINY, V1, made
 from torch import nn
 
 from pipeline.artifact import Origin, save_artifact
-from pipeline.model.describe import architecture_name, layers
+from pipeline.model.describe import architecture_name, giga, layers
 from pipeline.model.huggingface import Architecture
 from pipeline.model.resnet import ResNet
 
@@ -74,6 +74,8 @@ def test_names():
     names = [architecture_name(a) for a in (RESNET18, RESNET34, RESNET50, TINY, SMALL)]
     assert names == ["ResNet-18", "ResNet-34", "ResNet-50", "ResNet of 6 layers", "ResNet-18, small-image stem"]
     assert architecture_name(V1) == "ResNet of 11 layers, stride in the 1 × 1 (v1)"
+    assert architecture_name(replace(RESNET18, hidden_sizes=(128, 256, 512, 1024))) == "ResNet of 18 layers", "a wide one"
+    assert [giga(macs) for macs in (5 * 10**8, 99_900_000)] == ["0.50 GMACs", "99.9 MMACs"]
 
 
 def show(*words: str) -> str:
