@@ -207,7 +207,7 @@ def test_the_classes_with_the_lowest_recall_are_on_top():
     shares = np.full((len(truth), 14), 0.01)
     shares[np.arange(len(truth)), answers] = 0.87
     record = {
-        **metrics_dict(measure(Predictions.of(shares, truth), 14), tuple(f"c{number}" for number in range(14))),
+        **metrics_dict(measure(predictions(shares, truth), 14), tuple(f"c{number}" for number in range(14))),
         "images": EvaluatedImages(147, 144, 1, {"CORRUPT": 2}).as_dict(),
         "left_out_images": {"NO_LABEL": ["x"], "CORRUPT": ["y", "z"]},
         "throughput": {"decode": 100.0, "predict": 99.96, "how": "alone"},

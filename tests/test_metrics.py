@@ -108,14 +108,6 @@ def test_worked_out_by_hand():
     assert (wrong.score.tolist(), wrong.truth_score.tolist()) == ([0.7, 1.0], [0.3, 0.0])
 
 
-@given(
-    st.integers(1, 60).flatmap(lambda classes: st.lists(st.integers(0, 3), min_size=classes, max_size=classes)), st.integers(1, 9)
-)
-def test_of_equal_probabilities_the_lower_class_comes_first(levels: list[int], k: int):
-    answers = Predictions.of(np.array([levels]) / 4, np.zeros(1, int), k=k)
-    assert answers.ids.tolist() == [sorted(range(len(levels)), key=lambda number: (-levels[number], number))[:k]]
-
-
 @given(st.integers(1, 6).flatmap(lambda size: arrays(int, (size, size), elements=st.integers(0, 3))), st.integers(0, 9))
 def test_mistakes_are_ranked_by_how_many_there_are(confusion: np.ndarray, most: int):
     classes = range(len(confusion))

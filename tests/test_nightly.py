@@ -127,11 +127,8 @@ def test_what_a_schedule_and_a_notice_can_hold():
 def test_a_range_needs_a_job_with_a_date(tmp_path):
     days = asked(template(tmp_path), "2026-11-01..2026-11-03", name="j")
     assert [day.date for day in days] == ["2026-11-01", "2026-11-02", "2026-11-03"]
-    with pytest.raises(JobError, match="is 3 days"):
-        asked(job("in", "m", "o"), "2026-11-01..2026-11-03", name="j")
     with pytest.raises(JobError, match=r"^j: .*\{date\}.* needs a date"):  # by its file, before the lease is looked at
         asked(template(tmp_path), None, name="j")
-
     for last, count in (("02", 2), ("03", 3)):
         with pytest.raises(JobError, match=f"is {count} days"):
             asked(job("in", "m", "o"), f"2026-11-01..2026-11-{last}", name="j")
@@ -263,6 +260,24 @@ def test_catch_up_labels_missed_days_and_passes_over_days_without_input(tmp_path
     assert asked(wanted, "2026-11-01", name="j") == (Day("2026-11-01"),), "a day by its name is that day alone"
     again = [day.again for day in asked(wanted, "today", name="j", again=True)]
     assert again == [False, False, False, True], "a day that was labelled in another night is not this run's failure"
+
+
+def test_a_day_that_cannot_be_looked_at_is_not_passed_over(tmp_path, monkeypatch):
+    """The run says what is wrong."""
+
+    def away(*_: object, **__: object) -> None:
+        raise Temporary("the store is slow")
+
+    monkeypatch.setattr(nightly, "list_inputs", away)
+    wanted, seen = template(tmp_path, schedule=DAILY | {"catch_up": "1d"}), list[str]()
+
+    def label(one: Job, check: Any) -> Receipt:
+        seen.append(Path(one.input.uris[0]).name)
+        raise Temporary("the store is slow")
+
+    days = asked(wanted, "today", name="j")
+    nights = run_nights(wanted, days, label=label, say=lambda text: None)
+    assert (seen, [night.exit_code for night in nights]) == ([day.date for day in days], [75, 75])
 
 
 @pytest.mark.parametrize(("reach", "days"), [("1d", ["2026-03-01"]), ("71h", ["2026-02-28", "2026-03-01"]), (None, [])])
