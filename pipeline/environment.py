@@ -12,7 +12,7 @@ from pipeline.errors import JobError, UnfitError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
-#: Of whatever starts a raylet. Ray ends a worker that was idle for a second while all CPUs are promised to actors, so a read
+#: Of whatever starts a raylet. Ray ends a worker that was idle for a second while actors leave less than one CPU, so a read
 #: task may begin with a new one: 2.4 s of a core (LOG.md, 2026-11-26).
 RAYLET_ENVIRONMENT = {"RAY_idle_worker_killing_time_threshold_ms": "3600000"}
 # What the user has set stays.
