@@ -50,9 +50,8 @@ class Input(Model):
     """A prefix, a glob or a list of them, all on S3 or all on disk; `{date}` is filled from `--date`. On disk, files and folders
     whose names begin with a dot are not seen."""
     format: Literal["webdataset", "parquet", "images"] = "webdataset"
-    """WebDataset tars, Parquet files with encoded images, or loose image files. Parquet: what lies in a folder whose name begins
-    with `_`, as Spark's `_temporary/` and Delta's `_delta_log/` do, is read only where the uri names that folder; of a
-    table every file that lies there is read, those too that it has removed."""
+    """WebDataset tars, Parquet files with encoded images, or loose image files. Of Parquet, a folder whose name begins with
+    `_` is read only where the uri names it, and of a table every file that lies there, those too that it has removed."""
     image_column: Word = "image"
     """Parquet: the column with encoded images, binary or struct<bytes, path>."""
     key_column: Word | None = "key"
