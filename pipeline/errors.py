@@ -48,9 +48,15 @@ COMPLETE = (ExitCode.DONE, ExitCode.TOO_MANY_FAILED)
 #: From the mildest to the gravest: what the same command mends; what somebody must mend first, from one input over the rights to
 #: the whole job, and what nobody should run over: a stranger's object in our output, which has an alert of its own, and a bug.
 _GRAVITY = (
-    *(ExitCode.DONE, ExitCode.TOO_MANY_FAILED, ExitCode.UNITS_LEFT, ExitCode.TEMPORARY),
-    *(ExitCode.INPUT, ExitCode.NO_PERMISSION, ExitCode.UNFIT),
-    *(ExitCode.CONFLICT, ExitCode.BUG),
+    ExitCode.DONE,
+    ExitCode.TOO_MANY_FAILED,
+    ExitCode.UNITS_LEFT,
+    ExitCode.TEMPORARY,
+    ExitCode.INPUT,
+    ExitCode.NO_PERMISSION,
+    ExitCode.UNFIT,
+    ExitCode.CONFLICT,
+    ExitCode.BUG,
 )
 
 

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from io import BytesIO
 
 import pyarrow as pa
@@ -133,7 +133,11 @@ def totals(footers: Iterable[Footer]) -> Totals:
     sums, failures = Totals(), Counter[str]()
     for footer in footers:
         sums.units += 1
-        for name in ("rows_in", "ok", "failed", "compared", "same_label"):
-            setattr(sums, name, getattr(sums, name) + getattr(footer, name))
+        sums.rows_in += footer.rows_in
+        sums.ok += footer.ok
+        sums.failed += footer.failed
+        sums.compared += footer.compared
+        sums.same_label += footer.same_label
         failures.update(footer.failures)
-    return replace(sums, failures=dict(sorted(failures.items())))
+    sums.failures = dict(sorted(failures.items()))
+    return sums

@@ -364,7 +364,7 @@ def test_a_retry_looks_for_its_publisher_before_the_images(two_classes, tmp_path
 
 def test_a_retry_that_ends_with_4_says_why():
     done = Retried("test", "out", ("CORRUPT",), 1, units=1, units_done=1, retried=1, failures={"CORRUPT": 1})
-    over = "over    of all images more have failed than limits.max_failed allows: exit code 4"
+    over = "over    more of all images failed than limits.max_failed allows: exit code 4"
     assert [over in lines for lines in (done.lines(), replace(done, exit_code=ExitCode.TOO_MANY_FAILED).lines())] == [False, True]
 
 

@@ -46,8 +46,8 @@ class Retried:
             return [f"nothing to retry: no image of {self.job} failed with {names}, of inputs that are still there", *left]
         state = "done" if self.units == self.units_done else "not finished"
         done = f"{state}: {self.retried:,} images retried ({names}), {self.mended:,} labelled now"
-        over = "of all images more have failed than limits.max_failed allows: exit code"
         failed = failed_lines(self.failures)
-        failed += [f"over    {over} {self.exit_code:d}"] if self.exit_code == ExitCode.TOO_MANY_FAILED else []
+        if self.exit_code == ExitCode.TOO_MANY_FAILED:
+            failed.append(f"over    more of all images failed than limits.max_failed allows: exit code {self.exit_code:d}")
         units = f"units   {self.units_done} of {self.units}, generation {self.generation}"
         return [done, *failed, *left, f"where   {self.where}", units]

@@ -106,9 +106,8 @@ class Delta:
         needs = {name for name, field in known.items() if not field.nullable}
         for file in added:
             fields = {field.name: field for field in _converted(file).fields}
-            if any(name not in known or known[name].type != field.type for name, field in fields.items()) or any(
-                name not in fields or fields[name].nullable for name in needs
-            ):
+            same = all(name in known and known[name].type == field.type for name, field in fields.items())
+            if not (same and needs <= {name for name, field in fields.items() if not field.nullable}):
                 raise StoreError(
                     f"{file.uri}: its columns are not those of the table {self.where}",
                     need="the same columns with the same types in every file",
