@@ -40,7 +40,8 @@ def without_namespaces() -> str:
 
 def image_environment() -> dict[str, str]:
     """What infra/Dockerfile sets, with the environment of the tests for that of the image, and the code under test."""
-    (line,) = [line for line in (ROOT / "infra/Dockerfile").read_text().splitlines() if line.startswith("ENV PATH=")]
+    written = (ROOT / "infra/Dockerfile").read_text().replace("\\\n", " ")  # an instruction goes on after a backslash
+    (line,) = [line for line in written.splitlines() if line.startswith("ENV PATH=")]
     given = dict(word.split("=", 1) for word in shlex.split(line)[1:])
     given["PATH"] = f"{sys.prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     return given | {"PYTHONPATH": str(ROOT)}
