@@ -33,6 +33,14 @@ def decode(data, *, max_pixels: int) -> np.ndarray:
     return real.decode(data, max_pixels=max_pixels)
 
 
+def see(block, *, max_pixels: int):
+    """Stands in for `look.see` with this module's decoder."""
+    from pipeline.prepare import look
+
+    look.decode = decode  # in a child of its own, which ends with it
+    return look.see(block, max_pixels=max_pixels)
+
+
 def make_preprocess(job, preprocessing, careful, share):
     """Stands in for `stages.make_preprocess` with this module's decoder."""
     from pipeline.careful import CarefulLimits

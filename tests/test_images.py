@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import poison
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from raylets import below
 from seaweed import Seaweed
 from shards import tar_bytes
 from trainings import SMALL, picture, write_shards
 
+from pipeline.careful import CarefulLimits
 from pipeline.decode import decode
 from pipeline.disk import Disk
 from pipeline.errors import (
@@ -75,6 +79,25 @@ def test_what_is_left_out_is_counted_and_listed(tmp_path: Path):
     assert [bytes(image.as_buffer()) for image in found.encoded] == [picture(n) for n in range(3)]
     with_unlabelled = read_images(Input(uri=str(tmp_path)), label="cls", unlabelled=True)
     assert with_unlabelled.texts == ["1", "1", "1", None]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_image_that_kills_its_decoder_is_left_out_and_its_neighbours_are_not(tmp_path: Path, monkeypatch, threads: int):
+    """In whichever process it is looked at; the order stays, and no child is left."""
+    poison_of = {7: b"abort", 70: b"hang", 71: b"exit"}
+    members = {
+        f"{n:03d}.{suffix}": data
+        for n in range(200)
+        for suffix, data in (("png", poison_of.get(n) or picture(n)), ("cls", b"%d" % n))
+    }
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members))
+    monkeypatch.setattr("pipeline.prepare.images.see", poison.see)
+    monkeypatch.setattr("pipeline.prepare.images._PATIENCE", CarefulLimits(2.0, 2**30))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = read_images(Input(uri=str(tmp_path)), label="cls")
+    assert found.texts == [str(n) for n in range(200) if n not in poison_of]
+    assert found.left_out.keys == {"DECODER_CRASH": ["007", "071"], "DECODE_TIMEOUT": ["070"]}
+    assert not [child for child in below(os.getpid()) if b"pipeline.careful" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def shards_of_one_class(folder: Path, sizes: list[int]) -> Input:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 
 import numpy as np
@@ -19,16 +20,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, TensorDataset
 
+from pipeline.careful import CarefulLimits
 from pipeline.decode import decode
 from pipeline.errors import JobError
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Augmentation
 from pipeline.prepare.data import MAX_PIXELS, NO_LABEL, LeftOut, class_index, has_labels, image_rows, label_texts
+from pipeline.prepare.look import looked_at, see
 from pipeline.prepare.shelf import IN_MEMORY, Found, Place, Shelf
-from pipeline.preprocess import Prepare, Preprocess
-from pipeline.spec import Input
+from pipeline.preprocess import Prepare
+from pipeline.spec import Input, Limits
 
 _PRIME = 1_000_003
+_PATIENCE = CarefulLimits(Limits().decode_timeout, Limits().decode_memory)  # as in labelling
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ def read_images(
     name: str = "train",
 ) -> Found:
     """Every sound image of `wanted`, put on the `shelf` under a `name`, or found there. One that cannot be decoded is left out,
-    and without `unlabelled` one without a label is too. `label` None: there are none to look for.
+    and without `unlabelled` one without a label is too. `label` None: there are none to look for. As many processes look at them
+    as torch has threads.
 
     Raises InputError for an input that cannot be read, JobError when nothing is left, and when the shelf has not room for all.
     """
@@ -82,14 +87,13 @@ def read_images(
 
 def _put(wanted: Input, place: Place, *, label: str | None, label_key: str | None, unlabelled: bool) -> LeftOut:
     """All that are to be had in their place; which are not."""
-    check = Preprocess(Preprocessing(size=1), max_pixels=MAX_PIXELS, threads=torch.get_num_threads())
     if label is not None and unlabelled and not has_labels(wanted, label):
         label = None
     left_out = LeftOut()
-    for table in image_rows(wanted, label=label, label_key=label_key):
-        checked = check(table)
-        left_out.add_failed(checked)
-        keep = pc.is_null(checked["error_class"]).to_numpy()
+    tables = image_rows(wanted, label=label, label_key=label_key)
+    for table in looked_at(tables, partial(see, max_pixels=MAX_PIXELS), _PATIENCE, processes=torch.get_num_threads()):
+        left_out.add_failed(table)
+        keep = pc.is_null(table["error_class"]).to_numpy()
         named = label_texts(table[label]) if label else [None] * table.num_rows
         if not unlabelled:
             bare = keep & [text is None for text in named]
