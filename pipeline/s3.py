@@ -52,7 +52,7 @@ class S3Store:
         return S3Store, (self.options, self.backoff, self.timeouts)
 
     def list(self, uri: str, *, glob: bool = True) -> Iterator[Object]:
-        bucket, name = _split(uri)
+        bucket, name = bucket_and_key(uri)
         prefix, matches = (glob_prefix(name), glob_matcher(name)) if glob else (name, anything)
         alone: Object | None = None
         refused: PermissionDenied | None = None
@@ -77,7 +77,7 @@ class S3Store:
         yield from found or ([alone] if alone else [])  # an object of no bytes beside a folder is its marker
 
     def head(self, uri: str) -> Object:
-        bucket, key = _split(uri)
+        bucket, key = bucket_and_key(uri)
 
         async def attempt(client: Any) -> Object:
             wanted = {"Bucket": bucket, "Key": key, **self._payer}
@@ -95,7 +95,7 @@ class S3Store:
     def read(self, uri: str, *, start: int = 0, stop: int | None = None, pinned: Object | None = None) -> bytes:
         if stop is not None and stop <= start:
             return b""
-        bucket, key = _split(uri)
+        bucket, key = bucket_and_key(uri)
         fetch = Fetch({"Bucket": bucket, "Key": key, **self._payer}, start, stop, pinned.etag if pinned else None)
         before = 0
         while True:
@@ -115,18 +115,21 @@ class S3Store:
         return fetch.data
 
     def create(self, uri: str, data: bytes) -> bool:
-        bucket, key = _split(uri)
-
-        async def attempt(client: Any) -> bool:
-            checksum = _checksum(data, plain=client.meta.config.request_checksum_calculation == "when_required")
-            request = {"Bucket": bucket, "Key": key, "IfNoneMatch": "*", **checksum, **self._encryption, **self._payer}
-            await client.put_object(Body=data, **request)
-            return True
-
         try:
-            return self._retry(attempt, uri, known=(304, 412), writing=True)
+            self._put(uri, data, {"IfNoneMatch": "*"}, known=(304, 412))
         except sdk.ClientError:  # 304 says MinIO of before April 2024
             return False
+        return True
+
+    def _put(self, uri: str, data: bytes, condition: dict[str, str], *, known: tuple[int, ...] = ()) -> None:
+        bucket, key = bucket_and_key(uri)
+
+        async def attempt(client: Any) -> None:
+            checksum = _checksum(data, plain=client.meta.config.request_checksum_calculation == "when_required")
+            request = {"Bucket": bucket, "Key": key, **condition, **checksum, **self._encryption, **self._payer}
+            await client.put_object(Body=data, **request)
+
+        self._retry(attempt, uri, known=known, writing=True)
 
     def _pages(self, bucket: str, prefix: str, matches: Callable[[str], bool]) -> Iterator[Object]:
         request = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE, **self._payer}
@@ -234,7 +237,7 @@ def _checksum(data: bytes, *, plain: bool) -> dict[str, str]:
     return {"ChecksumCRC32": base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()}
 
 
-def _split(uri: str) -> tuple[str, str]:
+def bucket_and_key(uri: str) -> tuple[str, str]:
     """(bucket, key); an access point's ARN, which may hold a slash, is a bucket."""
     match = _BUCKET.match(uri)
     assert match is not None

@@ -27,8 +27,8 @@ nights.retried nights.retry
 ship submit
 prepare.outcome prepare.data prepare.metrics prepare.card
 prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate prepare.timm_config
-prepare.importer prepare.augment prepare.checkpoint prepare.room prepare.shelf prepare.look prepare.images prepare.learner
-prepare.epochs prepare.train
+prepare.importer prepare.augment prepare.checkpoint prepare.afar prepare.room prepare.shelf prepare.look prepare.images
+prepare.learner prepare.epochs prepare.train
 prepare.workers prepare.dataset prepare.resume prepare.finetune prepare.distill prepare.digits
 prepare.calibrate prepare.gate prepare.quantize
 kube.types kube.pods kube.kuberay kube.cronjob kube.render kube.follow kube.apiserver kube.apply

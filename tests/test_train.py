@@ -24,6 +24,7 @@ from pipeline.errors import JobError, ModelError, StoreError, Temporary, UnfitEr
 from pipeline.job.training import Augment, Training, Workers
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.model.resnet import ResNet
+from pipeline.prepare.afar import Checkpoints
 from pipeline.prepare.checkpoint import BEST, read, replace
 from pipeline.prepare.epochs import Epoch, EpochLog, Patience
 from pipeline.prepare.finetune import metrics
@@ -60,7 +61,12 @@ def trained(folder: Path, training: Training = QUICK, *, network: ResNet | None 
     said: list[str] = []
     learner = Learner(network, more.pop("objective", CrossEntropy(training.label_smoothing)), SMALL, training)
     result = fit(
-        learner, data, preprocessing=SMALL, worker=more.pop("worker", Worker()), folder=folder, say=more.pop("say", said.append)
+        learner,
+        data,
+        preprocessing=SMALL,
+        worker=more.pop("worker", Worker()),
+        place=Checkpoints(folder),
+        say=more.pop("say", said.append),
     )
     return result, said
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,17 @@ LAST, BEST = "last.ckpt", "best.ckpt"
 
 
 class OneStep(TorchCheckpointIO):
-    """A checkpoint is there whole or not at all. Lightning moves it from the temporary folder, which may be another disk."""
+    """A checkpoint is there whole or not at all. Lightning moves it from the temporary folder, which may be another disk. `kept`
+    is called with the name of each that is there."""
+
+    def __init__(self, kept: Callable[[str], None]) -> None:
+        self._kept = kept
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:  # noqa: ARG002
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         replace(Path(path), buffer.getbuffer())  # getvalue would copy it
+        self._kept(Path(path).name)
 
 
 class Keep(ModelCheckpoint):
@@ -95,12 +100,16 @@ def content_of(path: Path) -> bytes:
 
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint, its tensors on the CPU. Raises StoreError when it is damaged, and what `content_of` raises."""
-    content = content_of(path)
+    return parsed(content_of(path), str(path))
+
+
+def parsed(content: bytes, where: str) -> dict[str, Any]:
+    """A checkpoint, its tensors on the CPU. Raises StoreError when it is damaged."""
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle trips the unpickler up in any way
-        got = f"{path}: cannot be read ({str(error).partition('. ')[0]})"
-        raise StoreError(got, need="a checkpoint as it was written", do=f"Remove {path.parent} and begin anew") from error
+        got, folder = f"{where}: cannot be read ({str(error).partition('. ')[0]})", where.rpartition("/")[0]
+        raise StoreError(got, need="a checkpoint as it was written", do=f"Remove {folder} and begin anew") from error
     return state
 
 

@@ -62,7 +62,7 @@ def train_job(job: DistillJob, *, worker: Worker, say: Say, command: str) -> Out
     preprocessing = seen(job, start)
     _check(job, teacher, preprocessing)
     root = checkpoints(job, key)
-    shelf = Shelf(root, worker.rank, worker.beside, say)
+    shelf = Shelf(root.folder, worker.rank, worker.beside, say)
     data = read_taught(job.data, seed=job.training.seed, classes=teacher.labels, shelf=shelf)
     for line in (*data.lines, classifier_line(start, data.classes), checkpoint_line(root)):
         say(line)
@@ -75,8 +75,8 @@ def train_job(job: DistillJob, *, worker: Worker, say: Say, command: str) -> Out
         say(f"training the student {name}")
         network = starting_network(start, job.network, teacher.labels, seed=job.training.seed)
         learner = Learner(network, objective, preprocessing, job.training)
-        folder = root / name.replace(" ", "-")
-        return fit(learner, images.images, preprocessing=preprocessing, worker=worker, folder=folder, say=say)
+        place = root / name.replace(" ", "-")
+        return fit(learner, images.images, preprocessing=preprocessing, worker=worker, place=place, say=say)
 
     weights = class_weights(job, data)
     plain = _baseline(job, data, train, CrossEntropy(job.training.label_smoothing, weights), fewest=worker.world, say=say)

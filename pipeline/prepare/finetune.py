@@ -39,15 +39,15 @@ def train_job(job: FinetuneJob, *, worker: Worker, say: Say, command: str) -> Ou
         return done
     preprocessing = seen(job, start)
     known = () if start is None else start.labels
-    folder = checkpoints(job, key)
-    shelf = Shelf(folder, worker.rank, worker.beside, say)
+    place = checkpoints(job, key)
+    shelf = Shelf(place.folder, worker.rank, worker.beside, say)
     data = read_data(job.data, seed=job.training.seed, known=known, shelf=shelf)
-    for line in (*data.lines, classifier_line(start, data.classes), checkpoint_line(folder)):
+    for line in (*data.lines, classifier_line(start, data.classes), checkpoint_line(place)):
         say(line)
     network = starting_network(start, job.network, data.classes, seed=job.training.seed)
     objective = CrossEntropy(job.training.label_smoothing, class_weights(job, data))
     learner = Learner(network, objective, preprocessing, job.training)
-    result = fit(learner, data.images, preprocessing=preprocessing, worker=worker, folder=folder, say=say)
+    result = fit(learner, data.images, preprocessing=preprocessing, worker=worker, place=place, say=say)
 
     def made() -> Artifact:
         facts = data.facts | {"job": key, "training": job.training.model_dump(mode="json"), EPOCHS: told(result)}

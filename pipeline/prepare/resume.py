@@ -1,15 +1,13 @@
 """A training that is run again: done already, stopped half-way, or new; and what it leaves when it is done.
 
-A finished job finds its artifact and does nothing; one that was killed finds its checkpoints, beside the artifact or in the
-working folder when that is on S3, and goes on. They are removed once the artifact is saved. What else stands in the output's
-folder is found before the training, not after it.
+A finished job finds its artifact and does nothing; one that was killed finds its checkpoints, beside the artifact, and goes on.
+They are removed once the artifact is saved. What else stands in the output's folder is found before the training, not after it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,8 +17,8 @@ from pipeline.errors import JobError
 from pipeline.job.training import TrainingJob
 from pipeline.model.describe import file_sizes
 from pipeline.model.preprocessing import PREPROCESSING_VERSION
+from pipeline.prepare.afar import EVERY_S, Checkpoints
 from pipeline.prepare.card import folder_name, model_card
-from pipeline.prepare.checkpoint import LAST
 from pipeline.prepare.data import listing
 from pipeline.prepare.epochs import TABLE
 from pipeline.prepare.outcome import Outcome
@@ -48,15 +46,17 @@ def finished(job: TrainingJob, key: str, worker: Worker) -> Outcome | None:
     there = _standing(job, key) if worker.rank == 0 else None
     if not worker.broadcast(there is not None):
         return None
-    _remove(job, key)  # a kill may have left them
-    return Outcome(()) if there is None else outcome(there, job, ("nothing to do: the artifact is there",))
+    place = checkpoints(job, key)
+    left = place.remove_copies() if worker.rank == 0 else ()  # a kill may have left them
+    place.remove()
+    return Outcome(()) if there is None else outcome(there, job, ("nothing to do: the artifact is there", *left))
 
 
 def _standing(job: TrainingJob, key: str) -> Artifact | None:
     uri, s3 = job.output.uri, job.output.s3
     if head_if_there(open_store(uri, s3), join(uri, RECORD)) is None:
         names = file_sizes(uri, s3)
-        if names and not any(checkpoints(job, key).rglob(LAST)):  # else a kill while saving may have left them; saving compares
+        if names and not checkpoints(job, key).stand():  # else a kill while saving may have left them; saving compares
             got = f"output.uri {uri} holds {', '.join(names)} without {RECORD}"
             raise JobError(got, need="an empty folder, or the artifact of this very job", do="Give another output.uri")
         return None
@@ -67,35 +67,29 @@ def _standing(job: TrainingJob, key: str) -> Artifact | None:
     return load_artifact(uri, s3)
 
 
-def checkpoints(job: TrainingJob, key: str) -> Path:
-    """The folder for the state of an unfinished training."""
+def checkpoints(job: TrainingJob, key: str) -> Checkpoints:
+    """Where the state of an unfinished training lies."""
     uri = job.output.uri.removeprefix("file://").rstrip("/")
-    return Path(f"{job.name}.training" if uri.startswith("s3://") else f"{uri}.training", key).absolute()
+    if not uri.startswith("s3://"):
+        return Checkpoints(Path(f"{uri}.training", key).absolute())
+    return Checkpoints(Path(f"{job.name}.training", key).absolute(), join(f"{uri}.training", key), job.output.s3)
 
 
-def checkpoint_line(folder: Path) -> str:
-    return f"checkpoints and {TABLE} in {folder} until the model is saved; the same command goes on from them"
+def checkpoint_line(place: Checkpoints) -> str:
+    copies = f", and copied to {place.afar} every {EVERY_S / 60:.0f} minutes" if place.afar else ""
+    return f"checkpoints and {TABLE} in {place.folder}{copies} until the model is saved; the same command goes on from them"
 
 
 def close(job: TrainingJob, key: str, worker: Worker, *, made: Callable[[], Artifact], lines: tuple[str, ...]) -> Outcome:
     """The first worker makes and saves the artifact, with its card, and says so; then all remove their checkpoints."""
-    done = Outcome(())
+    done, place = Outcome(()), checkpoints(job, key)
     if worker.rank == 0:
         artifact, uri = made(), job.output.uri
         saved = save_artifact(artifact, uri, job.output.s3, card=model_card(artifact, name=folder_name(uri)))
-        done = outcome(saved, job, lines)
+        done = outcome(saved, job, (*lines, *place.remove_copies()))
     worker.broadcast(None)  # on a shared disk the first worker has read from theirs until here
-    _remove(job, key)
+    place.remove()
     return done
-
-
-def _remove(job: TrainingJob, key: str) -> None:
-    folder = checkpoints(job, key)
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.parent.rmdir()
-    except OSError:  # absent, or it holds another job's
-        return
 
 
 def outcome(artifact: Artifact, job: TrainingJob, lines: tuple[str, ...]) -> Outcome:

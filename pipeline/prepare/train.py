@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.errors import JobError, UnfitError
 from pipeline.job.training import Training, Workers
 from pipeline.model.preprocessing import Preprocessing
+from pipeline.prepare.afar import Checkpoints
 from pipeline.prepare.augment import Augmentation
 from pipeline.prepare.checkpoint import BEST, LAST, Keep, OneStep, content_of, make_folder, read, replace
 from pipeline.prepare.epochs import Epoch, EpochLog, Patience
@@ -76,13 +77,14 @@ class Worker:
 
 
 def fit(
-    learner: Learner, data: tuple[Images, Images], *, preprocessing: Preprocessing, worker: Worker, folder: Path, say: Say
+    learner: Learner, data: tuple[Images, Images], *, preprocessing: Preprocessing, worker: Worker, place: Checkpoints, say: Say
 ) -> Result:
-    """Train on (training, validation) images, or go on where `folder` says that an earlier start stopped.
+    """Train on (training, validation) images, or go on where `place` says that an earlier start stopped.
 
-    Raises JobError for fewer images than a batch, ModelError when the loss stops being finite, and for `folder` what
-    `checkpoint` raises.
+    Raises JobError for fewer images than a batch, ModelError when the loss stops being finite, and for `place` what
+    `checkpoint` and `Store` raise.
     """
+    folder = place.folder
     training = learner.training_
     wanted = training.batch_size * training.accumulate * worker.world
     if len(data[0]) < wanted or not len(data[1]):
@@ -90,6 +92,8 @@ def fit(
         lower = "training.batch_size" + (" or training.accumulate" if training.accumulate > 1 else "")
         raise JobError(got, need=f"a step of {wanted} and one", do=f"Give more images or lower {lower}")
     make_folder(folder)
+    if worker.rank == 0:
+        place.fetch(say)
     log, patience = EpochLog(say, training.epochs, wanted, folder), Patience(training)
     state = _standing(folder, worker, say)
     if state is not None:
@@ -100,7 +104,8 @@ def fit(
         say(f"resuming: {resumed} of at most {training.epochs} epochs done")
     if resumed < training.epochs and not patience.spent:
         loaders = _loaders(data, preprocessing, training, worker, resumed=resumed)
-        trainer = _trainer(training, worker, folder, [log, patience])
+        keeper = OneStep(place.copying(say))
+        trainer = _trainer(training, worker, folder, [log, patience], keeper)
         with _quiet():
             trainer.fit(learner, *loaders, ckpt_path=str(folder / LAST) if resumed else None, weights_only=True)
     kept = read(folder / BEST) if worker.rank == 0 else {"state_dict": {}}
@@ -157,7 +162,7 @@ def _loaders(
     return train, validation
 
 
-def _trainer(training: Training, worker: Worker, folder: Path, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
+def _trainer(training: Training, worker: Worker, folder: Path, callbacks: Sequence[pl.Callback], keeper: OneStep) -> pl.Trainer:
     best = Keep(
         folder,
         Path(BEST).stem,
@@ -179,7 +184,7 @@ def _trainer(training: Training, worker: Worker, folder: Path, callbacks: Sequen
             gradient_clip_val=training.gradient_clip or None,
             accumulate_grad_batches=training.accumulate,
             callbacks=[*callbacks, best, last],
-            plugins=[OneStep(), *worker.plugins],
+            plugins=[keeper, *worker.plugins],
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -2,7 +2,8 @@
 
 Every worker runs the code that a lone one runs and reads all the data itself; the first one writes checkpoints and artifact. Its
 lines, and in the end its outcome, come to the driver through a queue. Inputs and output must be reachable from every worker;
-checkpoints lie on the first worker's machine unless the output's folder is shared, and a rerun goes by what its first worker has.
+checkpoints lie on the first worker's machine unless the output is on S3 or in a shared folder, and a rerun goes by what its first
+worker finds.
 """
 
 from __future__ import annotations
