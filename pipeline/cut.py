@@ -88,7 +88,9 @@ def _nothing(uri: str, wanted: Input, other: Mapping[str, str]) -> InputMissing:
     suffixes = _SUFFIX[wanted.format]
     there = f"{count_suffixes(_by_kind(other))}, no {wanted.format}" if other else "nothing there"
     need = f"names that end in .{' or .'.join(sorted(suffixes))}" if len(suffixes) < 5 else "names of images, such as .jpg"
-    do = "Check input.uri and input.format" + ("; a bracket in a name is written [[]" if "[" in uri else "")
+    meant = next((name for name, others in _SUFFIX.items() if others & {*other.values()}), None)
+    do = f"Set input.format: {meant}, or check input.uri" if meant else "Check input.uri and input.format"
+    do += "; a bracket in a name is written [[]" if "[" in uri else ""
     return InputMissing(f"{uri}: {there}", need=need, do=do)
 
 
@@ -96,8 +98,7 @@ def _unexpanded(uri: str, error: InputMissing) -> InputMissing:
     """The error, with a word on braces, in which WebDataset writes a range of shards and a shell a choice."""
     if not _BRACES.search(uri):
         return error
-    do = "Braces are not expanded: give a glob such as shard-*.tar, or a list"
-    return InputMissing(error.got, need=error.need, do=do)
+    return InputMissing(error.got, need=error.need, do="Braces are not expanded: give a glob such as shard-*.tar, or a list")
 
 
 def count_suffixes(counts: Mapping[str, int]) -> str:

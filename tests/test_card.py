@@ -119,6 +119,7 @@ def test_imported_models_have_a_card_with_the_exact_command(tmp_path: Path):
     words = ["prepare", "import", f"{tmp_path}/w.pth", f"{tmp_path}/my model", "--preprocessing", "timm", "--size", "160"]
     done = subprocess.run([sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, check=True)
     assert "assumed a plain ResNet's: strides, pooling and blur cannot be told from weights" in done.stdout
+    assert "assumed labels class_0, class_1 and so on: a file of weights names none. Yours?" in done.stdout
     command = f"nightlabel prepare import {tmp_path}/w.pth '{tmp_path}/my model' --preprocessing timm --size 160"
     artifact = load_artifact(str(tmp_path / "my model"))
     assert artifact.origin.command == command
@@ -142,7 +143,8 @@ def test_labels_from_windows(tmp_path: Path):
     torch.save(weights(TINY), tmp_path / "w.pth")
     (tmp_path / "labels.txt").write_bytes("cat\r\ndog\r\nbär\r\n\r\n".encode("utf-8-sig"))
     words = ["prepare", "import", f"{tmp_path}/w.pth", f"{tmp_path}/m", "--labels", f"{tmp_path}/labels.txt"]
-    subprocess.run([sys.executable, "-m", "pipeline", *words], capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, check=True)
+    assert "a file of weights names none" not in done.stdout, "they are given"
     assert load_artifact(str(tmp_path / "m")).labels == ("cat", "dog", "bär")
 
 

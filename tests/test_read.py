@@ -460,6 +460,16 @@ def test_nothing_of_the_format_is_an_error(tmp_path):
         list_inputs(STORE, Input(uri=str(tmp_path / "absent/")))
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted", "meant"),
+    [("a.JPG", "webdataset", "images"), ("a.pq", "images", "parquet"), ("a.tar", "parquet", "webdataset")],
+)
+def test_what_lies_there_says_which_format_was_meant(tmp_path, name, wanted, meant):
+    (tmp_path / name).touch()
+    with pytest.raises(InputMissing, match=rf"\. Set input\.format: {meant}, or check input\.uri\."):
+        list_inputs(STORE, Input(uri=str(tmp_path), format=wanted))
+
+
 @given(
     st.lists(st.integers(min_value=0, max_value=2**28), min_size=1, max_size=60),
     st.integers(min_value=1, max_value=4),

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.commands.options import AsJson, print_json
 from pipeline.errors import JobError
 from pipeline.model.preprocessing import PRESETS, Preprocessing, Preset
+
+if TYPE_CHECKING:
+    from pipeline.artifact import Artifact
 
 prepare = typer.Typer(no_args_is_help=True, help="Make and import models.")
 model = typer.Typer(no_args_is_help=True, help="Look at models.")
@@ -75,13 +79,19 @@ def import_(
     typer.echo(f"digest  {artifact.digest}")
     typer.echo(f"sees    {preprocessing_text(artifact.preprocessing)}{_known(artifact.preprocessing)}")
     typer.echo(f"        not what it was trained with? Import into another folder with --preprocessing {_CHOICE}")
-    if source.endswith(WEIGHTS_FILES):
-        typer.echo(f"assumed {_stem(artifact.architecture.stem)}: strides, pooling and blur cannot be told from weights")
+    for line in _assumed(artifact, named=labels is not None) if source.endswith(WEIGHTS_FILES) else ():
+        typer.echo(line)
     typer.echo(f"next    nightlabel model show {shlex.quote(out)}")
 
 
-def _stem(stem: str) -> str:
-    return "a 3 × 3 stem of stride 1 without pooling" if stem == "small" else "a plain ResNet's"
+def _assumed(artifact: Artifact, *, named: bool) -> Iterator[str]:
+    """What a file of weights does not say."""
+    stem = "a 3 × 3 stem of stride 1 without pooling" if artifact.architecture.stem == "small" else "a plain ResNet's"
+    yield f"assumed {stem}: strides, pooling and blur cannot be told from weights"
+    if not named:
+        made_up = artifact.labels[0] == "class_0"
+        labels = f"labels {', '.join(artifact.labels[:2])} and so on" if made_up else "ImageNet's labels"
+        yield f"assumed {labels}: a file of weights names none. Yours? Import into another folder with --labels FILE"
 
 
 def _preprocessing(preset: Preset | None, size: int | None) -> Preprocessing | None:
