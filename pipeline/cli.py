@@ -154,7 +154,7 @@ def validate(
     """Does the job's output hold together: every footer, every count, every manifest, no input labelled twice."""
     from pipeline.footer import totals
     from pipeline.job.jobfile import load_label_job
-    from pipeline.nights.generation import validate_all
+    from pipeline.nights.generation import open_retries, validate_all
     from pipeline.start import load_model, open_log, present
     from pipeline.storage import open_input
     from pipeline.verify import open_runs
@@ -163,7 +163,7 @@ def validate(
     artifact = load_model(loaded, weights=False)
     log = open_log(loaded, artifact)
     footers, problems = validate_all(log, deep=deep)
-    unfinished = open_runs(log, partial(present, open_input(loaded.input)))
+    unfinished = [*open_runs(log, partial(present, open_input(loaded.input))), *open_retries(log)]
     sums = totals(footers)
     if as_json:
         counts = {"units": sums.units, "rows_in": sums.rows_in, "ok": sums.ok, "failed": sums.failed}

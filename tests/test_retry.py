@@ -35,7 +35,7 @@ from pipeline.job.schedule import Schedule
 from pipeline.log import Log
 from pipeline.nights import lease
 from pipeline.nights.generation import __doc__ as sql_doc
-from pipeline.nights.generation import generations, to_plan, validate_all
+from pipeline.nights.generation import generations, open_retries, to_plan, validate_all
 from pipeline.nights.retry import Retried, Retry, parse_classes
 from pipeline.spec import Job, Publish
 from pipeline.start import load_model, open_log
@@ -288,7 +288,10 @@ def test_of_two_retries_at_once_the_later_is_told_to_wait(two_classes, monkeypat
     monkeypatch.setattr(Disk, "create", overtaken)
     with pytest.raises(JobError, match="the retry of NOT_AN_IMAGE is not finished"):
         retry(two_classes, "FETCH_FAILED")
+    log = open_log(two_classes, load_model(two_classes, weights=False))
+    assert open_retries(log) == ["retry 000001 of NOT_AN_IMAGE: 0 of 1 units"]
     assert retry(two_classes, "NOT_AN_IMAGE").retried == 1
+    assert open_retries(log) == []
     done = retry(two_classes, "FETCH_FAILED")
     assert (done.generation, done.retried, done.mended) == (2, 2, 2)
 

@@ -94,6 +94,18 @@ def to_plan(log: Log, classes: tuple[str, ...]) -> Generation:
     return last
 
 
+def open_retries(log: Log) -> list[str]:
+    """A line for a retry that has no manifest. The same classes again finish it, and until then no other retry begins."""
+    lines: list[str] = []
+    for generation in generations(log):
+        runs = [run for run in generation.runs() if run.whole and not run.finished]
+        for units in (run.units for run in runs):
+            done = len(generation.objects().keys() & {unit.id for unit in units})
+            what = f"retry {generation.number:06d} of {','.join(generation.classes)}"
+            lines.append(f"{what}: {done} of {len(units)} units")
+    return lines
+
+
 def newest(log: Log, *, before: int | None = None) -> dict[str, Object]:
     """The newest version of every unit, tombstones included; with `before`, as it was before that generation."""
     found: dict[str, tuple[int, Object]] = {}
