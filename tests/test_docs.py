@@ -19,7 +19,9 @@ from test_layers import LADDER
 
 from pipeline.cli import app
 from pipeline.demo import job_text, model_text
-from pipeline.errors import ExitCode, Interrupted
+from pipeline.errors import ExitCode, Interrupted, gravest
+from pipeline.job.jobfile import load_label_job
+from pipeline.nights import generation
 from pipeline.rows import PREDICTION, Failure, UnitError
 
 README = (ROOT / "README.md").read_text()
@@ -57,6 +59,31 @@ def test_columns_failures_and_exit_codes_are_documented():
     assert sorted(map(int, re.findall(r"\d+", table))) == list(ExitCode)
     stopped = [Interrupted("x", signal_number=number).exit_code for number in (signal.SIGINT, signal.SIGTERM)]
     assert stopped == [ExitCode.INTERRUPTED, ExitCode.TERMINATED]
+
+
+def test_of_several_troubles_the_readme_names_the_gravest_as_it_is():
+    (order,) = re.findall(r"the gravest of ([\d, ]+), in this order", README)
+    codes = [int(code) for code in order.split(", ")]
+    assert {*codes, ExitCode.DONE, ExitCode.INTERRUPTED, ExitCode.TERMINATED} == set(ExitCode), (
+        "an interrupted run has one trouble"
+    )
+    for place, code in enumerate(codes):
+        assert gravest([ExitCode.DONE, *reversed(codes[place:])]) == code
+
+
+def test_the_readmes_first_job_is_one(tmp_path):
+    (text,) = re.findall(r"^cat > job\.yaml <<END[^\n]*\n(.*?)^END$", README, re.MULTILINE | re.DOTALL)
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    job = load_label_job(path)
+    assert (len(text.splitlines()), job.input.format) == (4, "images")
+    assert "four lines are enough" in README
+
+
+def test_the_newest_version_of_a_row_is_asked_for_as_the_module_says_it():
+    """tests/test_publish.py runs the module's."""
+    (query,) = re.findall(r"^    select key, label from (.*?)\n\n", generation.__doc__ or "", re.MULTILINE | re.DOTALL)
+    assert " ".join(query.split()) in README
 
 
 def commands(command: Any, *words: str) -> Iterator[str]:
