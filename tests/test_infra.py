@@ -201,6 +201,13 @@ def test_the_readmes_command_fills_every_file_in(tmp_path):
         assert f"arn:aws:s3:::bucket/{field}/*" in policy
 
 
+def test_the_bucket_is_made_in_every_region():
+    """us-east-1 refuses a LocationConstraint, every other region demands it; `aws s3 mb` knows which."""
+    commands = "".join(blocks("sh"))
+    assert "aws s3 mb s3://$MY_BUCKET\n" in commands
+    assert "LocationConstraint" not in commands
+
+
 @pytest.mark.parametrize("name", ["kubernetes/namespace.yaml", "kubernetes/pushgateway.yaml"])
 def test_kubernetes_takes_it(name):
     for document in documents(name):
