@@ -151,7 +151,7 @@ def validate(
     deep: Annotated[bool, typer.Option("--deep", help="Read every row too, as long as that takes: has anything rotted?")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Does the job's output hold together: every footer, every count, every manifest, no input labelled twice."""
+    """Does the output hold together: footers, counts, manifests, no input twice? Exit code 6 if not; open runs are only named."""
     from pipeline.footer import totals
     from pipeline.job.jobfile import load_label_job
     from pipeline.nights.generation import open_retries, validate_all
@@ -187,12 +187,12 @@ def schema(
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the demo's data, model and labels; must not hold another one's.")] = Path(
-        "demo-out"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the demo's data, model and labels; a new one, or an earlier demo's.")
+    ] = Path("demo-out"),
     as_json: AsJson = False,
 ) -> None:
-    """Train a small model on handwritten digits and label the rest: no network, no account, no GPU, under 3 minutes."""
+    """Train a small model on handwritten digits and label the rest: a few minutes, no network, no account, no GPU."""
     from pipeline.extras import check_installed
 
     check_installed("demo")

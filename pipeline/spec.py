@@ -33,7 +33,7 @@ class S3(Model):
     requester_pays: bool = False
     """Accept the transfer cost of a requester-pays bucket."""
     encryption: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = None
-    """What new objects are to be encrypted with, for a bucket whose policy demands that it is said; else as the bucket has it."""
+    """Encryption to ask for with every new object, where the bucket's policy demands it; absent, the bucket's own default."""
     kms_key: Word | None = None
     """ID or ARN of the key for `aws:kms`; the account's own when absent."""
 
@@ -50,13 +50,13 @@ class Input(Model):
     """A prefix, a glob or a list of them, all on S3 or all on disk; `{date}` is filled from `--date`. On disk, files and folders
     whose names begin with a dot are not seen."""
     format: Literal["webdataset", "parquet", "images"] = "webdataset"
-    """WebDataset tars, Parquet files with encoded images, or loose image files. Of Parquet, a folder whose name begins with
-    `_` is read only where the uri names it, and of a table every file that lies there, those too that it has removed."""
+    """WebDataset tars, Parquet files with encoded images, or loose image files. Parquet: folders whose names begin with `_` are
+    passed over, unless the uri names them; of a Delta or Iceberg table every file there is read, even those it has removed."""
     image_column: Word = "image"
     """Parquet: the column with encoded images, binary or struct<bytes, path>."""
     key_column: Word | None = "key"
-    """Parquet: the column that names an image; null numbers the rows instead. A name that comes twice is a DUPLICATE_KEY row; in
-    a large file, which is cut into units by its rows, only where both stand in one unit."""
+    """Parquet: the column that names an image; null numbers the rows instead. A name that comes twice is a DUPLICATE_KEY row. A
+    large file is cut into several units, and there only names within one unit are compared."""
     keep: tuple[Word, ...] = ()
     """Sidecars of a tar (`cls`, `json`) or columns of a Parquet file to copy into the output; loose images have none."""
     s3: S3 = S3()
@@ -130,15 +130,15 @@ class Limits(Model):
     max_pixels: Annotated[Pixels, between(in_pixels, "1px", "1000GP")] = 100 * 10**6
     """Images with more pixels, by their header, become TOO_LARGE rows and are never decoded."""
     max_bytes: Annotated[Bytes, between(in_bytes, "1KiB", "1024TiB")] = 2**30
-    """Images with more bytes, encoded, become TOO_LARGE rows; they are not read, but from Parquet, and never decoded."""
+    """Images with more bytes, encoded, become TOO_LARGE rows and are never decoded; nor are they read, except from Parquet."""
     decode_timeout: Annotated[Seconds, between(in_seconds, "0.1s", "1d")] = 30.0
-    """Careful mode: an image that takes longer becomes a DECODE_TIMEOUT row. After ten in a row an image gets a tenth of it, or
-    1 s, until one is decoded."""
+    """Careful mode, in which images that took a pass down twice are decoded one by one: one that takes longer becomes a
+    DECODE_TIMEOUT row. After ten of these in a row each image gets a tenth of the time, 1 s at least, until one is decoded."""
     decode_memory: Annotated[Bytes, between(in_bytes, "16MiB", "1024TiB")] = 2 * 2**30
     """Careful mode: a decoder that needs more becomes a DECODER_CRASH row."""
     deadline: Annotated[Seconds, between(in_seconds, "0.1s", "366d")] | None = None
-    """Stop, resumable, when the run takes longer; of several days each has as long. Waiting for another run or for the cluster
-    does not count."""
+    """A run that takes longer stops with exit code 5, and the same command goes on. Of several days each has this long. Waiting
+    for another run or for the cluster does not count."""
 
 
 class Publish(Model):
@@ -197,9 +197,9 @@ class Job(Model):
     """exact: pixels within 2 of 255 levels of Pillow's. fast: a JPEG at least twice as large as the model wants is decoded at a
     half, a quarter or an eighth; one of 64 is labelled both ways, and the manifest says how many labels stayed the same."""
     decode_lane: Lane = "cpu"
-    """What decodes: the actors of preprocess; or the GPU too, plain JPEGs on its JPEG engine, which A100 and H100 have. gpu: all
-    of them. both: as many as keep both sides busy. Needs `nightlabel[gpu-decode]`; one of 64 is labelled both ways. Pixels may be
-    a level off, so each lane has a fingerprint of its own."""
+    """What decodes. cpu: the actors of preprocess. gpu: plain JPEGs on the GPU's JPEG engine, which A100 and H100 have, all else
+    on the CPUs. both: plain JPEGs on either side, so that both are busy. These need `nightlabel[gpu-decode]`. Their pixels may be
+    a level off, so each lane has a fingerprint of its own, and one of 64 images is labelled both ways and compared."""
     resources: Resources = Resources()
     """What the job takes."""
     cluster: Cluster | None = None

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from pipeline.spec import Job
     from pipeline.submit import Connection, Submission
 
-JobOrId = Annotated[str, typer.Argument(metavar="JOB", help="Job file, whose newest attempt is meant, or submission id.")]
-Address = Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard.")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Speak to another machine without a token.")]
+JobOrId = Annotated[
+    str, typer.Argument(metavar="JOB", help="Job file, of which the newest attempt is meant, or a submission id.")
+]
+Address = Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's dashboard.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Speak to another machine without a token (RAY_AUTH_TOKEN).")]
 
 
 def submit(
@@ -35,7 +37,7 @@ def submit(
     ] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return once the cluster has the job.")] = False,
 ) -> None:
-    """Run a job on a cluster and wait for it, with its log and its exit code. A job that runs there already is joined."""
+    """Run a job on a Ray cluster, print its log and end with its exit code. A job that runs there already is joined."""
     connection = _connect(address, insecure)
     loaded, parcel = _parcel(job, date, loopback=connection.loopback, code=not installed)
     if not installed:
@@ -74,7 +76,7 @@ def logs(
 def status(
     job: JobOrId, date: Dates = None, address: Address = DEFAULT_ADDRESS, insecure: Insecure = False, as_json: AsJson = False
 ) -> None:
-    """Print how a submitted job stands: what Ray says, and, of a job file, what its manifest says, which decides."""
+    """Print how a submitted job stands, as Ray has it. Of a job file also how its output stands, which is what counts."""
     connection = _connect(address, insecure)
     attempt, loaded = _find(connection, job, date)
     truths = [_truth(each) for each in loaded]

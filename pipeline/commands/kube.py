@@ -47,7 +47,7 @@ def apply(
     image: Image = None,
     detach: Annotated[bool, typer.Option("--detach", help="Do not follow the run to its end.")] = False,
     scheduled: Annotated[
-        bool, typer.Option("--scheduled", help="As a CronJob's pod does it: the RayJob alone, schedule.if_running as policy.")
+        bool, typer.Option("--scheduled", help="For a CronJob's pod: make the RayJob alone, and heed schedule.if_running.")
     ] = False,
 ) -> None:
     """Make the job's Kubernetes objects, follow the run and end with its exit code. Ctrl-C leaves it running."""

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 prepare = typer.Typer(no_args_is_help=True, help="Make and import models.")
 model = typer.Typer(no_args_is_help=True, help="Look at models.")
 
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text file with one label a line, or a JSON list. Absent: those of the source; a file of weights has none."
+    ),
+]
 _CHOICE = f"{', '.join(list(PRESETS)[:-1])} or {list(PRESETS)[-1]}"
 
 
@@ -49,7 +55,7 @@ def import_(
     ],
     out: Annotated[str, typer.Argument(help="Folder of the new artifact; local or s3://.")],
     *,
-    labels: Annotated[Path | None, typer.Option(help="Text file with one label a line, or a JSON list.")] = None,
+    labels: Labels = None,
     preprocessing: Annotated[
         Preset | None,
         typer.Option(

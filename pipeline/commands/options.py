@@ -23,14 +23,16 @@ Dates = Annotated[
 IfRunning = Annotated[
     Policy | None,
     typer.Option(
-        help="When another run of the job is at it: overrules schedule.if_running; share takes no lease and works beside it."
+        help="What to do, in place of schedule.if_running, when another run of the job is going: skip ends with 0, queue waits "
+        "for it, replace asks it to stop, share works beside it without a lease."
     ),
 ]
 Again = Annotated[
     bool,
     typer.Option(
         "--again",
-        help="For what tries again by itself: where an earlier attempt has done it all, end as that one did, with 4 too.",
+        help="For a caller that tries again on every exit code but 0: where an earlier attempt has labelled everything, end with "
+        "that attempt's exit code, 0 or 4. Without it that is 0.",
     ),
 ]
 

@@ -59,12 +59,13 @@ class Kubernetes(Model):
     gpu_label: LabelKey = "cloud.google.com/gke-accelerator"
     """Node label that holds `workers.gpu_type`; off GKE `nvidia.com/gpu.product` or `karpenter.k8s.aws/instance-gpu-name`."""
     spot: dict[LabelKey, LabelValue] = Field(default={})
-    """Labels of spot nodes, such as `karpenter.sh/capacity-type: spot`; workers go there, taints or not, the head does not."""
+    """Labels of spot nodes, such as `karpenter.sh/capacity-type: spot`. Workers are placed there, also where nodes are tainted by
+    these names; the head is not."""
     attempts: Count = 2
-    """How many clusters may be tried, each with its own `limits.deadline`. Two that overlap only share the work."""
+    """How often KubeRay may try, each time with a new cluster and a whole `limits.deadline`. Two that overlap share the work."""
     scratch: Bytes = 16 * 2**30
     """Disk of a pod for /tmp: Ray's logs, and blocks that do not fit into shared memory."""
     ttl: Seconds = 300.0
-    """How long a finished cluster stays for a look; logs and report are in the output before."""
+    """How long a finished cluster stays, for a look at it. By then logs and report are in the output."""
     suspend: bool = False
     """Create it suspended: a queue such as Kueue, or a person, lets it start."""

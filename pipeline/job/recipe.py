@@ -74,11 +74,11 @@ class Measured(Model):
     input: Input
     """Where the images are."""
     label: Label = "cls"
-    """Sidecar or column that holds the label, a class name or its number; of loose images `folder`, the one that they lie in."""
+    """Sidecar or column with the label: a class name or its number. For loose images `folder`: the name of each one's folder."""
     label_key: Word | None = None
     """Key of the class in the label, where that is a JSON object or a struct."""
     images: Count | None = None
-    """At most this many, alike from the front of 16 shards; in shards of one class each that is 16 classes."""
+    """At most this many, the same number from the front of each of 16 shards. If a shard holds one class, that is 16."""
 
     @model_validator(mode="after")
     def _labelled(self) -> Measured:
@@ -110,7 +110,7 @@ class QuantizeJob(Preparation):
     calibration: Input
     """Images that show the ranges of the activations; no labels are needed."""
     calibration_images: Count = 256
-    """How many of them, alike from the front of 16 shards; of loose images, from the first to the last."""
+    """How many of them: the same number from the front of each of 16 shards; loose images at even distances."""
     data: Measured
     """Labelled images of several classes that the gate measures with; not those of the calibration."""
     gate: Gate = Gate()

@@ -71,7 +71,7 @@ class PreprocessPool(Model):
     actors: Annotated[int, Field(strict=True, ge=0, lt=2**31)] = 1
     """Size of the pool; 0: the actors of the model decode too, which is faster where there is no GPU to keep busy."""
     cpus_per_actor: Cpus = 0.5
-    """CPUs one actor reserves; threads per actor are this, rounded, at least one."""
+    """CPUs one actor reserves; it has as many threads, rounded, at least one."""
     memory_per_actor: Bytes | None = None
     """Memory one actor reserves."""
     labels: Labels = Field(default={})
@@ -151,13 +151,13 @@ class Workers(Model):
     count: Annotated[Count, Field(le=10_000)] = 1
     """How many nodes."""
     cpus: Count
-    """CPUs a node."""
+    """CPUs a node. On Kubernetes these are a pod's: at least one less than the machine has, which keeps some for itself."""
     gpus: Annotated[int, Field(strict=True, ge=0, lt=2**31)] = 0
     """GPUs a node."""
     memory: Bytes = 16 * 2**30
-    """Memory a node."""
+    """Memory a node; on Kubernetes a pod's, so some GiB less than the machine has."""
     gpu_type: LabelValue | None = None
-    """Accelerator label of the node, such as nvidia-l4."""
+    """Kubernetes alone: which GPU, as the node label `kubernetes.gpu_label` spells it, such as nvidia-l4 on GKE."""
 
 
 class Cluster(Model):
@@ -170,6 +170,6 @@ class Cluster(Model):
     kubernetes: Kubernetes = Kubernetes()
     """How the job stands on Kubernetes."""
     wait: Seconds | None = None
-    """How long a run waits for nodes that an autoscaler is to bring. Absent: a cluster that is too small for the job ends it at
-    once with exit code 2, and CPUs that other jobs hold are waited for for 10 minutes. On Kubernetes it is also how long a
-    cluster may take to come up, absent 30 minutes."""
+    """How long a run waits for nodes that an autoscaler brings, before it ends with exit code 75. Absent: where the cluster is
+    too small for the job it ends at once with exit code 2; where other jobs hold the CPUs it waits for 10 minutes. On Kubernetes
+    it is also how long a new cluster may take to come up; absent, 30 minutes."""

@@ -44,13 +44,13 @@ class Schedule(Model):
     timezone: Annotated[str, AfterValidator(_timezone)] = "UTC"
     """Time zone of `cron`, and of `--date today`."""
     if_running: IfRunning = "skip"
-    """What to do when the last one still runs: end with a sentence and exit code 0, wait for it, or ask it to stop and go on from
-    where it was."""
+    """When another run of the job is still going. skip: end with a sentence and exit code 0. queue: wait for it. replace: ask it
+    to stop, and go on from where it was."""
     wait: Seconds = WAIT_S
     """`if_running: queue`: how long to wait for the other one."""
     catch_up: Annotated[Seconds, between(in_seconds, "1d", "366d")] | None = None
-    """With `--date today` or `yesterday`: how far back to look for days that are not labelled, in whole days, such as `7d`. A day
-    of which no uri has input is passed over, one that is labelled costs a listing."""
+    """With `--date today` or `yesterday`: label missed days too, up to so many whole days back, such as `7d`. A day for which no
+    uri has input is passed over; looking at one that is labelled costs a listing."""
 
     @property
     def queues_for(self) -> float:

@@ -56,15 +56,15 @@ class Data(Model):
     validation: Input | None = None
     """Images that choose the best epoch; when absent, `validation_share` of `train`, never trained on."""
     validation_share: Annotated[Fraction, between(in_percent, "0.01%", "99.99%")] = 0.1
-    """Share of every class held back when there is no `validation`, drawn by the images' bytes: when shards come, those that were
-    held back stay so, but for a few in a hundred."""
+    """Without `validation`: the share of every class that is held back from training. An image's bytes decide, so when shards
+    are added nearly all images that were held back still are."""
     label: Label | None = "cls"
-    """Sidecar or column with the label, a class name or its number in `classes`; of loose images `folder`, the one that they lie
-    in; null, for distill: there are none."""
+    """Sidecar or column with the label: a class name, or its number in `classes`. For loose images `folder`: the name of each
+    one's folder. For distill also null: there are no labels."""
     label_key: Word | None = None
     """Key of the class in the label, where that is a JSON object, as a sidecar of img2dataset is, or a struct."""
     classes: tuple[str, ...] = ()
-    """Names in the order of their numbers; absent: the model's if the labels are just those, else those found, sorted."""
+    """Class names in the order of their numbers. Absent: the model's, if the labels are just those; else those found, sorted."""
 
     @model_validator(mode="after")
     def _labelled(self) -> Self:
@@ -79,14 +79,14 @@ class Augment(Model):
     crop: tuple[Part, Part] = (0.35, 1.0)
     """Range of the area that a random crop keeps before it is resized; [1, 1] keeps all of it."""
     shift: Annotated[int, Field(ge=0, le=4096)] = 0
-    """Move the crop by up to so many of its pixels, up or down and to a side, over black; 4 is usual for pictures of 32."""
+    """Move the crop by up to so many pixels in each direction; what is empty then is black. 4 is usual for images of 32."""
     flip: bool = True
     """Mirror half of the images left to right; wrong for digits, letters and signs."""
     jitter: Part = 0.0
     """Strength of random changes of brightness, contrast and saturation."""
     trivial: bool = False
-    """One change more, drawn with its strength from fourteen of colour and shape, turns by up to 135° among them
-    (TrivialAugment, arXiv 2103.10158)."""
+    """TrivialAugment (arXiv 2103.10158): one more change of each image, drawn from fourteen of colour and shape, and its strength
+    drawn too. Turns by up to 135° are among them."""
     erase: Part = 0.0
     """Share of the images in which a random rectangle, 2 to 33 % of the area, is painted over in the mean colour."""
 
@@ -97,15 +97,15 @@ class Training(Model):
     epochs: Count = 12
     """Passes over the training images, at most."""
     batch_size: Annotated[int, Field(ge=2)] = 64
-    """Images that one worker has in memory at a time; batch normalisation, which is done over these, needs two. A step has
-    workers.count × accumulate times as many; in every epoch fewer than a step has are left out, other ones each time."""
+    """Images that one worker computes at a time, two at least, for batch normalisation is done over them. A step is workers.count
+    × accumulate such batches. Images that make no whole step are left out of an epoch, other ones each time."""
     accumulate: Count = 1
     """Batches whose gradients make one step, for steps of more images than fit into memory."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with Nesterov momentum of 0.9."""
     learning_rate: Positive = 1e-3
-    """Highest rate, after the warm-up; for SGD 0.1 is usual. It is the rate as it stands, whatever batch_size, accumulate and
-    workers.count are."""
+    """Highest rate, after the warm-up; for SGD 0.1 is usual. It is taken as it is: nothing scales it by batch_size, accumulate or
+    workers.count."""
     weight_decay: NotNegative = 0.05
     """Decay of convolution and classifier weights; norms and biases have none. For SGD 5e-4 is usual."""
     warmup_epochs: NotNegative = 1.0
@@ -121,8 +121,8 @@ class Training(Model):
     gradient_clip: NotNegative = 1.0
     """Largest norm of a step's gradient; 0 is off."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of an exponential moving average of the weights, which then is what is validated and saved; 0 is off, 0.999 is usual,
-    some 1,000 steps. After n steps it is no more than (1 + n) / (10 + n), or a short training would keep its start."""
+    """Decay of an exponential moving average of the weights, which is then validated and saved in their place. 0 is off; 0.999 is
+    usual and looks back some 1,000 steps. After n steps it is (1 + n) / (10 + n) at most, so that the start is forgotten soon."""
     patience: Count = 5
     """Epochs without a better validation accuracy before the training stops."""
     freeze: Annotated[int, Field(ge=0, le=5)] = 0
@@ -153,11 +153,11 @@ class Workers(Model):
     count: Count = 1
     """Processes that train together, on one machine or on many."""
     cpus_per_worker: Count | None = None
-    """CPUs a worker takes, its threads; absent: all of the machine for one worker, one for each of several."""
+    """CPUs a worker takes, and its threads. Absent: a single worker takes the whole machine, each of several takes one."""
     gpus_per_worker: Literal[0, 1] = 0
     """GPUs a worker takes; 1 needs CUDA, there is no fall back to the CPU."""
     loaders: Annotated[int, Field(ge=0)] = 0
-    """Processes beside a worker that decode and augment; 0 decodes in between the steps, right on a few CPUs."""
+    """Processes beside a worker that decode and augment. 0: the worker does it between its steps, right on a few CPUs."""
 
 
 class _Trains(Preparation):
@@ -166,7 +166,7 @@ class _Trains(Preparation):
     network: RandomNetwork = RandomNetwork()
     """The network of a random start; ignored when an artifact is given."""
     preprocessing: PreprocessingOverride = PreprocessingOverride()
-    """What the model sees, where it differs from what it saw."""
+    """What the model is to see, where that differs from what the artifact prescribes."""
     training: Training = Training()
     """How to train."""
     workers: Workers = Workers()
