@@ -183,9 +183,9 @@ class Metrics:
 def _due(job: Job) -> float | None:
     """Seconds from a success to when the next must be there: the schedule's longest gap, time to work, and to wait for a run of
     before, where the schedule has it wait."""
-    if job.schedule is None or (gap := longest_gap(job.schedule.cron)) is None:
+    if job.schedule is None:
         return None
-    return gap + job.schedule.queues_for + max(_WORK_S, job.limits.deadline or 0.0)
+    return longest_gap(job.schedule.cron) + job.schedule.queues_for + max(_WORK_S, job.limits.deadline or 0.0)
 
 
 def _check(to: str) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.errors import JobError
 from pipeline.job.jobfile import parse_job
+from pipeline.spec import Job
 
 LABEL = {"name": "name: n", "input": "input: {uri: in/}", "model": "model: {uri: m/}", "output": "output: {uri: out/}"}
 FINETUNE = {"kind": "kind: finetune", "name": "name: n", "data": "data: {train: {uri: in/}}", "output": "output: {uri: out/}"}
@@ -178,6 +179,40 @@ def complaint(kind: str, lines: str) -> str:
 )
 def test_a_job_that_labels(lines: str, told: str):
     assert complaint("label", lines) == told
+
+
+@pytest.mark.parametrize(
+    ("cron", "need"),
+    [
+        *[(cron, 'five cron fields, such as "0 2 * * *"') for cron in ("0 2 * *", "0 0 2 * * *", "@every 1h")],
+        *[
+            (f"{minute} 2 * * *", "minutes of 0 to 59")
+            for minute in ("60", "-1", "5-1", "*/0", "1,,2", "1/2/3", "*-5", "9999999")
+        ],
+        *[(f"0 {hour} * * *", "hours of 0 to 23") for hour in ("24", "25", "noon", "2h", "٣")],
+        *[(f"0 2 {day} * *", "days of the month of 1 to 31") for day in ("0", "32", "L", "15W")],
+        *[(f"0 2 * {month} *", "months of 1 to 12 or JAN to DEC") for month in ("0", "13", "JUNE", "ABC", "*-3")],
+        *[
+            (f"0 2 * * {day}", "days of the week of 0 to 6 or SUN to SAT")
+            for day in ("7", "MOO", "MONDAY", "FRI-MON", "1#1", "5L")
+        ],
+        *[(f"0 2 {day} {months} *", "a day that one of its months has") for day, months in (("31", "2"), ("30-31", "FEB"))],
+        *[(f"0 2 31 {months} ?", "a day that one of its months has") for months in ("4-6/2", "2,APR,6")],
+    ],
+)
+def test_a_schedule_that_kubernetes_refuses_or_never_meets(cron: str, need: str):
+    """Its own dialect: robfig/cron, where Sunday is not 7, and neither L nor # is known."""
+    told = complaint("label", f"schedule: {{cron: '{cron}'}}")
+    assert told.startswith(f"j:5: schedule.cron is '{cron}'; required: {need}")
+    assert told.endswith(". Change it.")
+
+
+@pytest.mark.parametrize("cron", ["0  2 * * *", "*/1,5-9/2 ? 1-31/2 jan-Mar,DEC sun", "0 2 31 2 MON", "0 2 29 2 *"])
+def test_a_schedule_that_kubernetes_takes(cron: str):
+    job = parse_job("\n".join([*LABEL.values(), f"schedule: {{cron: '{cron}'}}"]).encode())
+    assert isinstance(job, Job)
+    assert job.schedule is not None
+    assert job.schedule.cron == cron
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,15 @@ from pydantic.fields import FieldInfo
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}|arn:[A-Za-z0-9:/_-]+", re.ASCII)
 _ENDPOINT = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[!-?A-~]*)?", re.ASCII)
+_TERM = re.compile(r"(?:[*?]|(\d{1,4}|[A-Z]{3})(?:-(\d{1,4}|[A-Z]{3}))?)(?:/(\d{1,4}))?", re.ASCII)
+_CRON: tuple[tuple[str, int, int, list[str]], ...] = (
+    ("minutes", 0, 59, []),
+    ("hours", 0, 23, []),
+    ("days of the month", 1, 31, []),
+    ("months", 1, 12, ["JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"]),
+    ("days of the week", 0, 6, ["SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT"]),
+)
+_LONGEST = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)  # days of the months
 
 
 def _uri(value: str) -> str:
@@ -41,10 +50,36 @@ def _endpoint(value: str) -> str:
     return value
 
 
-def _cron(value: str) -> str:
-    """Five fields of what cron fields are made of; what they mean is the scheduler's to say."""
-    if not re.fullmatch(r"[0-9A-Za-z*/,?#-]+( [0-9A-Za-z*/,?#-]+){4}", value):
+def plain_cron(value: str) -> str:
+    """Five cron fields as Kubernetes reads them (robfig/cron: no L, no #, Sunday is 0), each `*` or its numbers."""
+    texts = value.split()
+    if len(texts) != len(_CRON):
         raise ValueError('five cron fields, such as "0 2 * * *"')
+    numbers = [_numbers(text, *bounds) for text, bounds in zip(texts, _CRON, strict=True)]
+    _, _, days, months, weekdays = numbers
+    if days and weekdays is None and min(days) > max(_LONGEST[month - 1] for month in months or {1}):
+        raise ValueError("a day that one of its months has")
+    return " ".join(",".join(map(str, sorted(found))) if found is not None else "*" for found in numbers)
+
+
+def _numbers(text: str, name: str, low: int, high: int, names: list[str]) -> set[int] | None:
+    """What a field of cron stands for; None for a star, beside which the other one of the two fields of days counts."""
+    found, star, spelt = set[int](), False, {word: low + number for number, word in enumerate(names)}
+    for term in text.upper().split(","):
+        match = _TERM.fullmatch(term)
+        first, last, step = match.groups() if match else ("", None, None)
+        begin, end = (low, high) if first is None else (spelt.get(word, word) for word in (first, last or first))
+        values = [int(value) for value in (begin, end, step or 1) if str(value).isdecimal()]
+        if len(values) < 3 or not low <= values[0] <= values[1] <= high or not values[2]:
+            words = f" or {names[0]} to {names[-1]}" if names else ""
+            raise ValueError(f"{name} of {low} to {high}{words}, such as 2, 2-5 or */2")
+        star = star or (first is None and values[2] == 1)
+        found.update(range(values[0], (high if step and last is None else values[1]) + 1, values[2]))
+    return None if star else found
+
+
+def _cron(value: str) -> str:
+    plain_cron(value)
     return value
 
 

@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 
 from pydantic import AfterValidator
 
-from pipeline.job.fields import Cron
+from pipeline.job.fields import Cron, plain_cron
 from pipeline.job.quantity import Model, Seconds, between, in_seconds
 
 IfRunning = Literal["skip", "queue", "replace"]
@@ -99,15 +99,10 @@ def looked_back(day: str, schedule: Schedule | None) -> tuple[str, ...]:
     return tuple((last - timedelta(number)).isoformat() for number in range(days, 0, -1))
 
 
-def longest_gap(cron: str) -> float | None:
-    """Seconds between the two neighbouring ticks that lie farthest apart, summer time left out. None: it never ticks twice, or is
-    no cron."""
-    from cronsim import CronSim, CronSimError  # not above: workers read jobs too, and ask nothing of a schedule
+def longest_gap(cron: str) -> float:
+    """Seconds between the two neighbouring ticks that lie farthest apart, summer time left out."""
+    from cronsim import CronSim  # not above: workers read jobs too, and ask nothing of a schedule
 
     first = datetime(2024, 1, 1)
-    try:
-        ticks = CronSim(cron.replace("?", "*"), first)  # in Kubernetes ? is *
-        seen = list(islice(takewhile(lambda tick: tick.year < first.year + _YEARS, ticks), _TICKS))
-    except CronSimError:
-        return None
-    return max(((later - earlier).total_seconds() for earlier, later in pairwise(seen)), default=None)
+    ticks = takewhile(lambda tick: tick.year < first.year + _YEARS, CronSim(plain_cron(cron), first))
+    return max((later - earlier).total_seconds() for earlier, later in pairwise(islice(ticks, _TICKS)))
