@@ -182,6 +182,26 @@ def test_a_job_that_labels(lines: str, told: str):
 
 
 @pytest.mark.parametrize(
+    "uri", ["in/{day}/", "in/{Date}/", "s3://bucket/{date:%Y}/", "in/{{date}}/", "${DATE}", "{date}/{ name }/"]
+)
+@pytest.mark.parametrize("field", ["input", "model", "output"])
+def test_a_placeholder_that_is_none_is_no_folder(field: str, uri: str):
+    need = "no other placeholder than {date}; in input.uri, a brace that is meant is written [{]"
+    assert complaint("label", f"{field}: {{uri: '{uri}'}}").endswith(f" {field}.uri is '{uri}'; required: {need}. Change it.")
+
+
+@pytest.mark.parametrize(
+    "name", ["{date}", "{6F9619FF-8B86-D011-B42D-00C04FC964FF}", "[{]day}", "{a,b}", "{000..099}", "{}", "a{b"]
+)
+def test_a_name_with_braces_is_a_name(name: str):
+    job = parse_job(
+        "\n".join([LABEL["name"], f"input: {{uri: 'in/{name}/'}}", LABEL["model"], LABEL["output"]]).encode(), date="2026-11-01"
+    )
+    assert isinstance(job, Job)
+    assert job.input.uri == f"in/{name}/".replace("{date}", "2026-11-01")
+
+
+@pytest.mark.parametrize(
     ("cron", "need"),
     [
         *[(cron, 'five cron fields, such as "0 2 * * *"') for cron in ("0 2 * *", "0 0 2 * * *", "@every 1h")],

@@ -12,6 +12,8 @@ from pydantic.fields import FieldInfo
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}|arn:[A-Za-z0-9:/_-]+", re.ASCII)
 _ENDPOINT = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[!-?A-~]*)?", re.ASCII)
+#: `{day}`, `{date:%Y}`, `${DATE}`, `{{date}}`. Not `{a,b}`, a shell's choice, of which a listing has a word to say, nor a GUID.
+_PLACEHOLDER = re.compile(r"\$?\{+\s*[A-Za-z_]+\s*(?::[^{}]*)?\}+")
 _TERM = re.compile(r"(?:[*?]|(\d{1,4}|[A-Z]{3})(?:-(\d{1,4}|[A-Z]{3}))?)(?:/(\d{1,4}))?", re.ASCII)
 _CRON: tuple[tuple[str, int, int, list[str]], ...] = (
     ("minutes", 0, 59, []),
@@ -28,6 +30,8 @@ def _uri(value: str) -> str:
     if scheme in ("s3", "file") and colon and not rest.startswith("//"):
         raise ValueError(f"two slashes after {scheme}:")
     scheme, sign, rest = value.partition("://")
+    if any(found != "{date}" for found in _PLACEHOLDER.findall(value)):  # would be a folder of that name
+        raise ValueError("no other placeholder than {date}; in input.uri, a brace that is meant is written [{]")
     if value.startswith("~"):  # would be a folder of that name, which `rm -r` in a shell takes for one's home
         raise ValueError("a path from / or from here; ~ means a home to a shell alone, and ./~ a folder of that name")
     if sign and scheme not in ("file", "s3"):

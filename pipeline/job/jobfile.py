@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -124,9 +124,14 @@ def at_day(job: Filled, day: str | None, *, name: str = "job") -> Filled:
             raise JobError(f"{name}: {uri} contains {{date}}, which needs a date", do=do)
         return uri.replace("{date}", day or "")
 
+    return with_places(job, fill, name=name)
+
+
+def with_places(job: Filled, change: Callable[[str], str], *, name: str) -> Filled:
+    """`with_uris`, where what comes of it may be no job: on some days only, or in some folders. Raises JobError."""
     try:
-        return with_uris(job, fill)
-    except ValidationError as error:  # what one field says of another may be wrong on some days only
+        return with_uris(job, change)
+    except ValidationError as error:
         raise JobError("\n".join(sentences(error, name, None, type(job)))) from None
 
 
