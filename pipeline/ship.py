@@ -15,9 +15,9 @@ from io import BytesIO
 from pathlib import Path
 
 from pipeline.errors import JobError
-from pipeline.job.jobfile import asked_days, at_day, dump_job
+from pipeline.job.jobfile import asked_days, at_day, dump_job, with_places
 from pipeline.job.schedule import settled
-from pipeline.job.uris import absolute, absolute_input, with_uris
+from pipeline.job.uris import absolute, absolute_input
 from pipeline.spec import Job
 
 MAX_BYTES = 100 * 2**20  # what Ray's dashboard accepts as the body of a request
@@ -25,12 +25,14 @@ MAX_BYTES = 100 * 2**20  # what Ray's dashboard accepts as the body of a request
 
 @dataclass(frozen=True)
 class Parcel:
-    """A job made ready to travel. `name` begins the ids of all its attempts: job, day, digest of the job as it is shipped."""
+    """A job made ready to travel. `name` begins the ids of all its attempts: job, day, digest of the job as it is shipped.
+    `days` are those that --date named when it was packed, or one None."""
 
     name: str
     job: str
     archive: bytes
     entrypoint: str
+    days: tuple[str | None, ...] = (None,)
 
 
 def pack(template: Job, *, file: str, date: str | None, loopback: bool, code: bool) -> Parcel:
@@ -49,7 +51,7 @@ def pack(template: Job, *, file: str, date: str | None, loopback: bool, code: bo
     parts = [template.name, *dict.fromkeys(day for day in (days[0], days[-1]) if day), hashlib.sha256(text).hexdigest()[:8]]
     words = ["python", "-m", "pipeline", "run", name, *(["--date", settled(date, days, template.schedule)] if date else [])]
     # exec: no shell stands between Ray and the driver, so its signals arrive and its exit code is reported.
-    return Parcel("-".join(parts), template.name, archive, f"exec {shlex.join(words)}")
+    return Parcel("-".join(parts), template.name, archive, f"exec {shlex.join(words)}", days)
 
 
 def number(submission_id: str, name: str) -> int | None:
@@ -69,7 +71,7 @@ def _anchored(job: Job, *, file: str, loopback: bool) -> Job:
 
     for uri in job.input.uris:
         absolute_input(uri)
-    return with_uris(job, settle)
+    return with_places(job, settle, name=file)
 
 
 def _package() -> dict[str, bytes]:

@@ -23,9 +23,11 @@ from raylets import Raylets, below
 from shards import picture, tar_bytes
 
 from pipeline.commands.cluster import _follow as follow
+from pipeline.commands.cluster import _parcel
 from pipeline.environment import Address, cluster_address
 from pipeline.errors import JobError, PermissionDenied, Temporary, UnfitError
-from pipeline.job.jobfile import load_template
+from pipeline.job import jobfile
+from pipeline.job.jobfile import dump_job, load_template
 from pipeline.job.schedule import days_of
 from pipeline.ship import Parcel, number, pack
 from pipeline.spec import Job
@@ -138,6 +140,22 @@ def test_the_day_travels_and_not_the_word_but_where_the_run_looks_back():
         assert ("yesterday" in shipped) is travels, (wanted.schedule, date)
         assert travels or shipped.split("..") == list(dict.fromkeys([days_of(date)[0], days_of(date)[-1]]))
         assert travels or all(day in parcel.name for day in shipped.split(".."))
+
+
+def test_midnight_between_the_parcel_and_its_jobs_changes_no_day(monkeypatch, tmp_path):
+    midnight = iter((("2026-11-25", "2026-11-26"), ("2026-11-26", "2026-11-27")))
+    monkeypatch.setattr(jobfile, "days_of", lambda *_: next(midnight))
+    (tmp_path / "job.yaml").write_bytes(dump_job(job()))
+    jobs, parcel = _parcel(tmp_path / "job.yaml", "yesterday..today", loopback=True, code=False)
+    assert [each.input.uri for each in jobs] == ["s3://photos/2026-11-25/", "s3://photos/2026-11-26/"]
+    assert "--date 2026-11-25..2026-11-26" in parcel.entrypoint
+
+
+def test_a_working_folder_that_no_uri_can_name_is_a_sentence(monkeypatch, tmp_path):
+    (tmp_path / "{project}").mkdir()
+    monkeypatch.chdir(tmp_path / "{project}")
+    with pytest.raises(JobError, match=r"^jobs/nightly.yaml: output\.uri is '.*/{project}/out/'; required: no other placeholder"):
+        packed(job(output={"uri": "out/"}), loopback=True)
 
 
 @pytest.mark.parametrize(

@@ -118,12 +118,12 @@ def _connect(address: str, insecure: bool) -> Connection:
 
 def _parcel(path: Path, date: str | None, *, loopback: bool, code: bool) -> tuple[tuple[Job, ...], Parcel]:
     """(the job for every day that is asked for, what is shipped)."""
-    from pipeline.job.jobfile import asked_days, at_day, load_label_template
+    from pipeline.job.jobfile import at_day, load_label_template
     from pipeline.ship import pack
 
     template = load_label_template(path)
     parcel = pack(template, file=str(path), date=date, loopback=loopback, code=code)
-    return tuple(at_day(template, day) for day in asked_days(template, date)), parcel
+    return tuple(at_day(template, day) for day in parcel.days), parcel
 
 
 def _find(connection: Connection, job: str, date: str | None) -> tuple[Submission, tuple[Job, ...]]:
