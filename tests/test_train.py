@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import os
 import re
-import subprocess
+import secrets
 from dataclasses import asdict
 from dataclasses import replace as replace_epoch
+from fcntl import flock
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +27,9 @@ from pipeline.errors import JobError, ModelError, StoreError, Temporary, UnfitEr
 from pipeline.job.training import Augment, Training, Workers
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.model.resnet import ResNet
+from pipeline.prepare import checkpoint
 from pipeline.prepare.afar import Checkpoints
-from pipeline.prepare.checkpoint import BEST, read, replace
+from pipeline.prepare.checkpoint import BEST, make_folder, open_part, read, replace
 from pipeline.prepare.epochs import Epoch, EpochLog, Patience
 from pipeline.prepare.finetune import metrics
 from pipeline.prepare.images import Images
@@ -266,23 +270,51 @@ def test_checkpoints_that_are_damaged_gone_or_cannot_be_written_are_one_sentence
 
 
 def test_what_a_kill_or_a_full_disk_left_half_written_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    killed, other = subprocess.Popen(["true"]), os.getppid()  # the other one is writing now
-    killed.wait()
-    for name in (f"last.{killed.pid}.part", f"last.{other}.part", "odd.part"):
+    for name in (f"last.{os.getppid()}.part", "odd.part"):  # another container's process may have had the number of one here
         (tmp_path / name).write_bytes(b"half")
-    trained(tmp_path, QUICK.model_copy(update={"epochs": 1}))
-    whole = {"best.ckpt", "last.ckpt", "epochs.csv", f"last.{other}.part"}
+    other, file = open_part(tmp_path / "last.ckpt")  # somebody else's, who is writing now
+    with file:
+        trained(tmp_path, QUICK.model_copy(update={"epochs": 1}))
+    whole = {"best.ckpt", "last.ckpt", "epochs.csv", other.name}
     assert {path.name for path in tmp_path.iterdir()} == whole
 
-    def full(self: Path, content: bytes) -> None:
-        with self.open("wb") as file:
-            file.write(content[:1])
-        raise OSError(28, "No space left on device")
+    def full(_: int) -> str:
+        (tmp_path / "last.full.part").symlink_to("/dev/full")
+        return "full"
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(secrets, "token_hex", full)
     with pytest.raises(StoreError, match="No space left on device"):
         replace(tmp_path / "last.ckpt", b"more")
     assert {path.name for path in tmp_path.iterdir()} == whole
+    make_folder(tmp_path)  # the other one has ended, and left it half written
+    assert {path.name for path in tmp_path.iterdir()} == whole - {other.name}
+
+
+def test_a_part_that_is_swept_away_before_it_is_locked_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    swept = list[str]()
+
+    def sweep_first(file: Any, how: int) -> None:
+        if not swept:
+            swept.extend(path.name for path in tmp_path.iterdir())
+            monkeypatch.setattr(checkpoint, "flock", flock)
+            make_folder(tmp_path)
+        flock(file, how)
+
+    monkeypatch.setattr(checkpoint, "flock", sweep_first)
+    replace(tmp_path / "last.ckpt", b"whole")
+    assert swept[0].endswith(".part")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"last.ckpt": b"whole"}
+
+
+def test_where_a_disk_knows_no_locks_nothing_is_taken_for_left_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(checkpoint, "flock", unknown)
+    (tmp_path / "last.1234.part").write_bytes(b"half")
+    make_folder(tmp_path)
+    replace(tmp_path / "last.ckpt", b"whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"last.1234.part", "last.ckpt"}
 
 
 @pytest.mark.filterwarnings("ignore")  # torch has its doubts about some

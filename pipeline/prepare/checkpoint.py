@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -50,38 +52,39 @@ class Keep(ModelCheckpoint):
 
 def make_folder(folder: Path) -> None:
     """For checkpoints; before the training, for whoever cannot write there wants to know now. What a kill has left half written
-    is removed: some 140 MB each time. Not what another run of this job is writing. Raises StoreError."""
+    is removed: some 140 MB each time. Not what another run of this job is writing, in whatever container. Raises StoreError."""
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for part in folder.glob("*.part"):
-            pid = part.with_suffix("").suffix[1:]
-            if not (pid.isdecimal() and _is_alive(int(pid))):
-                part.unlink(missing_ok=True)
+            # Where a disk knows no locks, or does not let us at it, it stays.
+            with suppress(OSError), part.open("r+b") as file:
+                flock(file, LOCK_EX | LOCK_NB)
+                part.unlink()
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
-
-
-def part_of(path: Path) -> Path:
-    """Where this process writes a file that is to be at `path` whole or not at all."""
-    return path.with_suffix(f".{os.getpid()}.part")
+def open_part(path: Path) -> tuple[Path, BinaryIO]:
+    """A file to write what is to be at `path` whole or not at all, to be renamed before it is closed. While it is open it is
+    locked, which tells `make_folder` that somebody lives, where a process id says nothing: two containers may have the same."""
+    part = path.with_suffix(f".{secrets.token_hex(8)}.part")
+    file = part.open("wb")
+    with suppress(OSError):
+        flock(file, LOCK_EX)
+    if part.exists():
+        return part, file
+    file.close()  # taken for left over before it was locked
+    return open_part(path)
 
 
 def replace(path: Path, content: bytes | memoryview) -> None:
     """Write a file in one step. Raises StoreError when that cannot be."""
-    part = part_of(path)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        part, file = open_part(path)
         try:
-            part.write_bytes(content)
-            os.replace(part, path)
+            with file:
+                file.write(content)
+                file.flush()
+                os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)  # on a full disk it would take the last of it
 

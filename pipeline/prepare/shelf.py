@@ -18,7 +18,7 @@ from typing import Self
 import pyarrow as pa
 from pyarrow import ipc
 
-from pipeline.prepare.checkpoint import explained, make_folder, part_of, replace
+from pipeline.prepare.checkpoint import explained, make_folder, open_part, replace
 from pipeline.prepare.data import LeftOut
 from pipeline.prepare.outcome import Say
 from pipeline.prepare.room import Room
@@ -109,10 +109,10 @@ class FilePlace(Place):
 
     def __init__(self, room: Room, images: Path, record: Path) -> None:
         super().__init__(room)
-        self._images, self._record, self._part = images, record, part_of(images)
+        self._images, self._record = images, record
         make_folder(images.parent)
         with explained(images):
-            self._file = self._part.open("wb")
+            self._part, self._file = open_part(images)
         self._writer = ipc.new_file(self._file, _SCHEMA)
 
     def __exit__(self, *failed: object) -> None:
