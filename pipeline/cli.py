@@ -22,7 +22,19 @@ from pipeline.commands import cluster as cli_cluster
 from pipeline.commands import kube as cli_kube
 from pipeline.commands import model as cli_model
 from pipeline.commands import nightly as cli_nightly
-from pipeline.commands.options import Again, AsJson, Date, Dates, IfRunning, JobPath, Version, outlive_readers, print_json, say
+from pipeline.commands.options import (
+    Again,
+    AsJson,
+    Date,
+    Dates,
+    IfRunning,
+    JobPath,
+    Version,
+    outlive_readers,
+    print_json,
+    put,
+    say,
+)
 from pipeline.errors import ExitCode, Interrupted, NightlabelError
 
 if TYPE_CHECKING:
@@ -86,7 +98,7 @@ def _run_preparation(job: PreparationJob, *, as_json: bool, command: str) -> NoR
         print_json(dict(outcome.facts))
     else:
         for line in outcome.lines:
-            typer.echo(line)
+            put(line)
     sys.exit(outcome.exit_code)
 
 
@@ -122,12 +134,12 @@ def plan(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
         print_json(facts | {"todo": [{"unit": unit.id, "inputs": [part.uri for part in unit.parts]} for unit in planned.todo]})
         return
     for line in _plan_lines(planned, facts):
-        typer.echo(line)
+        put(line)
     for error in missing.values():
-        typer.echo(f"missing {error}")
+        put(f"missing {error}")
     if ignored:
-        typer.echo(f"ignored {ignored['text']}, not of the input's format")
-    typer.echo(f"where   {log.root}")
+        put(f"ignored {ignored['text']}, not of the input's format")
+    put(f"where   {log.root}")
 
 
 def _plan_lines(planned: Plan, facts: dict[str, Any]) -> Iterator[str]:
@@ -170,10 +182,10 @@ def validate(
         print_json({"where": log.root, **counts, "unfinished": unfinished, "problems": problems})
     else:
         for line in [*(f"wrong   {problem}" for problem in problems), *(f"open    {run}" for run in unfinished)]:
-            typer.echo(line)
+            put(line)
         adds_up = f"{sums.rows_in:,} in = {sums.ok:,} ok + {sums.failed:,} failed, {sums.units:,} units"
-        typer.echo(f"{'NOT VALID' if problems else 'valid'}: {adds_up}")
-        typer.echo(f"where   {log.root}")
+        put(f"{'NOT VALID' if problems else 'valid'}: {adds_up}")
+        put(f"where   {log.root}")
     sys.exit(ExitCode.CONFLICT if problems else ExitCode.DONE)
 
 
@@ -200,7 +212,7 @@ def demo(
     from pipeline.screen import Screen
 
     def tell(text: str) -> None:
-        typer.echo(text, err=as_json)
+        (say if as_json else put)(text)
 
     with Screen() as screen:
         outcome = run_demo(out, say=tell, observe=screen.observe)

@@ -3,6 +3,7 @@
     NightlabelError
     ├── UnfitError        2   the job file, the environment, the model or the store cannot do what is asked
     │   ├── JobError          the job file
+    │   │   └── Complaints        several things in it
     │   ├── ModelError        the artifact
     │   └── StoreError        the object store or the disk
     ├── InputError        3   an input changed, is missing or is broken
@@ -23,6 +24,7 @@ Anything else that escapes is a bug of ours: a traceback and exit code 70.
 from __future__ import annotations
 
 import copyreg
+import re
 from collections.abc import Iterable
 from enum import IntEnum
 
@@ -65,6 +67,14 @@ def gravest(codes: Iterable[int]) -> int:
     return max(codes, key=_GRAVITY.index, default=ExitCode.DONE)
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def one_line(text: str) -> str:
+    """Text for a screen, on one line: newlines and what a terminal obeys, which a file's name may hold, are spelt out."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
 class NightlabelError(Exception):
     """Base of every error a user can act on; `str()` is the one sentence (or two) shown to the user."""
 
@@ -77,7 +87,7 @@ class NightlabelError(Exception):
 
     def __str__(self) -> str:
         fact = f"{self.got}; required: {self.need}" if self.need else self.got
-        text = f"{fact}. {self.do}" if self.do else fact
+        text = one_line(f"{fact}. {self.do}" if self.do else fact)
         return text if text.endswith(("?", ".")) else f"{text}."
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -97,6 +107,17 @@ class UnfitError(NightlabelError):
 
 class JobError(UnfitError):
     pass
+
+
+class Complaints(JobError):
+    """Several sentences about one job file, each on a line of its own."""
+
+    def __init__(self, sentences: Iterable[str]) -> None:
+        self.sentences = tuple(map(one_line, sentences))
+        super().__init__(" ".join(self.sentences))
+
+    def __str__(self) -> str:
+        return "\n".join(self.sentences)
 
 
 class ModelError(UnfitError):

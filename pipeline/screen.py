@@ -10,12 +10,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from pipeline.errors import Temporary, UnitsLeft
+from pipeline.errors import Temporary, UnitsLeft, one_line
 
 EVERY_S = 10.0
 _SAID = {
     "ignored": "ignored: {text}, not of the input's format",
-    "missing": "missing: {text}",
     "waiting": "waiting up to {seconds:.0f} s: {awaited}",
 }
 
@@ -44,8 +43,8 @@ class Screen:
         while not self._stop.wait(EVERY_S):
             self._say(self._line())
 
-    def _say(self, text: str) -> None:
-        self._console.print(Text(text))
+    def _say(self, text: str, *, style: str = "") -> None:
+        self._console.print(Text(one_line(text), style=style))
 
     def observe(self, event: str, fields: dict[str, Any]) -> None:
         """Takes the driver's events: ignored, missing, planned, waiting, pass, first, rows, commit, trouble, split, replanned,
@@ -54,12 +53,11 @@ class Screen:
             self._planned(fields)
         elif event in _SAID:
             self._say(_SAID[event].format(**fields))
+        elif event == "missing":
+            for error in fields["errors"].values():
+                self._say(f"missing: {error}")
         elif event == "pass":
-            careful = ", each image decoded in a child process" if fields["careful"] else ""
-            if fields["number"] > 1 or careful:
-                self._say(f"pass {fields['number']}: {fields['units']} units did not arrive, once more{careful}")
-            else:
-                self._say("starting workers")
+            self._pass(fields)
         elif event == "rows":
             if self._images == 0:
                 self._first = time.monotonic()
@@ -70,11 +68,18 @@ class Screen:
             self._images, self._failed = self._images - fields["dropped"], self._failed - fields["dropped_failed"]
             # What was lost, or may pass by itself, comes again in the next pass.
             if event == "trouble" and fields["error_class"] not in (UnitsLeft.error_class, Temporary.error_class):
-                self._console.print(Text(f"{fields['error_class']}: {fields['error']}", style="red"))
+                self._say(f"{fields['error_class']}: {fields['error']}", style="red")
         elif event == "replanned":
             self._units += fields["units"] - fields["before"]
         if self._live is not None and self._live.is_started:
             self._live.update(Text(self._line()))
+
+    def _pass(self, fields: dict[str, Any]) -> None:
+        careful = ", each image decoded in a child process" if fields["careful"] else ""
+        if fields["number"] > 1 or careful:
+            self._say(f"pass {fields['number']}: {fields['units']} units did not arrive, once more{careful}")
+        else:
+            self._say("starting workers")
 
     def _planned(self, fields: dict[str, Any]) -> None:
         self._units, self._done = fields["units"], 0

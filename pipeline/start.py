@@ -82,7 +82,7 @@ def tell_missing(listing: Listing, tell: Callable[..., None]) -> None:
     """`tell` hears of the URIs that have no input, if there are any."""
     if listing.missing:
         errors = {uri: str(error) for uri, error in listing.missing.items()}
-        tell("missing", errors=errors, text="\nmissing: ".join(errors.values()))
+        tell("missing", errors=errors)
 
 
 def split_unit(log: Log, unit: Unit, job: Job, artifact: Artifact, *, why: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from html import unescape
@@ -9,10 +10,13 @@ from itertools import combinations, product
 
 import pytest
 from programs import wait_for
+from typer.testing import CliRunner
 
 from pipeline import screen as screens
-from pipeline.errors import ExitCode
+from pipeline.cli import app
+from pipeline.errors import ExitCode, InputMissing, JobError
 from pipeline.footer import Totals
+from pipeline.job.jobfile import load_job, parse_job
 from pipeline.nights.retried import Retried
 from pipeline.report import Receipt, UnitTrouble, exit_code
 from pipeline.screen import Screen
@@ -75,6 +79,40 @@ def test_a_line_comes_by_and_by_where_there_is_no_terminal(monkeypatch, capsys):
     with screen() as shown:
         rows(shown, 7)
         assert wait_for(lambda: "7 images" in capsys.readouterr().err)
+
+
+EVIL = "a\x1b]0;owned\x07\n\x9b31m.jpg"
+SPELT = r"a\x1b]0;owned\x07\n\x9b31m.jpg"
+
+
+def test_no_name_of_a_file_is_obeyed_by_a_terminal(tmp_path, model, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / EVIL).write_bytes(b"")
+    job = tmp_path / "job.yaml"
+    paths = f"input: {{uri: {tmp_path}/in/, format: images}}\nmodel: {{uri: {model}}}\noutput: {{uri: {tmp_path}/out/}}\n"
+    job.write_text(f"name: evil\n{paths}")
+    planned = CliRunner().invoke(app, ["plan", str(job)])
+    assert planned.exit_code == 0
+    assert planned.output.count("\n") == 4
+    assert f"/in/{SPELT}\n" in planned.output
+    printed = CliRunner().invoke(app, ["plan", str(job), "--json"]).output
+    assert not re.search("[\0-\x09\x0b-\x1f\x7f-\x9f]", printed)
+    assert json.loads(printed)["todo"][0]["inputs"] == [f"{tmp_path}/in/{EVIL}"]
+    assert str(InputMissing(f"{EVIL}: gone", do="Run again")) == f"{SPELT}: gone. Run again."
+    with screen() as shown:
+        shown.observe("trouble", {"dropped": 0, "dropped_failed": 0, "error_class": "TAR_NO_EOF", "error": EVIL})
+        shown.observe("missing", {"errors": {EVIL: f"{EVIL}: nothing there", "b": "b: nothing there"}})
+    told = capsys.readouterr().err.splitlines()
+    assert told[1:] == [f"TAR_NO_EOF: {SPELT}", f"missing: {SPELT}: nothing there", "missing: b: nothing there"]
+
+
+def test_a_job_file_that_no_terminal_should_see_is_told_in_one_line(tmp_path):
+    with pytest.raises(JobError) as caught:
+        load_job(tmp_path / EVIL)
+    assert str(caught.value).startswith(f"{tmp_path}/{SPELT}: No such file or directory; required")
+    with pytest.raises(JobError) as caught:
+        parse_job(b"name: a\x01b", name="j")
+    assert str(caught.value).startswith("j: unacceptable character #x0001: special characters are not allowed; required")
 
 
 def receipt(**other: object) -> Receipt:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from pipeline.commands.options import AsJson, Dates, JobPath, print_json
+from pipeline.commands.options import AsJson, Dates, JobPath, print_json, put, say
 from pipeline.environment import DEFAULT_ADDRESS, cluster_address, set_ray_environment
 from pipeline.errors import ExitCode, Interrupted, JobError, NightlabelError, Temporary
 
@@ -44,9 +44,9 @@ def submit(
         connection.check_version()
     attempt, new = connection.submit(parcel)
     size = f"{len(parcel.archive) / 1000:,.0f} kB"
-    typer.echo(f"{f'submitted {size} as' if new else 'joining'} {attempt.id} at {connection.url}", err=True)
+    say(f"{f'submitted {size} as' if new else 'joining'} {attempt.id} at {connection.url}")
     if no_wait:
-        typer.echo(attempt.id)
+        put(attempt.id)
         return
     _follow(connection, attempt.id, loaded)
 
@@ -83,9 +83,9 @@ def status(
     if as_json:
         print_json(asdict(attempt) | {"output": truths})
         return
-    typer.echo(_line(attempt))
+    put(_line(attempt))
     for truth in truths:
-        typer.echo(f"output  {truth}")
+        put(f"output  {truth}")
 
 
 def stop(job: JobOrId, date: Dates = None, address: Address = DEFAULT_ADDRESS, insecure: Insecure = False) -> None:
@@ -93,7 +93,7 @@ def stop(job: JobOrId, date: Dates = None, address: Address = DEFAULT_ADDRESS, i
     connection = _connect(address, insecure)
     attempt, _ = _find(connection, job, date)
     stopped = connection.stop(attempt.id)
-    typer.echo(_line(stopped))
+    put(_line(stopped))
     if not stopped.over:
         raise Temporary(f"{attempt.id} has not ended yet", do="Look again with nightlabel status")
 
@@ -105,7 +105,7 @@ def list_(address: Address = DEFAULT_ADDRESS, insecure: Insecure = False, as_jso
         print_json({"jobs": [asdict(attempt) for attempt in attempts]})
         return
     for attempt in attempts:
-        typer.echo(_line(attempt))
+        put(_line(attempt))
 
 
 def _connect(address: str, insecure: bool) -> Connection:
@@ -150,9 +150,9 @@ def _follow(connection: Connection, submission_id: str, jobs: tuple[Job, ...]) -
     except Temporary:  # Ray has lost the driver, not what it did
         if not jobs or not all(map(_complete, jobs)):
             raise
-        typer.echo("the cluster has lost the driver; the job is complete all the same, the manifest is there", err=True)
+        say("the cluster has lost the driver; the job is complete all the same, the manifest is there")
         sys.exit(ExitCode.DONE)
-    typer.echo(f"ended   {_line(attempt)}", err=True)
+    say(f"ended   {_line(attempt)}")
     sys.exit(code)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.options import AsJson, print_json
+from pipeline.commands.options import AsJson, print_json, put
 from pipeline.errors import JobError
 from pipeline.model.preprocessing import PRESETS, Preprocessing, Preset
 
@@ -44,7 +44,7 @@ def show(
         print_json(facts(artifact, folder, sizes))
         return
     for line in lines(artifact, folder, sizes):
-        typer.echo(line)
+        put(line)
 
 
 @prepare.command("import")
@@ -81,13 +81,13 @@ def import_(
         print_json({"uri": out, "digest": artifact.digest, "classes": len(artifact.labels)})
         return
     count = millions(numbers(artifact)["parameters"])
-    typer.echo(f"{out}: {architecture_name(artifact.architecture)}, {len(artifact.labels):,} classes, {count} parameters")
-    typer.echo(f"digest  {artifact.digest}")
-    typer.echo(f"sees    {preprocessing_text(artifact.preprocessing)}{_known(artifact.preprocessing)}")
-    typer.echo(f"        not what it was trained with? Import into another folder with --preprocessing {_CHOICE}")
+    put(f"{out}: {architecture_name(artifact.architecture)}, {len(artifact.labels):,} classes, {count} parameters")
+    put(f"digest  {artifact.digest}")
+    put(f"sees    {preprocessing_text(artifact.preprocessing)}{_known(artifact.preprocessing)}")
+    put(f"        not what it was trained with? Import into another folder with --preprocessing {_CHOICE}")
     for line in _assumed(artifact, named=labels is not None) if source.endswith(WEIGHTS_FILES) else ():
-        typer.echo(line)
-    typer.echo(f"next    nightlabel model show {shlex.quote(out)}")
+        put(line)
+    put(f"next    nightlabel model show {shlex.quote(out)}")
 
 
 def _assumed(artifact: Artifact, *, named: bool) -> Iterator[str]:

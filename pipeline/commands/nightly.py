@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.commands.options import AsJson, Date, IfRunning, JobPath, print_json, say
+from pipeline.commands.options import AsJson, Date, IfRunning, JobPath, print_json, put, say
 from pipeline.errors import COMPLETE, ExitCode, NightlabelError, gravest
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def retry_failed(
         print_json(told)
         sys.exit(told["exit_code"])
     for line in outcome.lines():
-        typer.echo(line)
+        put(line)
     _print_table(table)
     sys.exit(outcome.exit_code)
 
@@ -108,7 +108,7 @@ def print_nights(nights: list[Night], *, as_json: bool, path: Path) -> int:
         print_json({"exit_code": code, "days": [night.as_dict() for night in nights]})
     else:
         for night in nights:
-            typer.echo(night.line())
+            put(night.line())
     return code
 
 
@@ -116,7 +116,7 @@ def _print_skipped(as_json: bool) -> None:
     if as_json:
         print_json({"skipped": True, "exit_code": ExitCode.DONE})
     else:
-        typer.echo("skipped: another run is at it. --if-running queue, replace or share do otherwise")
+        put("skipped: another run is at it. --if-running queue, replace or share do otherwise")
 
 
 def _print_night(night: Night, *, as_json: bool, path: Path) -> None:
@@ -136,7 +136,7 @@ def _print_table(table: Table) -> None:
     if isinstance(table, NightlabelError):
         raise table
     if table is not None:
-        typer.echo(table.line())
+        put(table.line())
 
 
 def print_receipt(receipt: Receipt, *, as_json: bool, job: str) -> None:
@@ -145,10 +145,10 @@ def print_receipt(receipt: Receipt, *, as_json: bool, job: str) -> None:
         print_json(receipt.as_dict())
         return
     for line in receipt.lines():
-        typer.echo(line)
+        put(line)
     if receipt.exit_code not in COMPLETE:
-        typer.echo(f"next    mend what is named above, then again: nightlabel run {job}")
+        put(f"next    mend what is named above, then again: nightlabel run {job}")
         return
-    typer.echo(f"next    nightlabel validate {job}")
+    put(f"next    nightlabel validate {job}")
     query = f"select label, count(*) from '{receipt.where}/data/*.parquet' group by label"
-    typer.echo(f'        duckdb -c "{query}"')
+    put(f'        duckdb -c "{query}"')

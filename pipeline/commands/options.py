@@ -7,12 +7,14 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from pipeline.errors import one_line
 from pipeline.job.schedule import Policy
 
 JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file in YAML; jobs/README.md lists its fields.")]
@@ -80,9 +82,15 @@ def outlive_readers() -> None:
 
 def print_json(value: dict[str, Any]) -> None:
     """A result, for machines."""
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    typer.echo(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text))  # what JSON allows and a terminal obeys
+
+
+def put(text: str) -> None:
+    """A line of a result, for people."""
+    typer.echo(one_line(text))
 
 
 def say(text: str) -> None:
     """A line about what is happening, beside the result."""
-    typer.echo(text, err=True)
+    typer.echo(one_line(text), err=True)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.errors import JobError, first_line
+from pipeline.errors import Complaints, JobError, first_line
 from pipeline.job.complaints import line_of, sentences, shown
 from pipeline.job.recipe import EvaluateJob, QuantizeJob
 from pipeline.job.schedule import days_of
@@ -132,7 +132,7 @@ def with_places(job: Filled, change: Callable[[str], str], *, name: str) -> Fill
     try:
         return with_uris(job, change)
     except ValidationError as error:
-        raise JobError("\n".join(sentences(error, name, None, type(job)))) from None
+        raise Complaints(sentences(error, name, None, type(job))) from None
 
 
 def _parse(raw: bytes, name: str) -> AnyJob:
@@ -150,7 +150,7 @@ def _parse(raw: bytes, name: str) -> AnyJob:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise JobError("\n".join(sentences(error, name, root, model))) from None
+        raise Complaints(sentences(error, name, root, model)) from None
     except ValueError as error:
         raise JobError(f"{name}: {error}") from None
 
@@ -167,7 +167,9 @@ def _yaml(raw: bytes, name: str) -> tuple[yaml.Node, dict[str, Any]]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         do = "Mend that line" if isinstance(error, yaml.constructor.ConstructorError) else _QUOTE
-        raise JobError(f"{name}{line}: {getattr(error, 'problem', None) or error}", need="plain YAML", do=do) from error
+        raise JobError(
+            f"{name}{line}: {getattr(error, 'problem', None) or first_line(error)}", need="plain YAML", do=do
+        ) from error
     except (ValueError, TypeError, RecursionError) as error:  # a date of the 30th of February, a list as a key, 1,000 brackets
         reason = first_line(error)
         raise JobError(f"{name}: cannot be read ({reason})", need="plain YAML", do="Put text in quotation marks") from error
