@@ -22,19 +22,8 @@ from pipeline.commands import cluster as cli_cluster
 from pipeline.commands import kube as cli_kube
 from pipeline.commands import model as cli_model
 from pipeline.commands import nightly as cli_nightly
-from pipeline.commands.options import (
-    Again,
-    AsJson,
-    Date,
-    Dates,
-    IfRunning,
-    JobPath,
-    Version,
-    outlive_readers,
-    print_json,
-    put,
-    say,
-)
+from pipeline.commands.options import Again, AsJson, Date, Dates, IfRunning, JobPath, Version
+from pipeline.commands.printing import outlive_readers, print_json, put, say
 from pipeline.errors import ExitCode, Interrupted, NightlabelError
 
 if TYPE_CHECKING:

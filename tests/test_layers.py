@@ -32,7 +32,8 @@ prepare.learner prepare.epochs prepare.train
 prepare.workers prepare.dataset prepare.resume prepare.finetune prepare.distill prepare.digits
 prepare.calibrate prepare.gate prepare.quantize
 kube.types kube.pods kube.kuberay kube.cronjob kube.render kube.follow kube.apiserver kube.apply
-demo screen prometheus commands.options commands.model commands.nightly commands.cluster commands.kube cli __main__
+demo screen prometheus
+commands.options commands.printing commands.model commands.nightly commands.cluster commands.kube cli __main__
 """
 LADDER = ROWS.split()
 
@@ -44,7 +45,7 @@ KEEPERS = {
     "lightning": {"prepare.checkpoint", "prepare.epochs", "prepare.learner", "prepare.train"},
     "fsspec": {"s3"},
     "s3fs": {"s3"},
-    "typer": {"cli", "commands.cluster", "commands.kube", "commands.model", "commands.nightly", "commands.options"},
+    "typer": {"cli", *(f"commands.{name}" for name in ("cluster", "kube", "model", "nightly", "options", "printing"))},
     "deltalake": {"tables.delta"},
     "pyiceberg": {"tables.iceberg"},
     "rich": {"screen", "cli"},

@@ -272,7 +272,7 @@ def test_a_full_disk_of_the_log_is_no_matter_and_one_of_the_result_is(tmp_path: 
 def test_what_is_closed_from_the_start_is_no_file_of_ours(closed: str) -> None:
     """A daemon may begin a run so. Libraries write to descriptor 2, and the next socket would have that number."""
     code = (
-        "import os, sys\nfrom pipeline.commands.options import outlive_readers\noutlive_readers()\n"
+        "import os, sys\nfrom pipeline.commands.printing import outlive_readers\noutlive_readers()\n"
         "print('x', file=sys.stderr, flush=True)\nassert os.open(os.devnull, os.O_RDONLY) > 2\n"
     )
     words = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", code]

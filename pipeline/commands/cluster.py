@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from pipeline.commands.options import AsJson, Dates, JobPath, print_json, put, say
+from pipeline.commands.options import AsJson, Dates, JobPath
+from pipeline.commands.printing import print_json, put, say
 from pipeline.environment import DEFAULT_ADDRESS, cluster_address, set_ray_environment
 from pipeline.errors import ExitCode, Interrupted, JobError, NightlabelError, Temporary
 

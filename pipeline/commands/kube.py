@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.options import Dates, JobPath, say
+from pipeline.commands.options import Dates, JobPath
+from pipeline.commands.printing import say
 from pipeline.errors import Interrupted, NightlabelError
 from pipeline.kube.pods import Target
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.options import AsJson, print_json, put
+from pipeline.commands.options import AsJson
+from pipeline.commands.printing import print_json, put
 from pipeline.errors import JobError
 from pipeline.model.preprocessing import PRESETS, Preprocessing, Preset
 

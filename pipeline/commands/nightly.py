@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.commands.options import AsJson, Date, IfRunning, JobPath, print_json, put, say
+from pipeline.commands.options import AsJson, Date, IfRunning, JobPath
+from pipeline.commands.printing import print_json, put, say
 from pipeline.errors import COMPLETE, ExitCode, NightlabelError, gravest
 
 if TYPE_CHECKING:
