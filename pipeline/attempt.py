@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
@@ -55,6 +56,12 @@ class Attempt:
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.started
+
+    def span(self) -> tuple[str, str]:
+        """When it began and now, in UTC as ISO 8601 has it."""
+        now = time.time()
+        began, ended = (datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") for at in (now - self.seconds, now))
+        return began, ended
 
     @property
     def steady_rate(self) -> float | None:
@@ -111,6 +118,7 @@ class Attempt:
         done, left = totals(footers), {unit.id for unit in plan.todo}
         self.tell("verified", units=done.units, rows=done.rows_in, failed=done.failed, left=len(left))
         trouble = (*self.missing, *(item for item in self.trouble.values() if item.unit in left))
+        started, ended = self.span()
         return Receipt(
             job=job.name,
             where=log.root,
@@ -133,6 +141,8 @@ class Attempt:
             labelled_now=self.rows,
             kept_nothing=tuple(name for name in job.input.keep if self.rows and name not in self.filled),
             written=self.written,
+            started=started,
+            ended=ended,
             seconds=self.seconds,
             first_seconds=None if self.first is None else self.first - self.started,
             images_per_second=self.steady_rate,

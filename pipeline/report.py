@@ -46,6 +46,9 @@ class Receipt:
     labels: Mapping[str, int]
     labelled_now: int
     written: int
+    started: str
+    """In UTC as ISO 8601 has it, `2026-11-26T02:00:05Z`, as `ended` is; both are of this attempt."""
+    ended: str
     seconds: float
     first_seconds: float | None
     images_per_second: float | None
@@ -84,6 +87,8 @@ class Receipt:
             "rows": {"in": self.rows_in, "ok": self.ok, "failed": self.failed},
             "failures": dict(self.failures),
             "decode": {"mode": self.decode, "lane": self.lane, "compared": self.compared, "same_label": self.same_label},
+            "started": self.started,
+            "ended": self.ended,
             "seconds": round(self.seconds, 3),
         }
         return json.dumps(content, indent=1).encode()
@@ -124,6 +129,11 @@ class Receipt:
         if self.exit_code != ExitCode.TOO_MANY_FAILED:
             return ""
         return f"{self.failed / self.rows_in:.2%} failed, more than limits.max_failed allows: exit code {self.exit_code:d}"
+
+    @property
+    def when(self) -> str:
+        """From when to when, for people."""
+        return f"{self.started} to {self.ended}".replace("T", " ").replace("Z", " UTC")
 
     @property
     def agreement(self) -> str:

@@ -58,7 +58,8 @@ def receipt(name: str = "test", *, run: str | None = "000001", exit_code: int = 
     )
     nothing: dict[str, Any] = {"failures": {}, "labels": {}, "seam_seconds": {}, "first_seconds": None, "images_per_second": None}
     names = {"job": name, "where": "out/f", "fingerprint": "f", "artifact": "a", "precision": "float32", "run": run}
-    return Receipt(**names, **counts, **nothing, seconds=0.0, exit_code=exit_code)
+    times = {"started": "2026-11-26T02:00:05Z", "ended": "2026-11-26T02:00:05Z"}
+    return Receipt(**names, **counts, **nothing, **times, seconds=0.0, exit_code=exit_code)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -251,11 +252,10 @@ def test_a_poison_image_is_retried_in_careful_mode_and_a_killed_retry_goes_on(tm
     assert len(latest(wanted)) == 8
     assert problems(wanted) == []
     log = open_log(wanted, load_model(wanted, weights=False))
-    assert json.loads(Path(generations(log)[0].run_key("000001", "manifest.json")).read_text())["rows"] == {
-        "in": 2,
-        "ok": 1,
-        "failed": 1,
-    }
+    manifest = json.loads(Path(generations(log)[0].run_key("000001", "manifest.json")).read_text())
+    assert manifest["rows"] == {"in": 2, "ok": 1, "failed": 1}
+    started, ended = (datetime.strptime(manifest[name], "%Y-%m-%dT%H:%M:%S%z") for name in ("started", "ended"))
+    assert timedelta() <= ended - started <= datetime.now(UTC) - started < timedelta(minutes=5)
 
 
 @pytest.fixture
@@ -366,7 +366,7 @@ def test_a_retry_looks_for_its_publisher_before_the_images(two_classes, tmp_path
 
 
 def test_a_retry_that_ends_with_4_says_why():
-    done = Retried("test", "out", ("CORRUPT",), 1, units=1, units_done=1, retried=1, failures={"CORRUPT": 1})
+    done = Retried("test", "out", ("CORRUPT",), "", "", 1, units=1, units_done=1, retried=1, failures={"CORRUPT": 1})
     over = "over    more of all images failed than limits.max_failed allows: exit code 4"
     assert [over in lines for lines in (done.lines(), replace(done, exit_code=ExitCode.TOO_MANY_FAILED).lines())] == [False, True]
 

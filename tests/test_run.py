@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,9 @@ def test_disk_to_disk_and_again(tmp_path, model, on_ray):
     assert problems(wanted) == []
     manifest = json.loads(Path(receipt.where, "runs/000001/manifest.json").read_text())
     assert manifest["rows"] == {"in": 30, "ok": 30, "failed": 0}
+    started, ended = (datetime.strptime(manifest[name], "%Y-%m-%dT%H:%M:%S%z") for name in ("started", "ended"))
+    assert abs((ended - started).total_seconds() - manifest["seconds"]) < 2  # both are whole
+    assert timedelta() <= datetime.now(UTC) - ended < timedelta(minutes=5)
     assert {path.name for path in Path(receipt.where, "runs/000001").iterdir()} == {
         "plan.parquet",
         "spec.yaml",

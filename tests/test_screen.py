@@ -133,6 +133,8 @@ def receipt(**other: object) -> Receipt:
         "labels": {"<b>cat</b> & dog": 9000, "tree": 3000},
         "labelled_now": 12000,
         "written": 2,
+        "started": "2026-11-25T23:59:05Z",
+        "ended": "2026-11-26T00:00:06Z",
         "seconds": 61.25,
         "first_seconds": 10.0,
         "images_per_second": 234.4,
@@ -185,7 +187,7 @@ def test_the_page_of_a_run_says_what_the_receipt_says():
         *("nightly, run 000007", "12,345 in = 12,340 ok + 5 failed", "s3://b/labels/0123456789ab", "sha256:12 , int8"),
         *(
             "3 of 3, 1 of them before this attempt",
-            "61.2 s, 234 img/s",
+            "when 2026-11-25 23:59:05 UTC to 2026-11-26 00:00:06 UTC took 61.2 s, 234 img/s",
             "CORRUPT 3 TRUNCATED 2",
             "<b>cat</b> & dog 9,000 tree 3,000",
         ),
@@ -209,7 +211,7 @@ def test_a_run_that_ends_with_4_says_why():
 
 def test_of_many_units_that_are_left_ten_are_named_and_the_others_counted():
     trouble = tuple(UnitTrouble("u", (f"in/{n}.tar",), "TAR_NO_EOF", f"in/{n}.tar: is cut.") for n in range(1, 1013))
-    for account in (receipt(trouble=trouble), Retried("x", "out/f", ("CORRUPT",), 1, units=1012, trouble=trouble)):
+    for account in (receipt(trouble=trouble), Retried("x", "out/f", ("CORRUPT",), "", "", 1, units=1012, trouble=trouble)):
         left = [line for line in account.lines() if line.startswith("left ")]
         assert left[9:] == ["left    TAR_NO_EOF: in/10.tar: is cut.", "left    and 1,002 more units"]
 

@@ -20,6 +20,9 @@ class Retried:
     job: str
     where: str
     classes: tuple[str, ...]
+    started: str
+    """In UTC as ISO 8601 has it, as `ended` is; both are of this attempt."""
+    ended: str
     generation: int | None = None
     units: int = 0
     units_done: int = 0

@@ -95,7 +95,7 @@ class Retry(Driver):
         if not units:
             missing = self.attempt.missing
             code = exit_code(missing, Totals(), left=0, limit=self.job.limits.max_failed)
-            return Retried(self.job.name, log.root, self.classes, trouble=missing, exit_code=code)
+            return Retried(self.job.name, log.root, self.classes, *self.attempt.span(), trouble=missing, exit_code=code)
         plan = Plan(RUN, units, generation.standing([unit.id for unit in units]).committed)
         for task in [self._tasks[unit.id] for unit in plan.todo if not self._tasks[unit.id].only]:  # their inputs are gone since
             commit_unit(generation, task.unit, read_rows(log.store, task.uri), Provenance(log.fingerprint, "", CODE_VERSION))
@@ -178,9 +178,10 @@ class Retry(Driver):
         ok_before = sum(self._tasks[footer.unit].ok for footer in footers)
         everything = footers if left else read_footers(generation.store, list(newest(generation.base).values()))
         outcome = Retried(
-            job=self.job.name,
-            where=generation.root,
-            classes=self.classes,
+            self.job.name,
+            generation.root,
+            self.classes,
+            *self.attempt.span(),
             generation=generation.number,
             units=len(plan.units),
             units_done=len(done),
