@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from pipeline.errors import Conflict, InputMissing
@@ -46,7 +46,7 @@ def validate(log: Log, *, deep: bool = False) -> tuple[list[Footer], list[str]]:
             for part in unit.parts:
                 owners[part.pin].add(_rows(part, unit.id))
         if run.id in finished:
-            problems += _check_manifest(log, run, [committed.get(unit.id) for unit in units])
+            problems += _check_manifest(log, run, {unit.id: committed.get(unit.id) for unit in units})
     for (uri, _, _), held in owners.items():
         rows = sorted(held)
         problems += [
@@ -100,15 +100,16 @@ def _rows(part: Part, unit_id: str) -> tuple[float, float, str]:
     return part.start or 0, math.inf if part.stop is None else part.stop, unit_id
 
 
-def _check_manifest(log: Log, run: Run, footers: list[Footer | None]) -> list[str]:
+def _check_manifest(log: Log, run: Run, footers: Mapping[str, Footer | None]) -> list[str]:
     key = log.run_key(run.id, "manifest.json")
     try:
         counts = json.loads(log.store.read(key))["rows"]
         stated = {name: counts[name] for name in ("in", "ok", "failed")}
     except (ValueError, TypeError, KeyError) as error:
         return [f"{key}: not a manifest ({type(error).__name__}: {error})."]
-    there = [footer for footer in footers if footer is not None]
-    if len(there) < len(footers):
-        return [f"{key}: {len(footers) - len(there)} of its {len(footers)} units have no object. Move it away and run again."]
+    there = [footer for footer in footers.values() if footer is not None]
+    if gone := [unit_id for unit_id, footer in footers.items() if footer is None]:
+        got = f"{key}: {len(gone)} of its {len(footers)} units are gone, {log.data_key(gone[0])} first"
+        return [f"{got}. Restore them, or move this manifest away and run again, which labels them alone."]
     sums = totals(there).rows
     return [] if sums == stated else [f"{key}: states {stated}, its units hold {sums}."]

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,10 @@ def test_a_link_that_leads_nowhere_costs_itself(tmp_path: Path, model: str, monk
     ]
 
 
+def written(folder: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
 def test_what_was_taken_from_a_finished_run_is_made_again(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_tars(tmp_path / "in", shards=4, images=2)
@@ -149,9 +154,16 @@ def test_what_was_taken_from_a_finished_run_is_made_again(tmp_path: Path, model:
     assert (code, "move it away, and the manifest of its run if there is one; then run again" in said) == (6, True)
     broken.unlink()
     code, said = nightlabel("validate")
-    assert (code, "manifest.json: 1 of its 4 units have no object. Move it away and run again." in said) == (6, True)
+    told = (
+        f"manifest.json: 1 of its 4 units are gone, {broken.absolute()} first. Restore them, or move this manifest away and run"
+    )
+    assert (code, told in said) == (6, True)
     next(iter(Path("labels").rglob("manifest.json"))).unlink()
+    others = written(broken.parent)
+    assert len(others) == 3
     assert nightlabel("run")[0] == 0
+    assert written(broken.parent) == others | {broken: written(broken.parent)[broken]}, "it alone is written"
+    assert pq.read_table(broken).equals(pq.read_table(BytesIO(data)))
     assert nightlabel("validate")[1].startswith("valid: 8 in = 8 ok + 0 failed, 4 units")
 
 

@@ -442,7 +442,7 @@ def test_validate_finds_what_is_wrong(tmp_path):
     path = Path(log.data_key(plan.units[0].id))
     path.unlink()
     _, problems = validate(log)
-    assert any("1 of its 2 units have no object" in problem for problem in problems)
+    assert any("1 of its 2 units are gone" in problem for problem in problems)
     assert any("in no plan" in problem for problem in problems)
     path.write_bytes(b"PAR1 damaged")
     assert any("not a unit of nightlabel" in problem for problem in validate(log)[1])
