@@ -598,7 +598,7 @@ def test_file_uris_and_relative_paths(tmp_path: Path, monkeypatch: pytest.Monkey
         assert [found.uri for found in store.list(uri)] == [str(tmp_path / "out/100% x")]
 
 
-def test_links_are_followed_once(tmp_path: Path) -> None:
+def test_links_are_followed_and_no_loop_of_them(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other/x").touch()
@@ -606,6 +606,9 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "root/loop").symlink_to(tmp_path / "root")
     store = open_store(str(tmp_path))
     assert [found.uri for found in store.list(str(tmp_path / "root"))] == [str(tmp_path / "root/linked/x")]
+    (tmp_path / "root/again").symlink_to(tmp_path / "other")  # as `find -L` has it
+    assert [Path(found.uri).parent.name for found in store.list(str(tmp_path / "root"))] == ["again", "linked"]
+    (tmp_path / "root/again").unlink()
     (tmp_path / "root/broken").symlink_to(tmp_path / "nothing")
     (tmp_path / "root/circle").symlink_to(tmp_path / "root/circle")
     os.mkfifo(tmp_path / ".pipe")  # whose reader would wait for ever
