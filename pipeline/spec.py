@@ -12,7 +12,7 @@ from pydantic import model_validator
 
 from pipeline.job.arithmetic import EngineName, Lane, Precision, check_device, check_engine, check_lane
 from pipeline.job.demand import check_cluster
-from pipeline.job.fields import Digest, Endpoint, Name, Region, Uri, Uris, Webhook, Word
+from pipeline.job.fields import Digest, Endpoint, Name, Region, TableName, Uri, Uris, Webhook, Word
 from pipeline.job.quantity import Bytes, Count, Fraction, Model, Pixels, Seconds, between, in_bytes, in_pixels, in_seconds
 from pipeline.job.resources import Cluster, Resources
 from pipeline.job.schedule import Schedule
@@ -147,9 +147,9 @@ class Publish(Model):
 
     format: Literal["delta", "iceberg"]
     """Delta: `_delta_log` in the folder of the fingerprint, needs `nightlabel[delta]`. Iceberg: needs `nightlabel[iceberg]`."""
-    catalog: str = "default"
+    catalog: Word = "default"
     """Iceberg: the catalog's name in `.pyiceberg.yaml`, or in the environment: PYICEBERG_CATALOG__DEFAULT__URI and its like."""
-    table: str = ""
+    table: TableName = ""
     """Iceberg: `namespace.table`; `{fingerprint}` in it keeps the labels of different models apart."""
 
     @model_validator(mode="after")

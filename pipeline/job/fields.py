@@ -118,6 +118,14 @@ Name = Annotated[
     *like(r"^[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?$", "1 to 50 lower case letters, digits and dashes, no dash at either end"),
 ]
 Region = Annotated[str, *like(r"^[a-z0-9-]+$", "a region such as eu-central-1: lower case letters, digits and dashes")]
+#: Or nothing, which a Delta table has.
+TableName = Annotated[
+    str,
+    *like(
+        r"^((\{fingerprint\}|[^.{}])+(\.(\{fingerprint\}|[^.{}])+)+)?$",
+        "namespace.table; {fingerprint} may be in it, and no other placeholder",
+    ),
+]
 Uri = Annotated[str, Field(min_length=1), AfterValidator(_uri)]
 #: Not by `min_length`, which would count what is left of a list when something in it is wrong.
 Uris = Annotated[tuple[Uri, ...], AfterValidator(_some), Field(json_schema_extra={"minItems": 1})]
