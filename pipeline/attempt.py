@@ -49,6 +49,7 @@ class Attempt:
     seams: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMINGS, 0.0))
     labels: Counter[str] = field(default_factory=Counter)
     filled: set[str] = field(default_factory=set)  # columns with a value in any row
+    empty: list[str] = field(default_factory=list)  # inputs in which there was nothing to label
     trouble: dict[str, UnitTrouble] = field(default_factory=dict)
     missing: tuple[UnitTrouble, ...] = ()
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -95,6 +96,7 @@ class Attempt:
         self.written += ours
         if ours:
             self.rows += footer.rows_in
+            self.empty += buffer.empty
             self.seams = {seam: self.seams[seam] + spent for seam, spent in buffer.seconds().items()}
             counts = pc.value_counts(rows.column("label").drop_null())
             self.labels.update({item["values"]: item["counts"] for item in counts.to_pylist()})
@@ -140,6 +142,7 @@ class Attempt:
             labels=dict(self.labels),
             labelled_now=self.rows,
             kept_nothing=tuple(name for name in job.input.keep if self.rows and name not in self.filled),
+            empty=tuple(sorted(self.empty)),
             written=self.written,
             started=started,
             ended=ended,

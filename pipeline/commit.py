@@ -41,6 +41,7 @@ class UnitBuffer:
         self._seen: set[int] = set()
         self.expected: int | None = None
         self.error: tuple[str, str] | None = None
+        self.empty: list[str] = []  # inputs in which there was nothing to label
 
     def add(self, table: pa.Table) -> None:
         """Takes prediction rows of the unit, the end row among them, with the columns of rows.TIMINGS."""
@@ -50,6 +51,8 @@ class UnitBuffer:
             self.expected = end["index"]
             if end["error_class"] is not None:
                 self.error = (end["error_class"], end["error"])
+            elif end["error"] is not None:
+                self.empty = end["error"].split("\n")
             table = table.filter(pc.invert(ends))
         indexes = table.column("index").to_pylist()
         if not self._seen.isdisjoint(indexes):

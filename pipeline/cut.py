@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.columns import check_columns, plain_type
 from pipeline.errors import InputError, InputMissing, JobError, NightlabelError, PermissionDenied, Temporary, Unidentified
 from pipeline.job.uris import absolute, absolute_input
-from pipeline.names import glob_prefix
+from pipeline.names import WILDCARD, glob_prefix
 from pipeline.spec import Input
-from pipeline.storage import Object, RangeFile, Store
+from pipeline.storage import Object, RangeFile, Store, side_by_side
 from pipeline.unit import Part, Unit
 
 UNIT_BYTES = 256 * 2**20  # about 2,400 photographs of 110 kB; a unit lost to a crash is a minute of one GPU at most
@@ -27,14 +29,20 @@ BUNDLE = 2_000  # loose images of a unit: at 100 ms for a first byte and 16 conn
 #: none of the six formats that `decode` reads is a failed row, UNSUPPORTED_FORMAT where the bytes are known.
 IMAGE_SUFFIXES = frozenset(
     {
-        *("jpg", "jpeg", "jpe", "jfif", "jif", "pjpeg", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff"),
+        *("jpg", "jpeg", "jpe", "jfif", "jif", "pjpeg", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "mpo"),
         *("heic", "heif", "hif", "avif", "jp2", "j2k", "jpf", "jpx", "j2c", "jxl", "psd", "svg", "ico", "icns"),
-        *("ppm", "pgm", "pbm", "pnm", "pam", "pfm", "tga", "exr", "hdr", "dds", "qoi", "xcf", "dng", "cr2", "nef"),
+        *("ppm", "pgm", "pbm", "pnm", "pam", "pfm", "tga", "exr", "hdr", "dds", "qoi", "xcf"),
+        *("dng", "cr2", "cr3", "crw", "nef", "arw", "orf", "rw2", "raf", "pef", "srw"),
     }
 )
 #: What reading a Parquet file may raise; a ValueError also where the footer names a column in bytes that are not UTF-8.
 UNREADABLE = (pa.ArrowException, OSError, ValueError)
 _BRACES = re.compile(r"\{[^{}]*(?:,|\.\.)[^{}]*\}")
+_REMEDIES = {
+    **dict.fromkeys(("gz", "tgz", "bz2", "xz", "zst"), "decompress them first: a tar is read as it is"),
+    "zip": "unpack them: tars are read, and loose images",
+    "arrow": "write them as Parquet first, as to_parquet() of datasets does",
+}
 _SUFFIX = {"webdataset": frozenset({"tar"}), "parquet": frozenset({"parquet", "pq"}), "images": IMAGE_SUFFIXES}
 
 
@@ -68,7 +76,7 @@ def list_inputs(store: Store, wanted: Input, *, some: bool = False) -> Listing:
         named = frozenset(absolute(uri).split("/"))
         try:
             for item in store.list(absolute_input(uri)):
-                kind = (_writers_folder(item.uri, named) if wanted.format == "parquet" else "") or _suffix(item.uri)
+                kind = (_writers_folder(item.uri, named) if wanted.format == "parquet" else "") or _kind(item.uri)
                 if kind in _SUFFIX[wanted.format]:
                     fitting[item.uri] = item
                 else:
@@ -90,8 +98,16 @@ def _nothing(uri: str, wanted: Input, other: Mapping[str, str]) -> InputMissing:
     need = f"names that end in .{' or .'.join(sorted(suffixes))}" if len(suffixes) < 5 else "names of images, such as .jpg"
     meant = next((name for name, others in _SUFFIX.items() if others & {*other.values()}), None)
     do = f"Set input.format: {meant}, or check input.uri" if meant else "Check input.uri and input.format"
-    do += "; a bracket in a name is written [[]" if "[" in uri else ""
+    do = "; ".join([do, *_hints(uri, other)])
     return InputMissing(f"{uri}: {there}", need=need, do=do)
+
+
+def _hints(uri: str, other: Mapping[str, str]) -> Iterator[str]:
+    if "[" in uri:
+        yield "a bracket in a name is written [[]"
+    if WILDCARD.search(uri) and not uri.endswith("/"):
+        yield "a glob names files, and folders with a / at its end"
+    yield from dict.fromkeys(_REMEDIES[kind] for kind in _by_kind(other) if kind in _REMEDIES)
 
 
 def _unexpanded(uri: str, error: InputMissing) -> InputMissing:
@@ -125,13 +141,42 @@ def _writers_folder(uri: str, named: frozenset[str]) -> str:
     return next((f"{name}/" for name in folders if name.startswith("_") and "=" not in name and name not in named), "")
 
 
+def _kind(uri: str) -> str:
+    """The suffix, or `_*` for what macOS puts beside a file on a foreign disk: `._a.jpg` is no image, `._0.tar` no tar."""
+    return "_*" if uri.rpartition("/")[2].startswith("._") else _suffix(uri)
+
+
 def _suffix(uri: str) -> str:
     return uri.rpartition("/")[2].rpartition(".")[2].lower() if "." in uri.rpartition("/")[2] else ""
 
 
+def check_inputs(store: Store, wanted: Input, inputs: Sequence[Object]) -> None:
+    """Raises JobError where none of the Parquet files has the columns that the job names: better said now than by every unit,
+    after Ray has started. As a rule the first one has them, and no other is opened."""
+    look = partial(_complaint, store, wanted)
+    complaints: list[Exception] = []
+    for some in (inputs[:1], inputs[1:]) if wanted.format == "parquet" else ():
+        for complaint in side_by_side(look, some):
+            if complaint is None:
+                return
+            complaints.append(complaint)
+    if unfit := next((error for error in complaints if isinstance(error, JobError)), None):
+        raise unfit
+
+
+def _complaint(store: Store, wanted: Input, item: Object) -> Exception | None:
+    try:
+        check_columns(pq.read_schema(RangeFile(store, item)), wanted, item.uri)
+    except Unidentified:
+        raise
+    except (NightlabelError, *UNREADABLE) as error:
+        return error
+    return None
+
+
 def cut(store: Store, wanted: Input, listing: Sequence[Object], *, tasks: int) -> list[Unit]:
     """Units of about 2,000 to 20,000 images, but not fewer than 4 × `tasks` while there are inputs enough, so that every task has
-    work to the end. Raises JobError for columns that cannot be read."""
+    work to the end."""
     pieces = 4 * tasks
     if wanted.format == "parquet":
         return _cut_parquet(store, wanted, listing, pieces=pieces)
@@ -159,28 +204,14 @@ def _cut_parquet(store: Store, wanted: Input, listing: Sequence[Object], *, piec
     small = [Part.of(item) for item in listing if item.size <= 2 * size]
     units = _join(small, most=max(1, len(listing) // pieces), size=size)
     large = [item for item in listing if item.size > 2 * size]
-    unfit: list[JobError] = []
     for item in large:
         try:
             units += _split_rows(store, wanted, item, size=size)
         except Unidentified:
             raise
-        except (InputError, PermissionDenied, Temporary, JobError, *UNREADABLE) as error:
-            # One unit, whose reading says what is wrong while the rest is labelled.
-            units.append(Unit((Part.of(item),)))
-            unfit += [error] if isinstance(error, JobError) else []
-    if unfit and len(unfit) == len(large) and not any(_fits(store, wanted, part) for part in small[:3]):
-        raise unfit[0]  # no file is as the job says: better said now than after Ray has started
+        except (InputError, PermissionDenied, Temporary, JobError, *UNREADABLE):
+            units.append(Unit((Part.of(item),)))  # whose reading says what is wrong while the rest is labelled
     return units
-
-
-def _fits(store: Store, wanted: Input, part: Part) -> bool:
-    try:
-        schema = pq.read_schema(RangeFile(store, part.object))
-        check_columns(schema, wanted, part.uri)
-    except (NightlabelError, *UNREADABLE):
-        return False
-    return True
 
 
 def _split_rows(store: Store, wanted: Input, item: Object, *, size: int) -> list[Unit]:
@@ -206,23 +237,6 @@ def group_sizes(footer: pq.FileMetaData) -> list[int]:
     return sizes
 
 
-def check_columns(schema: pa.Schema, wanted: Input, uri: str) -> None:
-    """Raises JobError when the columns that the job names are not there or not images."""
-    for name in (wanted.image_column, *((wanted.key_column,) if wanted.key_column else ()), *wanted.keep):
-        if schema.names.count(name) != 1:
-            do = "Set image_column, key_column (null numbers the rows), keep or, where images are to have labels, label"
-            what = "two columns" if name in schema.names else "no column"
-            raise JobError(f"{uri}: {what} {name}", need=f"one of {', '.join(schema.names)}", do=do)
-    kind = schema.field(wanted.image_column).type
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    if plain_type(kind) != pa.binary():
-        need = "encoded images as binary or struct<bytes: binary, path: string>"
-        raise JobError(
-            f"{uri}: column {wanted.image_column} is {kind}", need=need, do="Name another image_column, or encode the images"
-        )
-
-
 def kept_fields(store: Store, wanted: Input, inputs: Iterable[Object]) -> list[pa.Field]:
     """Name and type of the kept columns, as the first of the Parquet files that can be read has them; text in tars."""
     for item in inputs if wanted.format == "parquet" and wanted.keep else ():
@@ -232,18 +246,3 @@ def kept_fields(store: Store, wanted: Input, inputs: Iterable[Object]) -> list[p
         except (NightlabelError, *UNREADABLE, KeyError):
             continue  # it may be the broken one
     return [pa.field(name, pa.string()) for name in wanted.keep]
-
-
-def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type to keep a column in: views, dictionaries and 64-bit offsets, which Arrow cannot sort or join, as plain values."""
-    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
-        return plain_type(kind.value_type)
-    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        return pa.string()
-    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
-        return pa.binary()
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
-        return pa.list_(plain_type(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([field.with_type(plain_type(field.type)) for field in kind])
-    return kind

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cut import UNREADABLE, check_columns, group_sizes, plain_type, root_of
+from pipeline.columns import check_columns, plain_type
+from pipeline.cut import UNREADABLE, group_sizes, root_of
 from pipeline.errors import (
     InputError,
     JobError,
@@ -48,9 +49,11 @@ def read_unit(
     `only`, of the rows with these numbers, ascending; of loose images no others are fetched. An image of more than `max_bytes` is
     a TOO_LARGE row without its bytes.
 
-    Raises nothing a user could act on: such an error becomes the end row's `error_class` and `error`.
+    Raises nothing a user could act on: such an error becomes the end row's `error_class` and `error`. An `error` without a class
+    names the inputs in which there is no row, one a line.
     """
     rows, schema = 0, IMAGE
+    empty: list[str] = []
     error: NightlabelError | None = None
     try:
         if wanted.format == "images":
@@ -62,6 +65,7 @@ def read_unit(
         else:
             read = _read_tar if wanted.format == "webdataset" else _read_parquet
             for part in unit.parts:
+                before = rows
                 for table in read(store, part, wanted, max_bytes):
                     if rows and not table.num_rows:  # a file without rows has its columns of any type
                         continue
@@ -70,14 +74,13 @@ def read_unit(
                     if table.num_rows:
                         yield _numbered(table, unit.id, range(rows, rows + table.num_rows), only)
                         rows += table.num_rows
+                empty += [part.uri] if rows == before else []
     except NightlabelError as caught:
         error = caught
     except MemoryError:
         error = Temporary(f"{unit.parts[0].uri}: not enough memory to read it", do="Lower read.tasks, or take larger nodes")
-    end: Row = {"unit": unit.id, "index": rows}
-    if error is not None:
-        end |= _failed(error.error_class, error)
-    yield pa.Table.from_pylist([end], schema=schema)
+    said: Row = {"error": "\n".join(empty) or None} if error is None else _failed(error.error_class, error)
+    yield pa.Table.from_pylist([{"unit": unit.id, "index": rows} | said], schema=schema)
 
 
 def _failed(error_class: str, error: NightlabelError) -> Row:

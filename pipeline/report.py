@@ -60,6 +60,8 @@ class Receipt:
     same_label: int = 0
     kept_nothing: tuple[str, ...] = ()
     """Columns of `input.keep` that are null in all rows of this attempt."""
+    empty: tuple[str, ...] = ()
+    """Inputs of this attempt in which there was nothing to label: a tar without a member named like an image, no rows."""
     trouble: tuple[UnitTrouble, ...] = ()
     exit_code: int = ExitCode.DONE
     events: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
@@ -109,6 +111,7 @@ class Receipt:
             lines.append(
                 "empty   none of them holds an image; required: images of input.format. Check input.uri and input.format"
             )
+        lines += [f"empty   {self.unlabelled}"] if self.empty else []
         lines += [f"kept    nothing of {name}: no image had it" for name in self.kept_nothing]
         lines += [*left, f"where   {self.where}", f"run     {self.run}, {self.passes} {'pass' if self.passes == 1 else 'passes'}"]
         took = f"took    {self.seconds:.1f} s"
@@ -122,6 +125,12 @@ class Receipt:
                 "seams   " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seam_seconds.items()) + " (summed)"
             )
         return lines
+
+    @property
+    def unlabelled(self) -> str:
+        """In which inputs there was nothing to label, the first three by name; empty for none."""
+        more = f" and {len(self.empty) - 3:,} more" if len(self.empty) > 3 else ""
+        return f"nothing to label in {', '.join(self.empty[:3])}{more}" if self.empty else ""
 
     @property
     def over(self) -> str:

@@ -10,7 +10,7 @@ from functools import partial
 
 from pipeline.artifact import Artifact, load_artifact
 from pipeline.commit import Provenance, retire_unit
-from pipeline.cut import Listing, count_suffixes, cut, kept_fields, list_inputs
+from pipeline.cut import Listing, check_inputs, count_suffixes, cut, kept_fields, list_inputs
 from pipeline.engines.onnx_engine import check_int8
 from pipeline.errors import InputMissing, ModelError, PermissionDenied, StoreError, Temporary, Unidentified
 from pipeline.job.jobfile import dump_job
@@ -20,7 +20,7 @@ from pipeline.model.preprocessing import PREPROCESSING_VERSION
 from pipeline.plan import Plan, make_plan
 from pipeline.rows import OUTPUT_SCHEMA_VERSION, output_schema
 from pipeline.spec import Job, ModelSource
-from pipeline.storage import Store, join, open_input, open_store
+from pipeline.storage import Object, Store, join, open_input, open_store
 from pipeline.unit import Part, Unit
 
 CODE_VERSION = importlib.metadata.version("nightlabel")
@@ -70,7 +70,11 @@ def plan_job(
     if listing.ignored:
         tell("ignored", suffixes=dict(listing.ignored), text=count_suffixes(listing.ignored))
     tell_missing(listing, tell)
-    cutter = partial(cut, store, job.input, tasks=job.resources.read.tasks)
+
+    def cutter(inputs: list[Object]) -> list[Unit]:
+        if len(inputs) == len(listing.inputs):  # else other units are there, which these files must not hold back
+            check_inputs(store, job.input, inputs)
+        return cut(store, job.input, inputs, tasks=job.resources.read.tasks)
 
     def retire(unit: Unit) -> bool:
         return not write or split_unit(log, unit, job, artifact, why="one of its inputs was replaced or is gone")

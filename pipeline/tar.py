@@ -26,6 +26,8 @@ _BLOCK = 512
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 _EMPTY = (*_LINKS, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)  # POSIX: any other type is a file
 _UNREAD = (tarfile.GNUTYPE_SPARSE, b"M")
+#: What a file that is called a tar may be instead, by its first bytes.
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK": "zip"}
 _PADDING = 2**20  # of zeros behind the end mark: tar fills up to 10 KiB, and a hundred times that when told to
 
 
@@ -114,7 +116,8 @@ def members(stream: Stream) -> Iterator[Member]:
     while (header := _header(stream, count)) is not None:
         header.name = spelt(override.get("path") or name or header.name)
         if header.type in _UNREAD or any(key.startswith("GNU.sparse.") for key in override):
-            raise _corrupt(uri, f"{header.name} is a sparse file, or goes on in another volume")
+            what = f"{header.name} is a sparse file, or goes on in another volume"
+            raise _corrupt(uri, what, do="Pack it without --sparse, in one volume")
         size = _size(stream, header, override, count) if header.type not in _EMPTY else None
         end = stream.at + -(-(size or 0) // _BLOCK) * _BLOCK
         if header.type == tarfile.GNUTYPE_LONGNAME:
@@ -152,6 +155,9 @@ def _header(stream: Stream, count: int) -> _Header | None:
         try:
             return _parsed(block)
         except tarfile.HeaderError as error:
+            packed = next((name for start, name in _PACKED.items() if block.startswith(start)), None) if not count else None
+            if packed:
+                raise _corrupt(uri, f"packed with {packed}", do="Decompress it first") from error
             what = f"damaged header after {count} members" if count else "not a tar"
             raise _corrupt(uri, what) from error
     if block and bytes(stream.take(_BLOCK)) == bytes(_BLOCK):
@@ -188,8 +194,8 @@ def _parsed(block: bytes) -> _Header:
     return _Header(name, kind, _number(block[124:136]))
 
 
-def _corrupt(uri: str, what: str) -> ShardError:
-    return ShardError(UnitError.TAR_CORRUPT, f"{uri}: {what}", need="an uncompressed POSIX or GNU tar", do="Replace the shard")
+def _corrupt(uri: str, what: str, *, do: str = "Replace the shard") -> ShardError:
+    return ShardError(UnitError.TAR_CORRUPT, f"{uri}: {what}", need="an uncompressed POSIX or GNU tar", do=do)
 
 
 def _pax(content: bytes, uri: str) -> dict[str, str]:

@@ -657,6 +657,20 @@ def test_a_sidecar_that_no_image_has_is_told(tmp_path, model, monkeypatch):
     assert "nothing of <code>clss</code>" in receipt.page().decode()
 
 
+def test_inputs_with_nothing_to_label_are_told(tmp_path, model, monkeypatch):
+    without_ray(monkeypatch)
+    (tmp_path / "in").mkdir()
+    for name in "abcde":
+        (tmp_path / "in" / f"{name}.tar").write_bytes(tar_bytes({"1.jpg" if name == "c" else "1.tar": picture(1)}))
+    content = {"input": {"uri": str(tmp_path / "in")}, "output": {"uri": str(tmp_path / "out")}}
+    job = Job.model_validate({"name": "test", "model": {"uri": model}} | content)
+    receipt = Driver(job, observe=lambda event, fields: None, started=0.0).label()
+    named = ", ".join(f"{tmp_path}/in/{name}.tar" for name in "abd")
+    assert (receipt.exit_code, receipt.rows_in) == (0, 1)
+    assert [line for line in receipt.lines() if line.startswith("empty ")] == [f"empty   nothing to label in {named} and 1 more"]
+    assert f"nothing to label in {named} and 1 more" in receipt.page().decode()
+
+
 def test_fast_decoding_is_another_output_whose_manifest_says_what_it_did_to_the_labels(tmp_path, monkeypatch):
     without_ray(monkeypatch)
     model, photos = small_artifact(tmp_path), tmp_path / "photos"

@@ -17,7 +17,7 @@ errors extras environment names job.arithmetic job.quantity job.fields job.place
 model.preprocessing job.schedule job.uris spec
 job.recipe job.training job.complaints job.jobfile job.reference storage disk s3_errors s3_fetch s3
 model.modeling_small_stem model.huggingface model.resnet artifact model.describe
-unit footer log plan cut tar samples read orientation decode careful preprocess lanes
+unit footer log plan columns cut tar samples read orientation decode careful preprocess lanes
 engines.scores engines.feed engines.fused engines.torch_engine engines.gpu_decode
 engines.onnx_engine engines.openvino_engine engines.onnx_graph
 predict commit verify report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from shards import picture, tar_bytes, write_parquet
 
-from pipeline.cut import BUNDLE, UNIT_BYTES, count_suffixes, cut, kept_fields, list_inputs
+from pipeline.cut import BUNDLE, UNIT_BYTES, check_inputs, count_suffixes, cut, kept_fields, list_inputs
 from pipeline.disk import Disk
 from pipeline.errors import (
     InputChanged,
@@ -50,6 +51,12 @@ def rows_of(path: Path | str, **fields: object) -> tuple[list[dict], dict]:
         assert {row["unit"] for row in table} == {unit.id}
         assert end["error_class"] or end["index"] == len(table) - 1
     return images, end
+
+
+def check(path: Path, **fields: object) -> None:
+    """As a run does before it starts."""
+    wanted = Input(uri=str(path), format="parquet", **fields)
+    check_inputs(STORE, wanted, list_inputs(STORE, wanted).inputs)
 
 
 def names(data: bytes, *, chunk: int = 1 << 20, tmp: Path) -> list[tuple[str, bytes]]:
@@ -258,7 +265,8 @@ def test_an_empty_tar_has_no_rows_and_no_error(tmp_path):
     (tmp_path / "x.tar").write_bytes(tar_bytes({}))
     assert rows_of(tmp_path) == (
         [],
-        {"unit": rows_of(tmp_path)[1]["unit"], "index": 0} | dict.fromkeys(["key", "source", "bytes", "error_class", "error"]),
+        {"unit": rows_of(tmp_path)[1]["unit"], "index": 0, "error": f"{tmp_path}/x.tar"}
+        | dict.fromkeys(["key", "source", "bytes", "error_class"]),
     )
 
 
@@ -313,12 +321,12 @@ def test_parquet_columns_are_checked_before_the_run(tmp_path):
         ({"key_column": "id"}, r"no column id; .* key_column \(null numbers the rows\)"),
     ):
         with pytest.raises(JobError, match=words):
-            rows_of(tmp_path, format="parquet", **fields)
+            check(tmp_path, **fields)
     kind = pa.fixed_shape_tensor(pa.uint8(), (2,))
     tensor = pa.ExtensionArray.from_storage(kind, pa.array([[1, 2]], pa.list_(pa.uint8(), 2)))
     pq.write_table(pa.table({"image": tensor, "key": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(JobError, match="extension"):
-        rows_of(tmp_path, format="parquet")
+        check(tmp_path)
 
 
 def test_a_damaged_parquet_file_is_a_unit_error(tmp_path):
@@ -582,7 +590,9 @@ def test_everything_that_looks_like_an_image_is_a_row_links_too(tmp_path):
     for name in names[:-1]:
         (tmp_path / "loose").mkdir(exist_ok=True)
         (tmp_path / "loose" / name).write_bytes(b"x")
-    assert len(rows_of(tmp_path / "loose", format="images")[0]) == 9
+    for name in ("k.mpo", "l.cr3", "m.ARW"):
+        (tmp_path / "loose" / name).write_bytes(b"x")
+    assert len(rows_of(tmp_path / "loose", format="images")[0]) == 12
 
 
 def test_what_stands_beside_the_inputs_is_counted(tmp_path):
@@ -591,6 +601,24 @@ def test_what_stands_beside_the_inputs_is_counted(tmp_path):
     listing = list_inputs(STORE, Input(uri=str(tmp_path)))
     assert [Path(item.uri).name for item in listing.inputs] == ["a.tar"]
     assert count_suffixes(listing.ignored) == "4 objects (2 .tgz, 1 without suffix, 1 .txt)"
+
+
+def test_what_macos_puts_beside_files_is_no_input_where_dots_are_seen_too():
+    """A bucket shows names that begin with a dot."""
+
+    class Bucket(Disk):
+        def list(self, uri, *, glob=True):
+            names = ("._0.tar", "0.tar", ".1.tar", "a/._1.jpg", "a/1.jpg", "a._b/2.jpg", "a/._p.parquet", "a/p.parquet")
+            yield from (Object(f"{uri}{name}", 1, "x") for name in names)
+
+    for kind, wanted in (
+        ("webdataset", [".1.tar", "0.tar"]),
+        ("images", ["a._b/2.jpg", "a/1.jpg"]),
+        ("parquet", ["a/p.parquet"]),
+    ):
+        listing = list_inputs(Bucket(), Input(uri="s3://bucket/", format=kind))
+        assert [item.uri.removeprefix("s3://bucket/") for item in listing.inputs] == wanted
+        assert "3 ._*" in count_suffixes(listing.ignored)
 
 
 def test_what_a_writer_of_parquet_keeps_in_folders_of_its_own_is_no_input(tmp_path):
@@ -609,6 +637,40 @@ def test_what_a_writer_of_parquet_keeps_in_folders_of_its_own_is_no_input(tmp_pa
     (tmp_path / "_in" / "_photos").mkdir()
     (tmp_path / "_in" / "_photos" / "a.tar").write_bytes(TAR)
     assert len(list_inputs(STORE, Input(uri=f"{tmp_path}/_in")).inputs) == 1
+
+
+def test_what_is_no_input_is_said_with_what_to_do(tmp_path):
+    (tmp_path / "a[1]").mkdir()
+    for name in ("a.tar.gz", "b.tar.zst", "c.zip", "d.arrow", "a[1]/x.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    for uri, kind, words in (
+        ("", "webdataset", "format; decompress them first: a tar is read as it is; unpack them: tars are read, and loose"),
+        ("", "parquet", "write them as Parquet first, as to_parquet() of datasets does"),
+        ("/a[[]1]", "images", "a bracket in a name is written [[]; a glob names files, and folders with a / at its end."),
+        ("/?.t*", "images", "format; a glob names files, and folders with a / at its end; decompress"),
+        (
+            "/a*/",
+            "webdataset",
+            "1 object (1 .jpg), no webdataset; required: names that end in .tar. Check input.uri and input.format.",
+        ),
+    ):
+        with pytest.raises(InputMissing, match=re.escape(words)):
+            list_inputs(STORE, Input(uri=f"{tmp_path}{uri}", format=kind))
+    assert [item.uri for item in list_inputs(STORE, Input(uri=f"{tmp_path}/a[[]1]/", format="images")).inputs] == [
+        f"{tmp_path}/a[1]/x.jpg"
+    ]
+
+
+@pytest.mark.parametrize("codec", ["gzip", "bz2", "zstd"])
+def test_a_packed_tar_that_is_called_a_tar_is_told(tmp_path, codec):
+    whole = tar_bytes({f"{number}.jpg": picture(number) for number in range(3)})
+    with pa.CompressedOutputStream(str(tmp_path / "a.tar"), codec) as file:
+        file.write(whole)
+    end = rows_of(tmp_path)[1]
+    assert end["error_class"] == "TAR_CORRUPT"
+    assert end["error"].endswith(
+        f"a.tar: packed with {codec.replace('bz', 'bzip')}; required: an uncompressed POSIX or GNU tar. Decompress it first."
+    )
 
 
 @pytest.mark.parametrize("uri", ["shard-{000..099}.tar", "{a,b}/", "{a,b}/*.tar"])
@@ -637,6 +699,21 @@ def test_sparse_files_of_any_age_are_not_taken_for_their_condensed_bytes(tmp_pat
     rows, end = rows_of(tmp_path)
     assert not rows
     assert (end["error_class"], "sparse" in end["error"]) == ("TAR_CORRUPT", True)
+    assert end["error"].endswith("Pack it without --sparse, in one volume.")
+
+
+def test_inputs_with_nothing_to_label_are_named_in_the_end_row(tmp_path):
+    """As ImageNet's tar of tars is, or a tar of annotations beside the images."""
+    (tmp_path / "a.tar").write_bytes(tar_bytes({"n01440764.tar": TAR, "n01443537.tar": TAR}))
+    (tmp_path / "b.tar").write_bytes(tar_bytes({"x.jpg": picture(1)}))
+    (tmp_path / "c.tar").write_bytes(tar_bytes({}))
+    wanted = Input(uri=str(tmp_path))
+    unit = Unit(tuple(Part.of(item) for item in list_inputs(STORE, wanted).inputs))
+    *_, end = pa.concat_tables(read_unit(STORE, unit, wanted=wanted)).to_pylist()
+    assert (end["error_class"], end["error"]) == (None, f"{tmp_path}/a.tar\n{tmp_path}/c.tar")
+    (unit,) = (Unit((part,)) for part in unit.parts if part.uri.endswith("b.tar"))
+    *_, end = pa.concat_tables(read_unit(STORE, unit, wanted=wanted)).to_pylist()
+    assert end["error"] is None
 
 
 def test_an_empty_path_leaves_the_name_of_the_header(tmp_path):
@@ -821,7 +898,7 @@ def test_two_columns_of_one_name_are_a_sentence(tmp_path):
     table = pa.table([pa.array([b"1"]), pa.array(["a"]), pa.array([b"2"])], names=["image", "key", "image"])
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(JobError, match="two columns image"):
-        rows_of(tmp_path, format="parquet")
+        check(tmp_path)
 
 
 def test_kept_columns_are_known_from_the_first_file_that_can_be_read(tmp_path):
@@ -844,15 +921,32 @@ def test_one_large_file_without_the_columns_is_a_unit_and_all_of_them_are_an_err
     units = cut(STORE, wanted, list_inputs(STORE, wanted).inputs, tasks=10)
     whole = [unit for unit in units if unit.parts[0].stop is None]
     assert [Path(unit.parts[0].uri).name for unit in whole] == ["b.parquet"]
-    with pytest.raises(JobError, match="no column other"):
-        cut(STORE, wanted.model_copy(update={"image_column": "other"}), list_inputs(STORE, wanted).inputs, tasks=10)
-    small = pa.table({"key": ["s"], "other": [b"x"]})
-    pq.write_table(small, tmp_path / "s.parquet")
-    units = cut(STORE, wanted.model_copy(update={"image_column": "other"}), list_inputs(STORE, wanted).inputs, tasks=10)
-    assert len(units) == 4, "there is one to label"
+    other = wanted.model_copy(update={"image_column": "other"})
+    listing = list_inputs(STORE, wanted).inputs
+    check_inputs(STORE, wanted, listing)
+    assert {unit.parts[0].stop for unit in cut(STORE, other, listing, tasks=10)} == {None}
+    with pytest.raises(JobError, match=r"a\.parquet: no column other"):
+        check_inputs(STORE, other, listing)
+    pq.write_table(pa.table({"key": ["s"], "other": [b"x"]}), tmp_path / "s.parquet")
+    check_inputs(STORE, other, list_inputs(STORE, wanted).inputs)  # there is one to label
     (tmp_path / "s.parquet").write_bytes(b"PAR1 broken")
     with pytest.raises(JobError, match="no column other"):
-        cut(STORE, wanted.model_copy(update={"image_column": "other"}), list_inputs(STORE, wanted).inputs, tasks=10)
+        check_inputs(STORE, other, list_inputs(STORE, wanted).inputs)
+    check_inputs(STORE, other, list_inputs(STORE, wanted).inputs[3:])  # broken, which is no matter of columns
+
+
+def test_files_of_one_size_are_looked_at_too_and_few_of_many_columns_are_named(tmp_path):
+    """As a data set's shards are: none of them is large beside the others."""
+    for shard in range(5):
+        images = pa.array([{"bytes": b"x", "path": "x.jpg"}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+        pq.write_table(pa.table({"image": images, "label": [1]}), tmp_path / f"train-{shard:05d}-of-00005.parquet")
+    with pytest.raises(JobError, match=r"00000-of-00005\.parquet: no column key; required: one of image, label\."):
+        check(tmp_path)
+    check(tmp_path, key_column=None)
+    wide = pa.table({"key": ["a"], **{f"f{number}": [0] for number in range(1000)}, "picture": [b"1"]})
+    pq.write_table(wide, tmp_path / "train-00000-of-00005.parquet")
+    with pytest.raises(JobError, match=r"one of picture, key, f0, f1, .*, f17 and 982 more"):
+        check(tmp_path, image_column="pictures", key_column=None)
 
 
 @pytest.mark.parametrize("column", ["image", "other"])
