@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +118,47 @@ def test_replace_asks_the_holder_to_stop_and_follows_it(place):
 def test_who_does_not_stop_when_asked_is_overtaken_and_hears_of_it(place):
     with take(place) as first, take(place, "replace", pace=replace(FAST, grace=0.3)):
         until(lambda: "took over" in first._end)
+
+
+class Clock:
+    """Stands in for the module `time`: whoever sleeps is woken at once, so much later; what is to happen by then has."""
+
+    def __init__(self, *then: tuple[float, Callable[[], object]]) -> None:
+        self.now, self._then, self.time = 0.0, list(then), time.time
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        while self._then and self._then[0][0] <= self.now:
+            self._then.pop(0)[1]()
+
+
+def begin(place: Folder, term: int) -> None:
+    """Somebody on another machine takes the lease."""
+    beat = Heartbeat(f"elsewhere process {term}", "another boot", term, "token", time.time())
+    assert LeaseStore(*place).create("terms", f"{term:06d}", beat.dump())
+
+
+def test_who_has_followed_the_one_that_was_asked_to_stop_is_asked_too_and_given_as_long(tmp_path, monkeypatch):
+    place = open_store(str(tmp_path)), str(tmp_path / "leases")
+    begin(place, 1)
+    monkeypatch.setattr(lease, "time", clock := Clock((6.0, lambda: begin(place, 2))))
+    said: list[str] = []
+    with take(place, "replace", said=said, pace=LeaseTiming(grace=10.0, look=1.0)):
+        assert 16.0 < clock.now < 18.0
+    assert said[-1] == "taking over from elsewhere process 2: asked to stop 10 s ago"
+    assert sorted(path.name for path in (tmp_path / "leases/stops").iterdir()) == ["000001.json", "000002.json"]
+
+
+def test_queue_waits_for_two_holders_no_longer_than_for_one(tmp_path, monkeypatch):
+    place = open_store(str(tmp_path)), str(tmp_path / "leases")
+    begin(place, 1)
+    monkeypatch.setattr(lease, "time", clock := Clock((6.0, lambda: begin(place, 2))))
+    with pytest.raises(Temporary, match="elsewhere process 2 still runs after 10 s"):
+        take(place, "queue", wait=10.0, pace=LeaseTiming(look=1.0))
+    assert 10.0 < clock.now < 12.0
 
 
 def test_silence_is_death_by_the_watchers_clock_whatever_the_holders_says(place):
@@ -281,6 +322,57 @@ def test_who_ends_does_not_listen_any_more(tmp_path):
         free.set()
         end.result()
     assert reads == []
+
+
+def test_who_ends_says_so_after_the_beat_that_is_under_way(tmp_path):
+    """Two of one number, and the one that is lost may be the one that says that it is over."""
+    beats, free, created = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(Disk):
+        def create(self, uri: str, data: bytes) -> bool:
+            if "/beats/" not in uri:
+                return super().create(uri, data)
+            if threading.current_thread().name != "lease":
+                free.set()
+                assert created.wait(30)
+                return super().create(uri, data)
+            beats.set()
+            assert free.wait(30)
+            done = super().create(uri, data)
+            created.set()
+            return done
+
+    place = Slow(), str(tmp_path / "leases")
+    held = take(place)
+    assert beats.wait(30)
+    with ThreadPoolExecutor(1) as pool:
+        end = pool.submit(held.__exit__)
+        until(held._over.is_set)
+        free.set()
+        end.result()
+    state = LeaseStore(*place).state()
+    assert (state.beats, state.last.done) == (2, True)
+
+
+def test_who_was_asked_to_stop_does_not_forget_it(tmp_path):
+    reads: list[str] = []
+
+    class Forgetful(Disk):
+        """What it has handed out once it cannot read again."""
+
+        def read(self, uri: str, **options: Any) -> bytes:
+            data = super().read(uri, **options)
+            reads.append(uri)
+            if "/stops/" in uri and reads.count(uri) > 1:
+                raise Temporary(f"{uri}: slow down")
+            return data
+
+    place = Forgetful(), str(tmp_path / "leases")
+    with take(place) as held:
+        LeaseStore(*place).create("stops", "000001", Heartbeat("elsewhere process 1", "", 1, "token", time.time()).dump())
+        until(lambda: len(reads) > 2)
+        with pytest.raises(UnitsLeft, match="asked this run to stop"):
+            held.check()
 
 
 HOLD = """
