@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import Fault, FaultProxy, fault_proxy
 from kube_server import ApiServer
 from kubernetes.client.exceptions import ApiException
 from test_render import DIGEST, GOLDEN, HEAD_ONLY, job_of
@@ -276,6 +278,88 @@ def test_an_api_server_that_stays_away_ends_the_following_and_not_the_run(cluste
         followed(api, run, cluster.away)
     cluster.back()
     assert ("rayjobs", NAME) in cluster.objects()
+
+
+WATCH = "/rayjobs?"
+
+
+def page(code: int, body: str, kind: str = "text/plain", *headers: str) -> Fault:
+    """What stands before an API server answers to a look at the run, in place of it."""
+    lines = [f"HTTP/1.1 {code} x", "Connection: close", f"Content-Type: {kind}", f"Content-Length: {len(body)}", *headers]
+    return Fault("raw", "GET", f"/rayjobs/{NAME}", answer="\r\n".join([*lines, "", body]).encode())
+
+
+def status(code: int, message: str) -> Fault:
+    return page(code, json.dumps({"kind": "Status", "code": code, "message": message}), "application/json")
+
+
+def end_watches(proxy: FaultProxy) -> None:
+    """At once, all of them, so that the run is looked at again and again."""
+    nothing = b"HTTP/1.1 200 x\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+    proxy.script(*[Fault("raw", "GET", WATCH, answer=nothing)] * 99)
+
+
+@pytest.fixture
+def behind(cluster: ApiServer, api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Api, FaultProxy]]:
+    """(an API server behind a proxy, the proxy); the run is made already."""
+    start(api, things())
+    with fault_proxy(cluster.port) as proxy:
+        far = tmp_path / "far"
+        far.write_text(Path(cluster.kubeconfig(far)).read_text().replace(f"http://127.0.0.1:{cluster.port}", proxy.endpoint))
+        monkeypatch.setenv("KUBECONFIG", str(far))
+        end_watches(proxy)
+        yield Api(patience=20.0, pause=0.02), proxy
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        status(404, "the server could not find the requested resource"),  # one that does not know all kinds yet
+        page(404, "404 page not found\n"),
+        page(200, "<html>log in</html>\n", "text/html"),
+        page(429, "Too many requests", "text/plain", "Retry-After: 1"),
+        page(502, "<html>bad gateway</html>\n", "text/html"),
+        status(409, "try again"),
+        Fault("reset", "GET", f"/rayjobs/{NAME}"),
+        Fault("reset", "GET", WATCH),
+        Fault("status", "GET", WATCH, status=500),
+        Fault("raw", "GET", WATCH, answer=b'HTTP/1.1 200 x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"typ'),
+    ],
+    ids=["404", "no-page", "login", "429", "502", "409", "reset", "watch-reset", "watch-500", "watch-cut"],
+)
+def test_what_passes_does_not_end_the_following(cluster: ApiServer, behind: tuple[Api, FaultProxy], trouble: Fault):
+    api, proxy = behind
+
+    def begin() -> None:
+        proxy.forget()
+        proxy.script(trouble)
+        end_watches(proxy)
+        cluster.status(NAME, "Complete", jobStatus="SUCCEEDED")
+
+    assert [progress.state for progress in followed(api, things()[-1], begin)][-1] == "Complete"
+    assert trouble not in proxy.pending
+
+
+@pytest.mark.parametrize(("code", "told"), [(401, "Unauthorized"), (403, "rayjobs is forbidden")])
+def test_who_may_not_look_any_more_hears_that_the_run_goes_on(behind: tuple[Api, FaultProxy], code: int, told: str):
+    api, proxy = behind
+    said = rf"{told}\. Log in, or ask for a role that may\. The run goes on without us; the same command follows it again\.$"
+    with pytest.raises(PermissionDenied, match=said):
+        followed(api, things()[-1], lambda: proxy.script(status(code, told)))
+
+
+def test_another_run_under_the_same_name_is_not_followed(cluster: ApiServer, behind: tuple[Api, FaultProxy]):
+    """Somebody has deleted ours and made another while the API server was not to be heard."""
+    api, _ = behind
+    standing = cluster.server.objects["ray.io/v1/rayjobs", "labelling", NAME]
+    standing.patch({"metadata": {"uid": "1"}})
+    with pytest.raises(UnitsLeft, match="was deleted"):
+        followed(
+            api,
+            things()[-1],
+            lambda: cluster.status(NAME, "Running"),
+            lambda: (standing.patch({"metadata": {"uid": "2"}}), cluster.status(NAME, "Complete", jobStatus="SUCCEEDED")),
+        )
 
 
 def test_a_run_that_somebody_deletes_ends_the_following(cluster: ApiServer, api: Api):

@@ -27,6 +27,7 @@ _PAUSE_S = 1.0
 _TRIES = 5
 _WATCH_S = 300
 _TIMEOUT_S = (5, 60)  # to connect, to answer
+_GOES_ON = "The run goes on without us; the same command follows it again"
 _NOUNS = {"ConfigMap": "config_map", "ServiceAccount": "service_account"}
 _PLURALS = {kind: f"{kind.lower()}s" for kind in ("RayJob", "RayCronJob", "CronJob", "Role", "RoleBinding")}
 
@@ -103,24 +104,27 @@ class Api:
         raise Temporary(f"{title(thing)} does not go, for {self._patience:g} s", do="Look at the operator's log")
 
     def follow(self, thing: RayJob) -> Iterator[Progress]:
-        """How it stands, whenever that changes, to its end. Raises UnitsLeft when somebody deletes it, Temporary when the API
-        server does not answer for as long as our patience."""
-        heard, last = time.monotonic(), None
+        """How it stands, whenever that changes, to its end. Raises UnitsLeft when somebody deletes it, PermissionDenied when we
+        may not look any more, Temporary when the API server does not answer for as long as our patience."""
+        heard, last, uid = time.monotonic(), None, None
         while last is None or not last.ended:
             try:
                 for standing in self._standings(thing):
                     heard, now = time.monotonic(), progress_of(standing)
+                    if uid != (uid := standing["metadata"].get("uid")) and last:
+                        raise _Absent("another one stands in its place")
                     if now != last:
                         last = now
                         yield now
                     if now.ended:
                         return
-            except _Absent:
-                raise UnitsLeft(f"{title(thing)} was deleted", do="Apply again to go on from there") from None
+            except PermissionDenied as error:
+                raise PermissionDenied(error.got, do=f"{error.do}. {_GOES_ON}") from None
             except Temporary as error:
+                if isinstance(error, _Absent) and not isinstance(error, _Nothing):
+                    raise UnitsLeft(f"{title(thing)} was deleted", do="Apply again to go on from there") from None
                 if time.monotonic() - heard > self._patience:
-                    do = "The run goes on without us; the same command follows it again"
-                    raise Temporary(f"{error.got}, for {self._patience:g} s", do=do) from None
+                    raise Temporary(f"{error.got}, for {self._patience:g} s", do=_GOES_ON) from None
             time.sleep(self._pause)
 
     def _standings(self, thing: RayJob) -> Iterator[dict[str, Any]]:
@@ -164,6 +168,8 @@ class Api:
             name, body = rest[:1] if verb != "create" else (), rest[1:] if verb != "create" else rest
             answer = call(*name, thing["metadata"]["namespace"], *body, _request_timeout=_TIMEOUT_S)
         found: dict[str, Any] = self._core.api_client.sanitize_for_serialization(answer)
+        if verb == "get" and not isinstance(found, dict):  # a page to log in, of what stands before the API server
+            raise Temporary(f"of {title(thing)} the server tells nothing", need="an API server of Kubernetes", do="Try again")
         return found
 
 
@@ -178,6 +184,10 @@ def _configure() -> None:
 
 class _Absent(Temporary):
     """404; temporary where somebody else was faster."""
+
+
+class _Nothing(_Absent):
+    """404 for all that is of this kind, or from something before the API server; one that has just come up says so too."""
 
 
 class _Exists(Temporary):
@@ -199,12 +209,14 @@ def _reason(doing: str, error: ApiException) -> NightlabelError:
     try:
         told = str(json.loads(error.body or "")["message"])
     except (ValueError, KeyError, TypeError):
-        told = str(error.reason)
+        told = ""
+    absent = _Absent if told and "find the requested resource" not in told else _Nothing
+    told = told or str(error.reason)
     got = f"cannot {doing}: {told.rstrip('.')}"
     if error.status in (401, 403):
         return PermissionDenied(got, do="Log in, or ask for a role that may")
     if error.status in (404, 409):
-        return (_Absent if error.status == 404 else _Exists)(got, do="Try again")
+        return (absent if error.status == 404 else _Exists)(got, do="Try again")
     if error.status in (400, 422):
         return JobError(got, do="Change the job; KubeRay 1.7 or later knows every field that is set")
     return Temporary(got, do="Try again")
