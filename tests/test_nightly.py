@@ -92,6 +92,32 @@ def test_today_is_today_where_the_schedule_is(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("name", "zone", "days"),
+    [
+        ("nightly-29927400", "UTC", ("2026-11-24", "2026-11-25")),  # of 22:00, by a CronJob
+        ("nightly-29927400-x7k2p", "UTC", ("2026-11-24", "2026-11-25")),  # by a RayCronJob
+        ("nightly-29927400", "Asia/Tokyo", ("2026-11-25", "2026-11-26")),
+        ("nightly-29918760", "UTC", ("2026-11-18", "2026-11-19")),  # was missed, and is made up for
+        ("nightly-20261101", "UTC", ("2026-11-26", "2026-11-27")),  # kubectl create job nightly-20261101 --from=cronjob/nightly
+        ("by-hand", "UTC", ("2026-11-26", "2026-11-27")),
+        ("", "UTC", ("2026-11-26", "2026-11-27")),
+    ],
+)
+def test_in_a_pod_of_a_schedule_today_is_the_day_of_its_tick(name, zone, days, monkeypatch):
+    """Its nodes came, or its second attempt began, 27 hours later."""
+    from pipeline.job import schedule
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2026, 11, 27, 1, tzinfo=UTC).astimezone(tz)
+
+    monkeypatch.setattr(schedule, "datetime", Clock)
+    monkeypatch.setenv(schedule.TICK, name)
+    assert days_of("yesterday..today", zone) == days
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "",

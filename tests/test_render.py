@@ -23,6 +23,7 @@ from kubeschema import check, check_kuberay, templates, unrestricted
 
 from pipeline.errors import JobError
 from pipeline.job.jobfile import load_label_template, parse_job
+from pipeline.job.schedule import TICK
 from pipeline.kube.pods import object_name
 from pipeline.kube.render import RenderOptions, render, to_yaml
 from pipeline.spec import Job
@@ -187,6 +188,25 @@ def test_one_run_is_for_one_day_whenever_its_attempts_begin():
     for text, days in ((HEAD_ONLY, {str(today)}), (HEAD_ONLY.replace("queue}", "queue, catch_up: 3d}"), {"today"})):
         (job,) = [thing for thing in rendered(text, RenderOptions("rayjob", "today", DIGEST)) if thing["kind"] == "RayJob"]
         assert job["spec"]["entrypoint"].split()[4] in days
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("cronjob", "job-name"), ("cronjob-head-only", "job-name"), ("raycronjob", "ray.io/cluster")]
+)
+def test_the_driver_of_a_scheduled_run_knows_its_tick(name: str, label: str):
+    """By the label of a Job or a cluster, which is called after the minute. Workers ask for no day."""
+    told = []
+    for template in (template for thing in rendered(*GOLDEN[name]) for template in templates(thing)):
+        env = template["spec"]["containers"][0]["env"]
+        told += [variable["valueFrom"] for variable in env if variable["name"] == TICK]
+    assert told == [{"fieldRef": {"fieldPath": f"metadata.labels['{label}']"}}]
+
+
+def test_the_run_of_a_tick_hands_it_on():
+    job = with_kind(rendered(NIGHTLY, RenderOptions("rayjob", "today", tick="n-29927400")), "RayJob")
+    head, *others = (template["spec"]["containers"][0]["env"] for template in templates(job["spec"]["rayClusterSpec"]))
+    assert {"name": TICK, "value": "n-29927400"} in head
+    assert all(variable["name"] != TICK for env in others for variable in env)
 
 
 SETTINGS = {

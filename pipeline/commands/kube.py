@@ -53,11 +53,11 @@ def apply(
 ) -> None:
     """Make the job's Kubernetes objects, follow the run and end with its exit code. Ctrl-C leaves it running."""
     from pipeline.extras import check_installed
+    from pipeline.job.schedule import TICK
 
     check_installed("apply")
     from pipeline.kube.apiserver import Api
     from pipeline.kube.apply import apply as make
-    from pipeline.kube.cronjob import TICK
     from pipeline.kube.render import RenderOptions
 
     loaded = _load(job, date)

@@ -1,11 +1,13 @@
 """Which day a run is for, and what a night does when the last one still runs.
 
 A day is asked for as `--date 2026-11-01`, `today`, `yesterday`, or `A..B` with both ends; today is today in `schedule.timezone`,
-so a run at two in the morning labels the same day wherever its machine stands.
+so a run at two in the morning labels the same day wherever its machine stands. In a pod that a schedule made, today is the day of
+its tick, so nodes that come late and an attempt after midnight are for the same day too.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from itertools import islice, pairwise, takewhile
@@ -21,6 +23,9 @@ IfRunning = Literal["skip", "queue", "replace"]
 Policy = Literal[IfRunning, "share"]  # of a run, which may do without a lease
 WAIT_S = 6 * 3600.0
 _TICKS, _YEARS = 8_000, 9  # looked at: five days of minutes and a weekend, or two 29ths of February
+TICK = "NIGHTLABEL_TICK"  # the name of what a schedule has made, in its pods
+#: A CronJob's Job is called after the minute since 1970, a RayCronJob's RayJob too, and its cluster after that one.
+_MINUTE = re.compile(r"-([0-9]{8})(-[a-z0-9]{5})?\Z")
 FORMS = "YYYY-MM-DD, today, yesterday, or two of them with .. between"
 
 
@@ -42,7 +47,7 @@ class Schedule(Model):
     cron: Cron
     """Five cron fields, for `render` and `apply` with a target that is scheduled; `run` and `submit` begin at once."""
     timezone: Annotated[str, AfterValidator(_timezone)] = "UTC"
-    """Time zone of `cron`, and of `--date today`."""
+    """Time zone of `cron`, and of `--date today`, which on Kubernetes is the day of the tick."""
     if_running: IfRunning = "skip"
     """When another run of the job is still going. skip: end with a sentence and exit code 0. queue: wait for it. replace: ask it
     to stop, and go on from where it was."""
@@ -70,13 +75,21 @@ def days_of(text: str, timezone: str = "UTC", *, now: datetime | None = None) ->
 
 def _day(word: str, text: str, timezone: str, now: datetime | None) -> date:
     if word in ("today", "yesterday"):
-        return (now or datetime.now(_zone(timezone))).date() - timedelta(word == "yesterday")
+        return (now or _begun(_zone(timezone))).date() - timedelta(word == "yesterday")
     try:
         if not re.fullmatch(r"\d{4}-\d\d-\d\d", word):  # fromisoformat takes weeks too
             raise ValueError
         return date.fromisoformat(word)
     except ValueError:
         raise ValueError(f"--date is {text!r}; required: {FORMS}. Give a day such as 2026-11-01") from None
+
+
+def _begun(zone: tzinfo) -> datetime:
+    """When the schedule had this run begin, however late it came to; now, where none did. A name that somebody else has given may
+    end with eight digits too: it is years away."""
+    now, minute = datetime.now(zone), _MINUTE.search(os.environ.get(TICK, ""))
+    tick = datetime.fromtimestamp(60 * int(minute[1]), zone) if minute else now
+    return tick if abs(now - tick) < timedelta(366) else now
 
 
 def looks_back(text: str, schedule: Schedule | None) -> bool:

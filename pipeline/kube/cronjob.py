@@ -12,12 +12,11 @@ from pipeline.errors import ExitCode
 from pipeline.job.resources import Cluster
 from pipeline.job.schedule import Schedule
 from pipeline.kube.kuberay import attempt_seconds
-from pipeline.kube.pods import Site, Size, container, pod, ray_pod
+from pipeline.kube.pods import Site, Size, container, pod, ray_pod, tell_tick
 from pipeline.kube.types import Meta, PodMeta, PodTemplate, ServiceAccount
 from pipeline.spec import Job
 
-TICK = "NIGHTLABEL_TICK"
-_JOB_NAME = "metadata.labels['job-name']"
+_JOB_NAME = "job-name"  # the label
 _APPLIER = Size(cpus=0.25, memory=512 * 2**20)
 Concurrency = Literal["Forbid", "Allow", "Replace"]
 _CONCURRENCY: dict[str, Concurrency] = {"skip": "Forbid", "queue": "Allow", "replace": "Replace"}
@@ -120,6 +119,7 @@ def local_cron_job(job: Job, cluster: Cluster, site: Site, *, command: list[str]
     template = ray_pod(site, size, command=command, job_file=True, spot=True)
     # Ray listens on the pod's address: a token, which it makes up itself, keeps the neighbours out.
     template["spec"]["containers"][0]["env"].append({"name": "RAY_AUTH_MODE", "value": "token"})
+    tell_tick(template, _JOB_NAME)
     return [_cron_job(site, template, schedule, hopeless=_HOPELESS, seconds=attempt_seconds(job, days, schedule))]
 
 
@@ -131,8 +131,8 @@ def apply_cron_job(
     template = pod(site, container("apply", site, _APPLIER, command=command), job_file=True)
     template["spec"]["serviceAccountName"] = name
     template["spec"]["automountServiceAccountToken"] = True
-    # The Job's name, which is the tick's: a pod that begins again follows the run of the one before it, and of no other night.
-    template["spec"]["containers"][0]["env"].append({"name": TICK, "valueFrom": {"fieldRef": {"fieldPath": _JOB_NAME}}})
+    # A pod that begins again follows the run of the one before it, and of no other night.
+    tell_tick(template, _JOB_NAME)
     return [
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": site.meta(name), "automountServiceAccountToken": False},
         {

@@ -12,7 +12,7 @@ from typing import Literal, NotRequired, TypedDict
 
 from pipeline.job.resources import Cluster, Workers
 from pipeline.job.schedule import Schedule
-from pipeline.kube.pods import Site, Size, container, on_gpus, pod, ray_pod
+from pipeline.kube.pods import Site, Size, container, on_gpus, pod, ray_pod, tell_tick
 from pipeline.kube.types import Meta, PodTemplate, Strings
 from pipeline.spec import Job
 
@@ -96,11 +96,13 @@ def ray_job(job: Job, cluster: Cluster, site: Site, *, entrypoint: str, days: in
 def ray_cron_job(job: Job, cluster: Cluster, site: Site, *, entrypoint: str, schedule: Schedule, days: int) -> RayCronJob:
     """The same by schedule. KubeRay starts a RayJob at every tick: what to do when the last one still runs, the driver's lease
     decides."""
+    every = _spec(job, cluster, site, entrypoint, attempt_seconds(job, days, schedule))
+    tell_tick(every["rayClusterSpec"]["headGroupSpec"]["template"], "ray.io/cluster")
     spec: RayCronJobSpec = {
         "schedule": schedule.cron,
         "timeZone": schedule.timezone,
         "suspend": site.settings.suspend,
-        "jobTemplate": _spec(job, cluster, site, entrypoint, attempt_seconds(job, days, schedule)),
+        "jobTemplate": every,
     }
     return {"apiVersion": "ray.io/v1", "kind": "RayCronJob", "metadata": site.meta(), "spec": spec}
 

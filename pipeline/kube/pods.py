@@ -13,10 +13,12 @@ from typing import Literal
 from pipeline.environment import RAYLET_ENVIRONMENT
 from pipeline.job.placement import Kubernetes
 from pipeline.job.quantity import text
+from pipeline.job.schedule import TICK
 from pipeline.kube.types import (
     Container,
     Demand,
     EmptyDir,
+    EnvSource,
     Expression,
     Meta,
     NodeTerms,
@@ -156,6 +158,12 @@ def on_gpus(template: PodTemplate, site: Site, gpu_type: str | None) -> None:
     spec.setdefault("tolerations", []).append({"key": "nvidia.com/gpu", "operator": "Exists"})
     if gpu_type:
         spec["nodeSelector"] = {**spec.get("nodeSelector", {}), site.settings.gpu_label: gpu_type}
+
+
+def tell_tick(template: PodTemplate, label: str) -> None:
+    """The pod knows by its label which tick of the schedule it is of."""
+    source: EnvSource = {"fieldRef": {"fieldPath": f"metadata.labels['{label}']"}}
+    template["spec"]["containers"][0]["env"].append({"name": TICK, "valueFrom": source})
 
 
 def _demand(size: Size) -> Demand:

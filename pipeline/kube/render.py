@@ -12,7 +12,7 @@ import yaml
 from pipeline.errors import JobError
 from pipeline.job.jobfile import asked_days
 from pipeline.job.resources import Cluster
-from pipeline.job.schedule import Schedule, looked_back, looks_back, settled
+from pipeline.job.schedule import TICK, Schedule, looked_back, looks_back, settled
 from pipeline.kube.cronjob import CronJob, Role, RoleBinding, apply_cron_job, local_cron_job
 from pipeline.kube.kuberay import RayCronJob, RayJob, ray_cron_job, ray_job
 from pipeline.kube.pods import JOB_FILE, Site, Target, object_name
@@ -55,6 +55,8 @@ def _runs(job: Job, text: str, site: Site, options: RenderOptions) -> list[KubeO
         made["metadata"]["annotations"] = {"nightlabel/asked": hashlib.sha256(wanted).hexdigest()[:16]}
         if options.tick:
             made["metadata"]["annotations"]["nightlabel/tick"] = options.tick
+            (head,) = made["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+            head["env"].append({"name": TICK, "value": options.tick})  # for an attempt that begins after midnight, and looks back
         return [made]
     schedule = _schedule(job, options)
     if options.target == "raycronjob":
