@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from io import BytesIO
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import duckdb
@@ -29,7 +32,7 @@ from test_run import job, label, problems
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.errors import Conflict, JobError, NightlabelError, StoreError
+from pipeline.errors import Conflict, JobError, NightlabelError, StoreError, Temporary
 from pipeline.job.jobfile import parse_job
 from pipeline.log import Log
 from pipeline.nights import generation
@@ -227,6 +230,7 @@ def test_a_transaction_says_of_which_run_it_is(make, kind):
         table = DeltaTable(labels.log.root, storage_options=options)
         assert table.transaction_version("nightlabel") == 7
         assert pa.table(table.get_add_actions()).column("num_records").to_pylist() == [1]
+        assert table.metadata().name == labels.job.name
     else:
         from pyiceberg.catalog import load_catalog
 
@@ -246,6 +250,17 @@ def test_columns_that_differ_are_refused_and_the_table_stays(make, kind):
         labels.publish()
     assert "columns" in str(caught.value)
     assert counts(labels) == [("cat", 1, 1)]
+
+
+@pytest.mark.parametrize("kind", ["delta", "iceberg"])
+def test_columns_of_every_file_are_held_against_the_table(on_disk, iceberg, kind):
+    labels = on_disk(kind, iceberg)
+    for name, column in (("d", pa.array(["1"])), ("a", pa.array([2.5]))):
+        labels.put(name, parquet([name], cls=column))
+    first, second = (path.name for path in sorted(Path(labels.log.root, "data").iterdir()))
+    assert first < second == f"{hashlib.sha256(b'a').hexdigest()[:32]}.parquet", "the one that fits comes first"
+    with pytest.raises(StoreError, match="columns"):
+        labels.publish()
 
 
 @pytest.mark.parametrize("kind", ["delta", "iceberg"])
@@ -289,6 +304,8 @@ def test_a_vacuum_takes_nothing_of_an_output(on_disk, state):
     labels.put("a tombstone", parquet([]))
     labels.log.append([], after=[])
     labels.publish()
+    aged(Path(labels.log.root))
+    assert DeltaTable(labels.log.root).vacuum(full=True, dry_run=True) == []
     labels.put("a", parquet(["1"]), generation=1)
     labels.publish()
     labels.put("b", parquet(["2"]))
@@ -329,6 +346,33 @@ def test_a_delta_table_may_have_columns_and_comments_of_somebody_elses(on_disk):
     schema = DeltaTable(labels.log.root).schema()
     assert {field.name: field.metadata for field in schema.fields if field.metadata} == {"label": {"comment": "what it shows"}}
     assert read(labels).column("reviewed_by").null_count == 1
+
+
+def test_whoever_follows_a_delta_table_sees_what_is_new_and_what_it_replaces(on_disk):
+    """Spark's streams pass over what says that it changes no data."""
+    labels = on_disk("delta", "")
+    labels.put("a", parquet(["1"], label=None))
+    labels.publish()
+    labels.put("a", parquet(["1"]), generation=1)
+    labels.publish()
+    said = [json.loads(line) for line in Path(labels.log.root, f"_delta_log/{2:020d}.json").read_text().splitlines()]
+    assert sorted((name, action[name]["dataChange"]) for action in said for name in ("add", "remove") if name in action) == [
+        ("add", True),
+        ("remove", True),
+    ]
+
+
+@pytest.mark.parametrize("region", [None, "eu-west-1"])
+def test_a_table_on_s3_is_asked_for_as_the_images_are(region, monkeypatch):
+    from pipeline.spec import S3
+    from pipeline.tables import delta
+    from pipeline.tables import iceberg as iceberg_table
+
+    monkeypatch.setenv("AWS_REGION", "eu-north-1")
+    wanted = S3(region=region, requester_pays=True)
+    options = delta._options(wanted)
+    assert (options["AWS_REGION"], options["AWS_REQUEST_PAYER"]) == (region or "eu-north-1", "true")
+    assert iceberg_table._options(wanted)["s3.region"] == (region or "eu-north-1")
 
 
 def made_otherwise(labels: Labels, how: str) -> None:
@@ -444,6 +488,64 @@ def test_a_publisher_that_was_overtaken_looks_again(on_disk, monkeypatch, kind, 
     assert sorted(counts(labels), key=str) == sorted([("cat" if retried else None, 2, 2), *others], key=str)
 
 
+def test_days_that_share_an_iceberg_table_touch_only_their_own_files(tmp_path, iceberg, monkeypatch):
+    wanted = {"format": "iceberg", "catalog": "night", "table": iceberg}
+    days = [tmp_path / name / FINGERPRINT for name in ("date=2026-11-01", "date=2026-11-02")]
+    first, second = (Labels(job("in", "model", day, publish=wanted), str(day)) for day in days)
+    for labels in (first, second):
+        labels.put("a", parquet([labels.log.root]))
+        labels.put("b", parquet([labels.log.root + " b"], label=None))
+    between, make_table = [lambda: second.publish()], publishing._table
+    monkeypatch.setattr(publishing, "_table", lambda *known: Slow(make_table(*known), between))
+    assert first.publish().added == 2
+    assert counts(first) == [("cat", 2, 2), (None, 2, 2)]
+    second.put("b", parquet([second.log.root + " b"]), generation=1)
+    between.append(lambda: first.publish())
+    done = second.publish()
+    assert (done.added, done.removed) == (1, 1)
+    assert counts(first) == [("cat", 3, 3), (None, 1, 1)]
+
+
+#: Calls of the formats' libraries after which something stands in the table or its catalog that did not before.
+STEPS = (
+    ("delta", "absent", "deltalake.DeltaTable.create"),
+    ("delta", "made", "deltalake.table.TableAlterer.set_table_properties"),
+    ("delta", "absent", "deltalake.DeltaTable.create_write_transaction"),
+    ("iceberg", "absent", "pyiceberg.catalog.sql.SqlCatalog.create_namespace"),
+    ("iceberg", "absent", "pyiceberg.catalog.sql.SqlCatalog.create_table"),
+    ("iceberg", "absent", "pyiceberg.catalog.sql.SqlCatalog.commit_table"),
+)
+
+
+@pytest.mark.parametrize("broken_step", STEPS, ids=[step.rpartition(".")[2] for _, _, step in STEPS])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_publish_that_broke_off_is_made_up_for(on_disk, monkeypatch, broken_step, when):
+    kind, state, step = broken_step
+    labels = on_disk(kind, f"not_there_{uuid.uuid4().hex[:8]}.t")
+    begun(labels, state)
+    call, broken = resolve_name(step), list[str]()
+
+    def break_off(*known: Any, **named: Any) -> Any:
+        if when == "after":
+            call(*known, **named)
+        broken.append(when)
+        raise OSError("the machine is away")
+
+    def publish_twice() -> list[tuple[Any, ...]]:
+        with monkeypatch.context() as patch, contextlib.suppress(Temporary):
+            patch.setattr(step, break_off)
+            labels.publish()
+        labels.publish()
+        return sorted(counts(labels), key=str)
+
+    labels.put("a", parquet(["1", "2"]))
+    labels.put("b", parquet(["3"], label=None))
+    assert (publish_twice(), bool(broken)) == ([("cat", 2, 2), (None, 1, 1)], True)
+    labels.put("b", parquet(["3"]), generation=1)
+    labels.put("c", parquet(["4"]))
+    assert publish_twice() == [("cat", 4, 4)]
+
+
 def test_a_commit_whose_answer_was_lost_stays_whole(on_disk, iceberg, monkeypatch):
     from pyiceberg.catalog.sql import SqlCatalog
     from pyiceberg.exceptions import CommitFailedException
@@ -544,6 +646,7 @@ KEPT = {
     "list": pa.array([[1.5]]),
     "struct": pa.array([{"a": 1}]),
     "struct of uint64": pa.array([{"a": 2**64 - 1}], pa.struct([("a", pa.uint64())])),
+    "struct that ends with uint64": pa.array([{"a": 1, "b": 2**64 - 1}], pa.struct([("a", pa.int8()), ("b", pa.uint64())])),
     "struct of a duration": pa.array([{"a": 1}], pa.struct([("a", pa.duration("s"))])),
 }
 
