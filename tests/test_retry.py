@@ -401,6 +401,32 @@ def test_a_retry_that_was_killed_before_its_plan_keeps_nobody_from_another(two_c
     assert problems(two_classes) == []
 
 
+def test_a_retry_that_dies_after_everything_it_writes_ends_with_every_image_once(two_classes, tmp_path, monkeypatch):
+    path = write(tmp_path, two_classes.model_copy(update={"publish": Publish(format="delta")}))
+    assert invoke("run", path)[0] == 0, "labels nothing, and makes the table"
+    create, written = Disk.create, list[str]()
+
+    def killed(store: Disk, uri: str, data: bytes) -> bool:
+        if create(store, uri, data):
+            written.append(uri.rpartition("/")[2])
+            raise KeyboardInterrupt
+        return False
+
+    attempts = 0
+    with monkeypatch.context() as quick:
+        quick.setattr(Disk, "create", killed)
+        while CliRunner().invoke(app, ["retry-failed", str(path), "--class", "FETCH_FAILED"]).exit_code:
+            attempts += 1
+            assert attempts == len(written) < 10
+    assert written[:2] == ["retry.json", "plan.parquet"]
+    assert (len(written), written[-1]) == (5, "manifest.json")
+    table = DeltaTable(output_of(two_classes).root).to_pyarrow_table()
+    rows = zip(*(table.column(name).to_pylist() for name in ("key", "status", "error_class")), strict=True)
+    assert {key: (status, failure) for key, status, failure in rows} == latest(two_classes)
+    assert (table.num_rows, [status for status, _ in latest(two_classes).values()].count("ok")) == (8, 7)
+    assert problems(two_classes) == []
+
+
 def test_a_job_that_lists_less_goes_on_with_the_whole_retry(two_classes, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         Retry(two_classes, ("FETCH_FAILED",), observe=stop, started=0.0).retry()
