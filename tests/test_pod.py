@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from kube_server import ApiServer
+from kuberay import KubeRay
 from kubeschema import templates
 from programs import wait_for
-from raylets import free_port
 from sandbox import Pod, Sandbox, without_namespaces
 from seaweed import Seaweed
 from shards import write_tars
@@ -42,7 +38,6 @@ cluster:
 schedule: {{cron: "0 2 * * *"}}
 """
 WORKERS = "\n  workers: {count: 1, cpus: 2, memory: 4GiB}"
-TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 32}  # which KubeRay adds from a secret of its own
 PROBE = """
 import json, os
 def tried(do):
@@ -75,13 +70,14 @@ def stored(s3: Seaweed, model: str) -> str:
 class Cluster:
     """A bucket with photographs, a job for them, and what a node needs to run its pods."""
 
-    def __init__(self, s3: Seaweed, model: str, folder: Path, *, workers: str = "") -> None:
+    def __init__(self, s3: Seaweed, model: str, folder: Path, *, workers: str = "", endpoint: str = "") -> None:
         self.s3, self.bucket = s3, s3.bucket()
         self.keys = write_tars(folder / "in", shards=3, images=4)
         for path in (folder / "in").iterdir():
             s3.put(f"s3://{self.bucket}/photos/{path.name}", path.read_bytes())
         self.job = JOB.format(bucket=self.bucket, model=model, workers=workers)
-        self.box = Sandbox(folder, secrets={"s3-keys": s3.env}, files={"small": {"job.yaml": self.job}})
+        keys = s3.env | ({"AWS_ENDPOINT_URL": endpoint} if endpoint else {})
+        self.box = Sandbox(folder, secrets={"s3-keys": keys}, files={"small": {"job.yaml": self.job}})
 
     def pod(self) -> Pod:
         """Of a night that is one pod."""
@@ -137,49 +133,18 @@ def test_a_pod_without_its_volume_does_not_run(s3, stored, tmp_path):
     assert (code, "Read-only file system: '/tmp" in said) == (2, True), said
 
 
-@contextmanager
-def kuberay(cluster: Cluster, spec: dict[str, Any]) -> Iterator[str]:
-    """The head and a worker of a RayJob with the commands that KubeRay gives them, each in its pod; the address for jobs. The
-    network is that of this machine: the nodes have loopback addresses, and the ports are free ones."""
-    gcs, dashboard = f"127.0.0.2:{free_port()}", f"127.0.0.1:{free_port()}"
-    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
-    own = {
-        2: f"--head --port={gcs.partition(':')[2]} --dashboard-host=127.0.0.1 --dashboard-port={dashboard.partition(':')[2]}",
-        3: f"--address={gcs}",
-    }
-    with ExitStack() as nodes:
-        for number, group in enumerate(groups, start=2):
-            pod = group["template"]["spec"]
-            limits = pod["containers"][0]["resources"]["limits"]
-            params = {"num-cpus": limits["cpu"], "memory": str(int(limits["memory"][:-2]) * 2**30), **group["rayStartParams"]}
-            params |= {"node-ip-address": f"127.0.0.{number}", "dashboard-agent-listen-port": str(free_port())}
-            options = " ".join(f"--{name}={value}" for name, value in params.items())
-            command = ["/bin/bash", "-c", "--", f"ulimit -n 65536; ray start --block {own[number]} {options}"]
-            nodes.enter_context(cluster.box.running(pod, command, **TOKEN))
-            assert wait_for(lambda expected=number - 1: alive(dashboard) == expected, seconds=120.0)
-        yield f"http://{dashboard}"
-
-
-def alive(dashboard: str) -> int:
-    request = urllib.request.Request(f"http://{dashboard}/nodes?view=summary")
-    request.add_header("Authorization", f"Bearer {TOKEN['RAY_AUTH_TOKEN']}")
-    with urllib.request.urlopen(request, timeout=5) as reply:
-        summary = json.load(reply)["data"]["summary"]
-    return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
-
-
 def test_a_ray_job_of_three_pods_labels_everything(s3, stored, tmp_path):
     """Under a number that nobody on this machine has, as some clusters give them out."""
     cluster = Cluster(s3, stored, tmp_path, workers=WORKERS)
     spec = with_kind(rendered(cluster.job, RenderOptions("rayjob", image=DIGEST)), "RayJob")["spec"]
     for template in templates(spec):
         template["spec"]["securityContext"]["runAsUser"] = 54321
-    with kuberay(cluster, spec["rayClusterSpec"]) as address:
-        submit = f"ray job submit --address {address} --no-wait --submission-id small -- {spec['entrypoint']}"
-        follow = f"ray job logs --address {address} --follow small; ray job status --address {address} small"
-        submitter = spec["submitterPodTemplate"]["spec"]
-        code, said = cluster.box.run(submitter, ["/bin/bash", "-ce", "--", f"{submit}; {follow}"], **TOKEN)
-    assert (code, "Job 'small' succeeded" in said) == (0, True), said
+    with KubeRay(cluster.box, spec) as kuberay:
+        kuberay.head()
+        kuberay.worker()
+        submitter = kuberay.submitter()
+        said, _ = submitter.communicate(timeout=240)
+    assert (submitter.returncode, "succeeded" in said) == (0, True), said
     assert cluster.labelled() == dict.fromkeys(cluster.keys, "ok")
     assert cluster.kept() == {".jsonl", ".gz"}
 
