@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cut import UNREADABLE, cut, list_inputs
+from pipeline.cut import UNREADABLE, check_inputs, cut, list_inputs
 from pipeline.errors import JobError, kind_of
 from pipeline.read import read_unit
 from pipeline.spec import Input, Limits
@@ -66,6 +66,7 @@ def image_rows(
     wanted = wanted.model_copy(update={"keep": (label,) if label and wanted.format != "images" else ()})
     store = open_input(wanted)
     inputs = list_inputs(store, wanted).inputs
+    check_inputs(store, wanted, inputs)
     if most is None or wanted.format == "images":
         yield from _rows(store, wanted, inputs if most is None else _evenly(inputs, most), label=label, key=label_key)
         return
