@@ -30,7 +30,7 @@ from pipeline.attempt import Attempt
 from pipeline.commit import Provenance, UnitBuffer, commit_unit
 from pipeline.committer import Committer
 from pipeline.disk import Disk
-from pipeline.errors import Interrupted, Stalled, StoreError, Temporary, UnitsLeft, gravest
+from pipeline.errors import Interrupted, Stalled, StoreError, Temporary, Unidentified, UnitsLeft, gravest
 from pipeline.footer import Footer, Totals
 from pipeline.label import TRIES, Driver
 from pipeline.log import Log
@@ -720,6 +720,10 @@ def test_workers_whose_credentials_are_not_taken_cost_no_image_its_label_and_no_
         job = Job.model_validate(content | {"resources": {"read": {"tasks": 1}}})
         proxy.script(*[Fault("status", "GET", f".{suffix}", status=403, code="RequestTimeTooSkewed")] * 200)
         receipts = []
+        if kind == "parquet":  # of which the driver looks at a footer, with keys that are taken where the workers' are not
+            with pytest.raises(Unidentified, match="RequestTimeTooSkewed"):
+                Driver(job, observe=lambda event, fields: None, started=0.0).label()
+            monkeypatch.setattr("pipeline.start.check_inputs", lambda *_: None)
         for _ in range(2):
             receipts.append(Driver(job, observe=lambda event, fields: None, started=0.0).label())
             proxy.forget()
