@@ -644,14 +644,14 @@ def test_what_is_no_input_is_said_with_what_to_do(tmp_path):
     for name in ("a.tar.gz", "b.tar.zst", "c.zip", "d.arrow", "a[1]/x.jpg"):
         (tmp_path / name).write_bytes(b"x")
     for uri, kind, words in (
-        ("", "webdataset", "format; decompress them first: a tar is read as it is; unpack them: tars are read, and loose"),
+        ("", "webdataset", "input.uri; decompress them first: a tar is read as it is; unpack them: tars are read, and loose"),
         ("", "parquet", "write them as Parquet first, as to_parquet() of datasets does"),
         ("/a[[]1]", "images", "a bracket in a name is written [[]; a glob names files, and folders with a / at its end."),
         ("/?.t*", "images", "format; a glob names files, and folders with a / at its end; decompress"),
         (
             "/a*/",
             "webdataset",
-            "1 object (1 .jpg), no webdataset; required: names that end in .tar. Check input.uri and input.format.",
+            "1 object (1 .jpg), no webdataset; required: names that end in .tar. Set input.format: images, or check input.uri.",
         ),
     ):
         with pytest.raises(InputMissing, match=re.escape(words)):
