@@ -157,9 +157,7 @@ class Publish(Model):
         if self.format == "iceberg" and not self.table:
             raise ValueError("format is iceberg and table is missing; required: namespace.table. Add it")
         if self.format == "delta" and self.table:
-            raise ValueError(
-                f"table is {self.table} and format is delta; required: iceberg for a table by name. Drop one of them"
-            )
+            raise ValueError(f"table is {self.table} and format is delta; required: iceberg for a table by name. Drop one")
         return self
 
 

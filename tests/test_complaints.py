@@ -46,7 +46,7 @@ def complaint(kind: str, lines: str) -> str:
         ),
         (
             "publish: {format: delta, table: a.b}",
-            "j:5: publish: table is a.b and format is delta; required: iceberg for a table by name. Drop one of them.",
+            "j:5: publish: table is a.b and format is delta; required: iceberg for a table by name. Drop one.",
         ),
         ("publish: {format: hudi}", "j:5: publish.format is 'hudi'; required: 'delta' or 'iceberg'. Change it."),
         ("publish: {}", "j:5: publish.format is missing, it is required. Add it; jobs/README.md says what it holds."),

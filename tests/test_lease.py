@@ -49,6 +49,15 @@ def until(true, seconds: float = 20.0) -> None:
         threading.Event().wait(0.01)
 
 
+def end_and_only_then(held: Lease, free: threading.Event) -> None:
+    """Give it back, and let the beat that is under way go on when that has begun."""
+    with ThreadPoolExecutor(1) as pool:
+        end = pool.submit(held.__exit__)
+        until(held._over.is_set)
+        free.set()
+        end.result()
+
+
 def test_a_free_lease_is_taken_skipped_by_others_and_free_again(place):
     said: list[str] = []
     with take(place, said=said) as held:
@@ -316,11 +325,7 @@ def test_who_ends_does_not_listen_any_more(tmp_path):
 
     held = take((Slow(), str(tmp_path / "leases")))
     assert beats.wait(30)
-    with ThreadPoolExecutor(1) as pool:
-        end = pool.submit(held.__exit__)
-        until(held._over.is_set)
-        free.set()
-        end.result()
+    end_and_only_then(held, free)
     assert reads == []
 
 
@@ -345,11 +350,7 @@ def test_who_ends_says_so_after_the_beat_that_is_under_way(tmp_path):
     place = Slow(), str(tmp_path / "leases")
     held = take(place)
     assert beats.wait(30)
-    with ThreadPoolExecutor(1) as pool:
-        end = pool.submit(held.__exit__)
-        until(held._over.is_set)
-        free.set()
-        end.result()
+    end_and_only_then(held, free)
     state = LeaseStore(*place).state()
     assert (state.beats, state.last.done) == (2, True)
 

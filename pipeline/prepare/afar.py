@@ -101,7 +101,7 @@ class Checkpoints:
             for item in self._copies():
                 Scratch(self.s3).remove(item.uri)
         except NightlabelError as error:
-            return (f"copies of the checkpoints are left: {error}",)
+            return (f"copies of the checkpoints, if there are any, are left: {error}",)
         return ()
 
     def _copies(self) -> list[Object]:
