@@ -71,7 +71,8 @@ class KubeRay:
     def _alive(self) -> set[str]:
         """Addresses; of a node that was killed for some time too."""
         nodes = self._get("/nodes?view=summary")["data"]["summary"]
-        return {node["ip"] for node in nodes if node["raylet"].get("state") == "ALIVE"}
+        # Not node["ip"]: that comes with the agent's first report, some time after the node is known as alive.
+        return {node["raylet"]["nodeManagerAddress"] for node in nodes if node["raylet"].get("state") == "ALIVE"}
 
     def jobs(self) -> list[tuple[str, str]]:
         """(id, status) of all that were submitted."""
