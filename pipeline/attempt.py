@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -24,7 +24,7 @@ from pipeline.footer import Footer, totals
 from pipeline.log import Log
 from pipeline.plan import Plan
 from pipeline.report import Receipt, UnitTrouble, exit_code
-from pipeline.rows import TIMINGS
+from pipeline.rows import CAUTION, TIMINGS
 from pipeline.spec import Job
 from pipeline.unit import Unit
 
@@ -49,6 +49,7 @@ class Attempt:
     seams: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMINGS, 0.0))
     labels: Counter[str] = field(default_factory=Counter)
     filled: set[str] = field(default_factory=set)  # columns with a value in any row
+    cautions: list[str] = field(default_factory=list)  # what is to be known of the CPUs that labelled, once each
     empty: list[str] = field(default_factory=list)  # inputs in which there was nothing to label
     trouble: dict[str, UnitTrouble] = field(default_factory=dict)
     missing: tuple[UnitTrouble, ...] = ()
@@ -88,6 +89,10 @@ class Attempt:
             self.first, self.first_rows = self.last, images
             self.tell("first", images=images)
         self.arrived += images
+        for text in table.column(CAUTION).drop_null().unique().to_pylist() if CAUTION in table.column_names else []:
+            if text not in self.cautions:
+                self.cautions.append(text)
+                self.tell("caution", text=text)
         self.tell("rows", images=images, failed=pc.sum(pc.equal(status, "failed")).as_py() or 0)
 
     def take_commit(self, footer: Footer, rows: pa.Table, buffer: UnitBuffer, *, ours: bool) -> None:
@@ -141,8 +146,7 @@ class Attempt:
             failures=done.failures,
             labels=dict(self.labels),
             labelled_now=self.rows,
-            kept_nothing=tuple(name for name in job.input.keep if self.rows and name not in self.filled),
-            empty=tuple(sorted(self.empty)),
+            **self._found(job.input.keep),
             written=self.written,
             started=started,
             ended=ended,
@@ -155,3 +159,11 @@ class Attempt:
             exit_code=exit_code(trouble, done, left=len(left), limit=job.limits.max_failed),
             events=tuple(self.events),
         )
+
+    def _found(self, keep: Sequence[str]) -> dict[str, Any]:
+        """What a user may want to look into, though every image has its row."""
+        return {
+            "kept_nothing": tuple(name for name in keep if self.rows and name not in self.filled),
+            "empty": tuple(sorted(self.empty)),
+            "cautions": tuple(sorted(self.cautions)),
+        }

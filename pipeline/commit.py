@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import Conflict, InputMissing, JobError, Temporary
 from pipeline.footer import Footer, tombstone
 from pipeline.log import Log
-from pipeline.rows import PREDICTION, SAME_LABEL, TIMINGS
+from pipeline.rows import CAUTION, PREDICTION, SAME_LABEL, TIMINGS
 from pipeline.unit import Unit
 
 _SORTED_AT_ONCE = 2**28  # bytes: Arrow joins a column to sort it, and 2 GiB of text in one array are more than its offsets hold
@@ -96,7 +96,7 @@ class UnitBuffer:
             need, do = "one type for each kept column of a unit", "Write the files alike, or leave the column out of input.keep"
             raise JobError(f"inputs of one unit differ: {error}", need=need, do=do) from error
         whole = _in_order(whole)
-        passing = {*PREDICTION.names, *TIMINGS.values(), SAME_LABEL}
+        passing = {*PREDICTION.names, *TIMINGS.values(), SAME_LABEL, CAUTION}
         extra = [name for name in whole.column_names if name not in passing]
         schema = pa.schema([*PREDICTION, *(whole.schema.field(name) for name in extra)])
         return whole.select([*PREDICTION.names, *extra]).cast(schema)

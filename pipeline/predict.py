@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from pipeline import rows
 from pipeline.artifact import INT8, Artifact, build
+from pipeline.engines.cpu import caution
 from pipeline.engines.scores import Engine, Scores, Wanted
 from pipeline.errors import ModelError
 from pipeline.job.arithmetic import engine_for
@@ -38,11 +39,13 @@ class Predict:
         self.labels = pa.array(artifact.labels, pa.string())
         wanted = Wanted(self.top_k, output.embeddings, output.probabilities)
         self.engine = _engine(artifact, source, wanted, device=device, batch_size=batch_size, threads=threads)
+        self.caution = caution(artifact, source) if device == "cpu" else None
 
     def __call__(self, batch: pa.Table, on_device: Any = None) -> pa.Table:
         """`unit`, the columns of rows.PREDICTION (status null in rows that end a unit), `embedding` and `probabilities` when the
-        output wants them, then the kept columns untouched; rows.SAME_LABEL where `exact` pixels came with the others. With
-        `on_device`, that has the pixels of every row, uint8 [N, 3, S, S] on the torch engine's device."""
+        output wants them, then the kept columns untouched; rows.SAME_LABEL where `exact` pixels came with the others, and
+        rows.CAUTION where there is one. With `on_device`, that has the pixels of every row, uint8 [N, 3, S, S] on the torch
+        engine's device."""
         if on_device is None:
             scores, at = self._scores(batch.column("pixels"))
         else:
@@ -63,6 +66,9 @@ class Predict:
         if "exact" in batch.column_names:
             columns[rows.SAME_LABEL] = self._same_label(batch.column("exact"), scores, at)
             names.append(rows.SAME_LABEL)
+        if self.caution is not None and batch.num_rows:
+            columns[rows.CAUTION] = pa.array([self.caution, *[None] * (batch.num_rows - 1)], pa.string())
+            names.append(rows.CAUTION)
         arrays = [columns[name].cast(types.get(name, columns[name].type)) for name in names]
         return pa.table([*arrays, *(batch.column(name) for name in kept)], names=[*names, *kept])
 

@@ -62,6 +62,8 @@ class Receipt:
     """Columns of `input.keep` that are null in all rows of this attempt."""
     empty: tuple[str, ...] = ()
     """Inputs of this attempt in which there was nothing to label: a tar without a member named like an image, no rows."""
+    cautions: tuple[str, ...] = ()
+    """What is to be known of the CPUs that labelled in this attempt: the model's arithmetic is slow there, or not what it was."""
     trouble: tuple[UnitTrouble, ...] = ()
     exit_code: int = ExitCode.DONE
     events: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
@@ -89,6 +91,7 @@ class Receipt:
             "rows": {"in": self.rows_in, "ok": self.ok, "failed": self.failed},
             "failures": dict(self.failures),
             "decode": {"mode": self.decode, "lane": self.lane, "compared": self.compared, "same_label": self.same_label},
+            "cautions": list(self.cautions),
             "started": self.started,
             "ended": self.ended,
             "seconds": round(self.seconds, 3),
@@ -112,6 +115,7 @@ class Receipt:
                 "empty   none of them holds an image; required: images of input.format. Check input.uri and input.format"
             )
         lines += [f"empty   {self.unlabelled}"] if self.empty else []
+        lines += [f"caution {text}" for text in self.cautions]
         lines += [f"kept    nothing of {name}: no image had it" for name in self.kept_nothing]
         lines += [*left, f"where   {self.where}", f"run     {self.run}, {self.passes} {'pass' if self.passes == 1 else 'passes'}"]
         took = f"took    {self.seconds:.1f} s"

@@ -91,13 +91,15 @@ TIMINGS = {seam: f"_{seam}_s" for seam in ("read", "preprocess", "predict")}
 #: bool, on its way to the driver only: does the image keep its label when it is decoded the other way? Null where that was not
 #: looked at.
 SAME_LABEL = "_same_label"
+#: string, on its way to the driver only: what is to be known of the CPU that labelled, in a block's first row. Seldom there.
+CAUTION = "_caution"
 COMPARED_EVERY = 64  # where decoding may differ, one image of so many is decoded both ways: 1.5 % of the work
 #: Columns that `preprocess` takes or adds: no column of labels can be named after one.
 PREPARED = frozenset({*IMAGE.names, "pixels", "exact", "room", "width", "height"})
 #: Columns between the stages that `predict` uses up; it hands on all others, kept columns and seconds.
 USED_UP = PREPARED | {*PREDICTION.names}
 #: What a kept column cannot be named.
-RESERVED = USED_UP | {*TIMINGS.values(), SAME_LABEL, "embedding", "probabilities"}
+RESERVED = USED_UP | {*TIMINGS.values(), SAME_LABEL, CAUTION, "embedding", "probabilities"}
 
 
 def check_kept(kept: Sequence[str], *, hive: bool, delta: bool) -> None:

@@ -15,6 +15,7 @@ from pipeline.errors import Temporary, UnitsLeft, one_line
 EVERY_S = 10.0
 _SAID = {
     "ignored": "ignored: {text}, not of the input's format",
+    "caution": "caution: {text}",
     "waiting": "waiting up to {seconds:.0f} s: {awaited}",
 }
 
@@ -47,8 +48,8 @@ class Screen:
         self._console.print(Text(one_line(text), style=style))
 
     def observe(self, event: str, fields: dict[str, Any]) -> None:
-        """Takes the driver's events: ignored, missing, planned, waiting, pass, first, rows, commit, trouble, split, replanned,
-        verified, logs; still_waiting is for others."""
+        """Takes the driver's events: ignored, missing, planned, waiting, pass, first, caution, rows, commit, trouble, split,
+        replanned, verified, logs; still_waiting is for others."""
         if event == "planned":
             self._planned(fields)
         elif event in _SAID:

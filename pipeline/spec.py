@@ -92,7 +92,7 @@ class ModelSource(Model):
     digest: Digest | None = None
     """Refuse to run when the artifact's digest is another one."""
     precision: Precision = "float32"
-    """Arithmetic of the model; float16 needs a GPU, int8 an artifact with model.int8.onnx."""
+    """Arithmetic of the model; float16 needs a GPU, int8 an artifact with model.int8.onnx. bfloat16 is for CPUs that have it."""
     engine: EngineName = "auto"
     """What computes. auto: torch on a GPU and for bfloat16, onnxruntime for float32 and int8 on CPUs. openvino, an extra, is the
     fastest on CPUs with AVX-512 or AMX at bfloat16 and int8."""

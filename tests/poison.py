@@ -50,6 +50,15 @@ def make_preprocess(job, preprocessing, careful, share):
     return Preprocess(preprocessing, max_pixels=job.limits.max_pixels, careful=limits, decode=decode)
 
 
+def make_predict_elsewhere(job, digest, share):
+    """Stands in for `stages.make_predict` on a worker whose CPU has none of the instructions that a model may be made for."""
+    from pipeline import stages
+    from pipeline.engines import cpu
+
+    cpu.lacks = lambda *_: True  # a CPU of that kind cannot be had for a test
+    return stages.make_predict(job, digest, share)
+
+
 def make_predict(job, digest, share):
     """Stands in for `stages.make_predict`: raises for the image whose key is `cursed`."""
     from pipeline import stages

@@ -26,6 +26,7 @@ from test_metrics import predictions
 
 from pipeline.artifact import build, load_artifact, make_artifact, save_artifact
 from pipeline.decode import decode
+from pipeline.engines import cpu
 from pipeline.errors import JobError, ModelError, NightlabelError, StoreError, UnfitError
 from pipeline.job.jobfile import parse_job
 from pipeline.job.recipe import EvaluateJob
@@ -85,6 +86,16 @@ def refused(kind: type[NightlabelError], wanted: EvaluateJob) -> str:
         evaluate(wanted)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_a_model_that_this_cpu_is_not_made_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, other: str):
+    monkeypatch.setattr("pipeline.engines.cpu.lacks", lambda *_: True)
+    wanted = job(model, shard(tmp_path / "in", LABELS), tmp_path / "out", compare={"uri": other, "precision": "bfloat16"})
+    said: list[str] = []
+    run_job(wanted, say=said.append, command="x")
+    assert [line for line in said if "caution" in line] == [
+        f"caution: {load_artifact(other).digest}: model.precision is bfloat16 {cpu.SLOW}"
+    ]
 
 
 def test_figures_that_are_known_beforehand(tmp_path: Path, model: str, other: str):

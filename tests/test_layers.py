@@ -19,7 +19,7 @@ job.recipe job.training job.complaints job.jobfile job.reference storage disk s3
 model.modeling_small_stem model.huggingface model.resnet artifact model.describe
 unit footer log plan columns cut tar samples read orientation decode careful preprocess lanes
 engines.scores engines.feed engines.fused engines.torch_engine engines.gpu_decode
-engines.onnx_engine engines.openvino_engine engines.onnx_graph
+engines.cpu engines.onnx_engine engines.openvino_engine engines.onnx_graph
 predict commit verify report
 attempt committer start watch cluster stages run keep label
 nights.generation tables.published tables.delta tables.iceberg tables.publish nights.lease nights.notify nights.nightly

@@ -327,22 +327,19 @@ def test_the_gate_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None
     assert (original.images_per_second, int8.images_per_second) == pytest.approx((0.1, 0.3))
 
 
-def test_seven_bits_only_where_sums_overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
-    for machine, flags, saturates in (
-        ("x86_64", "fpu avx2 fma", True),
-        ("x86_64", "fpu avx2 avx512_vnni", False),
-        ("AMD64", "fpu avx_vnni", False),
-        ("AMD64", "fpu avx2", True),
-        ("aarch64", "asimd", False),
-    ):
-        monkeypatch.setattr("platform.machine", lambda name=machine: name)
-        cpuinfo.write_text(f"processor : 0\nflags : {flags}\n")
-        assert calibrate.cpu_saturates(cpuinfo) == saturates, (machine, flags)
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    assert calibrate.cpu_saturates(tmp_path / "absent"), "where the system does not tell"
+def test_seven_bits_only_where_sums_overflow() -> None:
     assert [str(scheme) for scheme in calibrate.schemes(saturates=False)] == ["per channel", "per tensor"]
     assert "per channel, 7 bits" in map(str, calibrate.schemes(saturates=True))
+
+
+@pytest.mark.parametrize("lacks", [True, False, None])
+def test_where_the_cpu_is_not_known_seven_bits_are_tried_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, shards: dict[str, str], lacks: bool | None
+) -> None:
+    monkeypatch.setattr("pipeline.engines.cpu.lacks", lambda _: lacks)
+    outcome = run(quantize_job(model, shards, tmp_path / "out"))
+    assert ["per channel, 7 bits" in [one["name"] for one in outcome.facts["candidates"]]] == [lacks is not False]
+    assert load_artifact(str(tmp_path / "out")).origin.data["vnni"] == (lacks is False)
 
 
 def test_schemes_do_what_they_say() -> None:

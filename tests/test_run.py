@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from pipeline import run
 from pipeline.cli import app
 from pipeline.cluster import cluster, missing_from_cluster, start_ray
+from pipeline.engines import cpu
 from pipeline.errors import Conflict, InputMissing, Interrupted, JobError, ModelError, Temporary, UnfitError, UnitsLeft
 from pipeline.label import Driver
 from pipeline.report import Receipt
@@ -323,6 +324,27 @@ def test_a_poison_image_costs_one_row(tmp_path, model, on_ray, monkeypatch, deco
     assert (receipt.exit_code, receipt.rows_in, receipt.ok) == (0, 17, 16)
     assert receipt.failures == {"DECODER_CRASH": 1}
     assert receipt.passes == 3, "two as they come, one in careful mode"
+
+
+def test_a_cpu_that_the_model_is_not_made_for_is_told_of(tmp_path, model, on_ray, monkeypatch):
+    import poison
+
+    monkeypatch.setattr(run, "make_predict", poison.make_predict_elsewhere)
+    write_tars(tmp_path / "in", shards=3, images=4)
+    told: list[str] = []
+    wanted = job(tmp_path / "in", model, tmp_path / "out", model={"uri": model, "precision": "bfloat16"})
+
+    def observe(event: str, fields: dict[str, Any]) -> None:
+        told.extend([fields["text"]] if event == "caution" else [])
+
+    receipt = Driver(wanted, observe=observe, started=time.perf_counter()).label()
+    text = f"model.precision is bfloat16 {cpu.SLOW}"
+    assert (told, receipt.cautions, receipt.ok) == ([text], (text,), 12)
+    assert f"caution {text}" in receipt.lines()
+    assert text in receipt.page().decode()
+    manifest = json.loads(Path(receipt.where, "runs/000001/manifest.json").read_text())
+    assert manifest["cautions"] == [text]
+    assert table(receipt.where).column_names == PREDICTION.names
 
 
 @pytest.mark.parametrize("lane", ["both", "gpu"])

@@ -130,7 +130,7 @@ class Training(Model):
     unfreeze_epoch: Count | None = None
     """From this epoch on (the first is 1) everything is trained; absent, never."""
     precision: Literal["float32", "float16", "bfloat16"] | None = None
-    """Arithmetic; absent: float16 with a scaled gradient on a GPU, float32 on a CPU."""
+    """Arithmetic; absent: float16 with a scaled gradient on a GPU, float32 on a CPU. bfloat16 is slow on CPUs that have none."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the random start, the order of images, the augmentation."""
     augment: Augment = Augment()

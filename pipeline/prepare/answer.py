@@ -76,6 +76,7 @@ class Evaluator:
             output=Output(uri=source.uri, top_k=TOP, probabilities=True),  # the URI is not used: nothing is written
             threads=threads,
         )
+        self.caution = self._predict.caution
         self.decoding, self.predicting = Clock(), Clock()
         self.left_out = LeftOut()
         self._answers: list[Predictions] = []

@@ -11,7 +11,6 @@ model belongs to the kind of CPU that it was measured on.
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -41,13 +40,6 @@ class Scheme:
 def schemes(*, saturates: bool) -> tuple[Scheme, ...]:
     """What to try; `saturates` is about the CPU."""
     return tuple(Scheme(per_channel, bits) for bits in ((8, 7) if saturates else (8,)) for per_channel in (True, False))
-
-
-def cpu_saturates(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """True on x86 where no VNNI is seen: uint8 × int8 products are then added in pairs in 16 bits."""
-    if platform.machine().lower() not in ("x86_64", "amd64", "i686"):
-        return False
-    return not cpuinfo.exists() or not {"avx512_vnni", "avx_vnni"}.intersection(cpuinfo.read_text().split())
 
 
 def calibrate(model: bytes, batches: Iterable[np.ndarray]) -> Any:

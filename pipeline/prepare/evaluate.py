@@ -88,6 +88,9 @@ class Evaluation:
         """All images. Raises JobError when not one can be measured."""
         data = self._job.data
         where, told = data.where, time.monotonic()
+        for one in filter(None, (self._model, self._other)):
+            if one.caution is not None:
+                say(f"caution: {one.artifact.digest}: {one.caution}")
         for block in _blocks(self._labelled(where), self._job.batch_size):
             self._ask(block)
             if time.monotonic() - told > EVERY_S:

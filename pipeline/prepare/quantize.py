@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import torch
 
 from pipeline.artifact import INT8, RECORD, Artifact, Origin, load_artifact, save_artifact, with_files
+from pipeline.engines import cpu
 from pipeline.engines.onnx_engine import OnnxEngine
 from pipeline.engines.onnx_graph import to_onnx
 from pipeline.engines.scores import Wanted
@@ -27,7 +28,7 @@ from pipeline.errors import JobError, ModelError
 from pipeline.job.recipe import QuantizeJob
 from pipeline.model.describe import file_sizes
 from pipeline.model.preprocessing import PREPROCESSING_VERSION
-from pipeline.prepare.calibrate import calibrate, cpu_saturates, quantize, schemes
+from pipeline.prepare.calibrate import calibrate, quantize, schemes
 from pipeline.prepare.card import folder_name, model_card
 from pipeline.prepare.data import MAX_PIXELS, NO_LABEL, LeftOut, class_index, image_rows, label_texts, listing
 from pipeline.prepare.gate import BATCH, FLOAT32, Batch, Measurement, best_of, measure
@@ -46,7 +47,7 @@ def run_job(job: QuantizeJob, *, say: Say, command: str) -> Outcome:
     candidate passes the gate (nothing is written then) or the artifact is quantized already, JobError for images or labels that
     do not serve."""
     source = _source(job)
-    threads, saturates = job.threads or torch.get_num_threads(), cpu_saturates()
+    threads, saturates = job.threads or torch.get_num_threads(), cpu.lacks("int8") is not False  # also where nobody knows
     key = _key(job, source, saturates=saturates)
     if (standing := _standing(job, source)) is not None and standing.origin.data.get("job") == key:
         return _outcome(job, standing, ("nothing to do: the artifact is there", _told(standing.origin.metrics)))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.engines import cpu
 from pipeline.errors import JobError, UnfitError
 from pipeline.job.training import Training, Workers
 from pipeline.model.preprocessing import Preprocessing
@@ -93,6 +94,8 @@ def fit(
         raise JobError(got, need=f"a step of {wanted} and one", do=f"Give more images or lower {lower}")
     make_folder(folder)
     if worker.rank == 0:
+        if training.precision == "bfloat16" and worker.accelerator == "cpu" and cpu.lacks("bfloat16"):
+            say(f"caution: training.precision is bfloat16 {cpu.SLOW}")
         place.fetch(say)
     log, patience = EpochLog(say, training.epochs, wanted, folder), Patience(training)
     state = _standing(folder, worker, say)
