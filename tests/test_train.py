@@ -217,7 +217,7 @@ def test_a_kill_costs_an_epoch_and_changes_nothing(tmp_path: Path, more: dict[st
     with pytest.raises(Killed):
         trained(tmp_path / "b", longer, say=kill_in_epoch_3)
     resumed, said = trained(tmp_path / "b", longer)
-    assert "resuming: 2 of at most 5 epochs done" in said[:2]  # after a caution, on a CPU without bfloat16
+    assert said[0] == "resuming: 2 of at most 5 epochs done"
     assert (resumed.resumed, len(resumed.epochs)) == (2, 5)
     assert [epoch.loss for epoch in resumed.epochs] == [epoch.loss for epoch in undisturbed.epochs]
     assert resumed.best.number == undisturbed.best.number

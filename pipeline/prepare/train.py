@@ -94,8 +94,6 @@ def fit(
         raise JobError(got, need=f"a step of {wanted} and one", do=f"Give more images or lower {lower}")
     make_folder(folder)
     if worker.rank == 0:
-        if training.precision == "bfloat16" and worker.accelerator == "cpu" and cpu.lacks("bfloat16"):
-            say(f"caution: training.precision is bfloat16 {cpu.SLOW}")
         place.fetch(say)
     log, patience = EpochLog(say, training.epochs, wanted, folder), Patience(training)
     state = _standing(folder, worker, say)
@@ -106,6 +104,8 @@ def fit(
     if resumed:
         say(f"resuming: {resumed} of at most {training.epochs} epochs done")
     if resumed < training.epochs and not patience.spent:
+        if training.precision == "bfloat16" and worker.accelerator == "cpu" and cpu.lacks("bfloat16"):
+            say(f"caution: training.precision is bfloat16 {cpu.SLOW}")
         loaders = _loaders(data, preprocessing, training, worker, resumed=resumed)
         keeper = OneStep(place.copying(say))
         trainer = _trainer(training, worker, folder, [log, patience], keeper)
