@@ -92,7 +92,7 @@ def _run_preparation(job: PreparationJob, *, as_json: bool, command: str) -> NoR
 
 
 def plan(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
-    """Show what a run would do. Starts nothing and writes nothing."""
+    """Show what a run would do. Starts nothing and writes nothing. Exit code 3 where an input is missing, as a run's is."""
     from pipeline.job.jobfile import load_label_job
     from pipeline.start import load_model, plan_job
     from pipeline.tables.publish import check_columns, check_publisher
@@ -118,17 +118,17 @@ def plan(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
         "gpus": loaded.resources.gpus,
         "ignored": ignored.get("suffixes", {}),
         "missing": list(missing),
+        "exit_code": ExitCode.INPUT if missing else ExitCode.DONE,
     }
     if as_json:
         print_json(facts | {"todo": [{"unit": unit.id, "inputs": [part.uri for part in unit.parts]} for unit in planned.todo]})
-        return
-    for line in _plan_lines(planned, facts):
-        put(line)
-    for error in missing.values():
-        put(f"missing {error}")
-    if ignored:
-        put(f"ignored {ignored['text']}, not of the input's format")
-    put(f"where   {log.root}")
+    else:
+        for line in (*_plan_lines(planned, facts), *(f"missing {error}" for error in missing.values())):
+            put(line)
+        if ignored:
+            put(f"ignored {ignored['text']}, not of the input's format")
+        put(f"where   {log.root}")
+    sys.exit(facts["exit_code"])
 
 
 def _plan_lines(planned: Plan, facts: dict[str, Any]) -> Iterator[str]:

@@ -87,7 +87,8 @@ def test_an_input_that_is_missing_costs_no_other_its_labels(tmp_path: Path, mode
     write_tars(tmp_path / "in", shards=2, images=3)
     job(model, input={"uri": ["in/000.tar", "in/9*.tar", "nowhere/", "in/001.tar"]})
     code, said = nightlabel("plan")
-    assert (code, said.count("missing ")) == (0, 2), said
+    assert (code, said.count("missing ")) == (3, 2), said
+    assert json.loads(nightlabel("plan", "--json")[1])["exit_code"] == 3
     code, said = nightlabel("run")
     assert code == 3
     assert "not finished: 6 in = 6 ok + 0 failed, 2 of 2 units" in said
