@@ -133,7 +133,7 @@ def plan(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
 
 def _plan_lines(planned: Plan, facts: dict[str, Any]) -> Iterator[str]:
     if planned.run_id is None:
-        yield "nothing to do: every input is labelled"
+        yield f"nothing to do: every {'other ' if facts['missing'] else ''}input is labelled"
         return
     size = f"{facts['inputs']:,} inputs, {facts['bytes'] / 1e6:,.1f} MB"
     yield f"{facts['units']:,} units of {size}; {facts['units_done']:,} units done"

@@ -97,10 +97,22 @@ def test_an_input_that_is_missing_costs_no_other_its_labels(tmp_path: Path, mode
     assert len(rows()) == 6
     code, said = nightlabel("run")
     assert (code, "nothing to do: every other input of places is labelled" in said) == (3, True)
+    assert nightlabel("plan")[1].startswith("nothing to do: every other input is labelled\nmissing ")
     job(model, input={"uri": ["in/8*.tar", "nowhere/"]})
     assert nightlabel("run")[0] == 3
     job(model)
     assert nightlabel("run")[0] == 0
+
+
+@pytest.mark.parametrize("words", [["submit"], ["apply"], ["wait"], ["logs"], ["status"], ["stop"]], ids=lambda words: words[0])
+def test_a_job_that_no_cluster_takes_is_refused_before_one_is_asked(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "absent"))
+    Path("job.yaml").write_text("{kind: finetune, name: x, data: {train: {uri: in/}}, output: {uri: out/}}")
+    code, said = nightlabel(*words)
+    assert (code, said.split(".", 2)[1]) == (2, "yaml: kind is finetune; required: label"), said
 
 
 def test_an_absent_input_is_graver_than_too_many_failures_in_every_attempt(

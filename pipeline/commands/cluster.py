@@ -12,7 +12,7 @@ import typer
 
 from pipeline.commands.options import AsJson, Dates, JobPath
 from pipeline.commands.printing import print_json, put, say
-from pipeline.environment import DEFAULT_ADDRESS, cluster_address, set_ray_environment
+from pipeline.environment import DEFAULT_ADDRESS, Address, cluster_address, set_ray_environment
 from pipeline.errors import ExitCode, Interrupted, JobError, NightlabelError, Temporary
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 JobOrId = Annotated[
     str, typer.Argument(metavar="JOB", help="Job file, of which the newest attempt is meant, or a submission id.")
 ]
-Address = Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's dashboard.")]
+AtAddress = Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="URL of the cluster's dashboard.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Speak to another machine without a token (RAY_AUTH_TOKEN).")]
 
 
 def submit(
     job: JobPath,
     date: Dates = None,
-    address: Address = DEFAULT_ADDRESS,
+    address: AtAddress = DEFAULT_ADDRESS,
     insecure: Insecure = False,
     *,
     installed: Annotated[
@@ -39,8 +39,9 @@ def submit(
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return once the cluster has the job.")] = False,
 ) -> None:
     """Run a job on a Ray cluster, print its log and end with its exit code. A job that runs there already is joined."""
-    connection = _connect(address, insecure)
-    loaded, parcel = _parcel(job, date, loopback=connection.loopback, code=not installed)
+    where = cluster_address(address, insecure=insecure)
+    loaded, parcel = _parcel(job, date, loopback=where.loopback, code=not installed)
+    connection = _connect(where)
     if not installed:
         connection.check_version()
     attempt, new = connection.submit(parcel)
@@ -52,34 +53,31 @@ def submit(
     _follow(connection, attempt.id, loaded)
 
 
-def wait(job: JobOrId, date: Dates = None, address: Address = DEFAULT_ADDRESS, insecure: Insecure = False) -> None:
+def wait(job: JobOrId, date: Dates = None, address: AtAddress = DEFAULT_ADDRESS, insecure: Insecure = False) -> None:
     """Follow a submitted job to its end, with its log and its exit code."""
-    connection = _connect(address, insecure)
-    attempt, loaded = _find(connection, job, date)
+    connection, attempt, loaded = _find(cluster_address(address, insecure=insecure), job, date)
     _follow(connection, attempt.id, loaded)
 
 
 def logs(
     job: JobOrId,
     date: Dates = None,
-    address: Address = DEFAULT_ADDRESS,
+    address: AtAddress = DEFAULT_ADDRESS,
     insecure: Insecure = False,
     *,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
 ) -> None:
     """Print what a submitted job has said."""
-    connection = _connect(address, insecure)
-    attempt, _ = _find(connection, job, date)
+    connection, attempt, _ = _find(cluster_address(address, insecure=insecure), job, date)
     for text in connection.follow(attempt.id) if follow else [connection.logs(attempt.id)]:
         typer.echo(text, nl=False)
 
 
 def status(
-    job: JobOrId, date: Dates = None, address: Address = DEFAULT_ADDRESS, insecure: Insecure = False, as_json: AsJson = False
+    job: JobOrId, date: Dates = None, address: AtAddress = DEFAULT_ADDRESS, insecure: Insecure = False, as_json: AsJson = False
 ) -> None:
     """Print how a submitted job stands, as Ray has it. Of a job file also how its output stands, which is what counts."""
-    connection = _connect(address, insecure)
-    attempt, loaded = _find(connection, job, date)
+    _, attempt, loaded = _find(cluster_address(address, insecure=insecure), job, date)
     truths = [_truth(each) for each in loaded]
     if as_json:
         print_json(asdict(attempt) | {"output": truths})
@@ -89,19 +87,18 @@ def status(
         put(f"output  {truth}")
 
 
-def stop(job: JobOrId, date: Dates = None, address: Address = DEFAULT_ADDRESS, insecure: Insecure = False) -> None:
+def stop(job: JobOrId, date: Dates = None, address: AtAddress = DEFAULT_ADDRESS, insecure: Insecure = False) -> None:
     """Stop a submitted job. What it has committed stays, and submitting it again goes on from there."""
-    connection = _connect(address, insecure)
-    attempt, _ = _find(connection, job, date)
+    connection, attempt, _ = _find(cluster_address(address, insecure=insecure), job, date)
     stopped = connection.stop(attempt.id)
     put(_line(stopped))
     if not stopped.over:
         raise Temporary(f"{attempt.id} has not ended yet", do="Look again with nightlabel status")
 
 
-def list_(address: Address = DEFAULT_ADDRESS, insecure: Insecure = False, as_json: AsJson = False) -> None:
+def list_(address: AtAddress = DEFAULT_ADDRESS, insecure: Insecure = False, as_json: AsJson = False) -> None:
     """List what nightlabel has submitted to a cluster."""
-    attempts = _connect(address, insecure).attempts()
+    attempts = _connect(cluster_address(address, insecure=insecure)).attempts()
     if as_json:
         print_json({"jobs": [asdict(attempt) for attempt in attempts]})
         return
@@ -109,8 +106,7 @@ def list_(address: Address = DEFAULT_ADDRESS, insecure: Insecure = False, as_jso
         put(_line(attempt))
 
 
-def _connect(address: str, insecure: bool) -> Connection:
-    where = cluster_address(address, insecure=insecure)
+def _connect(where: Address) -> Connection:
     set_ray_environment(cluster=True)
     from pipeline.submit import Connection  # Ray's client, 0.5 s; neither Ray Data nor torch
 
@@ -127,16 +123,18 @@ def _parcel(path: Path, date: str | None, *, loopback: bool, code: bool) -> tupl
     return tuple(at_day(template, day) for day in parcel.days), parcel
 
 
-def _find(connection: Connection, job: str, date: str | None) -> tuple[Submission, tuple[Job, ...]]:
-    """The attempt that is meant, and its jobs when a file was given."""
+def _find(where: Address, job: str, date: str | None) -> tuple[Connection, Submission, tuple[Job, ...]]:
+    """The attempt that is meant, and its jobs when a file was given, which is read before the cluster is asked."""
     if not Path(job).is_file():
-        return connection.attempt(job), ()
-    loaded, parcel = _parcel(Path(job), date, loopback=connection.loopback, code=False)
+        connection = _connect(where)
+        return connection, connection.attempt(job), ()
+    loaded, parcel = _parcel(Path(job), date, loopback=where.loopback, code=False)
+    connection = _connect(where)
     attempts = connection.attempts(parcel.name)
     if not attempts:
         do = f"Its output: {'; '.join(map(_truth, loaded))}"
         raise JobError(f"{connection.url} knows no attempt at {parcel.name}", need="a job that was submitted as it is now", do=do)
-    return attempts[-1], loaded
+    return connection, attempts[-1], loaded
 
 
 def _follow(connection: Connection, submission_id: str, jobs: tuple[Job, ...]) -> NoReturn:
