@@ -62,7 +62,7 @@ def run(
     from pipeline.prometheus import Metrics
     from pipeline.spec import Job
 
-    template = load_template(job)
+    template = load_template(job, date=date)
     telling = Metrics(metrics, template, say=say)
     if not isinstance(template, Job):
         day = asked_day(template, date, name=str(job))

@@ -212,11 +212,6 @@ class Job(Model):
     notify: Notify | None = None
     """Whom to tell how a run ended."""
 
-    @property
-    def is_dated(self) -> bool:
-        """Does a place of the job depend on the day?"""
-        return any("{date}" in uri for uri in (*self.input.uris, self.model.uri, self.output.uri))
-
     def from_root(self) -> Job:
         """The job with every local path absolute: what goes to workers. Raises JobError for an input that cannot be."""
         sections: dict[str, Model] = {

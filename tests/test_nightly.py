@@ -156,11 +156,6 @@ def test_a_range_needs_a_job_with_a_date(tmp_path):
     assert [day.date for day in days] == ["2026-11-01", "2026-11-02", "2026-11-03"]
     with pytest.raises(JobError, match=r"^j: .*\{date\}.* needs a date"):  # by its file, before the lease is looked at
         asked(template(tmp_path), None, name="j")
-    for last, count in (("02", 2), ("03", 3)):
-        with pytest.raises(JobError, match=f"is {count} days"):
-            asked(job("in", "m", "o"), f"2026-11-01..2026-11-{last}", name="j")
-    undated = job("in", "m", "o", schedule=DAILY | {"catch_up": "3d"})
-    assert [day.behind for day in asked(undated, "yesterday", name="j")] == [False], "the same images on every day"
     with pytest.raises(JobError, match="is 2 days"):
         parse_job(b"name: x\ninput: {uri: 'a/{date}/'}\nmodel: {uri: m}\noutput: {uri: o}", date="2026-11-01..2026-11-02")
 

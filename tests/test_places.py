@@ -104,6 +104,29 @@ def test_an_input_that_is_missing_costs_no_other_its_labels(tmp_path: Path, mode
     assert nightlabel("run")[0] == 0
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["run"], ["plan"], ["validate"], ["retry-failed", "--class", "CORRUPT"], ["render"], ["submit"]],
+    ids=lambda words: words[0],
+)
+def test_a_date_that_fills_nothing_is_refused(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    job("model")
+    told = "job.yaml: --date today fills nothing; required: {date} in a uri of the job. Add it, or leave out --date."
+    assert nightlabel(*words, "--date", "today") == (2, told)
+    job("model", input={"uri": "in/{date}"})
+    assert "fills nothing" not in nightlabel(*words, "--date", "today")[1]
+
+
+def test_a_date_that_fills_nothing_of_a_training_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("job.yaml").write_text("{kind: finetune, name: x, data: {train: {uri: in/}}, output: {uri: out/}}")
+    code, said = nightlabel("run", "--date", "2026-11-01")
+    assert (code, said.split(";")[0]) == (2, "job.yaml: --date 2026-11-01 fills nothing")
+    Path("job.yaml").write_text("{kind: finetune, name: x, data: {train: {uri: 'in/{date}/'}}, output: {uri: out/}}")
+    assert nightlabel("run", "--date", "2026-11-01")[0] == 3
+
+
 @pytest.mark.parametrize("words", [["submit"], ["apply"], ["wait"], ["logs"], ["status"], ["stop"]], ids=lambda words: words[0])
 def test_a_job_that_no_cluster_takes_is_refused_before_one_is_asked(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -118,7 +118,7 @@ def _parcel(path: Path, date: str | None, *, loopback: bool, code: bool) -> tupl
     from pipeline.job.jobfile import at_day, load_label_template
     from pipeline.ship import pack
 
-    template = load_label_template(path)
+    template = load_label_template(path, date=date)
     parcel = pack(template, file=str(path), date=date, loopback=loopback, code=code)
     return tuple(at_day(template, day) for day in parcel.days), parcel
 

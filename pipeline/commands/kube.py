@@ -110,7 +110,7 @@ def _print_log(api: Api, run: RayJob, over: threading.Event) -> None:
 def _load(path: Path, date: str | None) -> Job:
     from pipeline.job.jobfile import asked_days, at_day, load_label_template
 
-    job = load_label_template(path)
+    job = load_label_template(path, date=date)
     at_day(job, asked_days(job, date, name=str(path))[0], name=str(path))  # complains of a date that is missing
     return job
 

@@ -39,7 +39,7 @@ def retry_failed(
     from pipeline.screen import Screen
     from pipeline.tables.publish import check_columns, check_publisher
 
-    template, wanted = load_label_template(job), parse_classes(classes)
+    template, wanted = load_label_template(job, date=date), parse_classes(classes)
     loaded = one_day(template, date, name=str(job))
     check_publisher(loaded)
     check_columns(loaded)

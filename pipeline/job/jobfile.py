@@ -17,7 +17,7 @@ from pipeline.job.complaints import line_of, sentences, shown
 from pipeline.job.recipe import EvaluateJob, QuantizeJob
 from pipeline.job.schedule import days_of
 from pipeline.job.training import DistillJob, FinetuneJob, TrainingJob
-from pipeline.job.uris import Filled, with_uris
+from pipeline.job.uris import Filled, is_dated, with_uris
 from pipeline.spec import Job
 
 PreparationJob = TrainingJob | QuantizeJob | EvaluateJob
@@ -63,19 +63,24 @@ def load_job(path: Path, *, date: str | None = None) -> AnyJob:
     return parse_job(_read(path), name=str(path), date=date)
 
 
-def load_template(path: Path) -> AnyJob:
-    """Same, with `{date}` left in."""
-    return _parse(_read(path), str(path))
+def load_template(path: Path, *, date: str | None = None) -> AnyJob:
+    """Same, with `{date}` left in. Raises JobError also where `--date` says `date`, and there is none to fill."""
+    job = _parse(_read(path), str(path))
+    if date is not None and not is_dated(job):
+        raise JobError(
+            f"{path}: --date {date} fills nothing", need="{date} in a uri of the job", do="Add it, or leave out --date"
+        )
+    return job
 
 
 def load_label_job(path: Path, *, date: str | None = None) -> Job:
     """The job in a YAML file that labels. Raises JobError for another kind too."""
-    return one_day(load_label_template(path), date, name=str(path))
+    return one_day(load_label_template(path, date=date), date, name=str(path))
 
 
-def load_label_template(path: Path) -> Job:
+def load_label_template(path: Path, *, date: str | None = None) -> Job:
     """Same, with `{date}` left in."""
-    job = load_template(path)
+    job = load_template(path, date=date)
     if not isinstance(job, Job):
         raise JobError(f"{path}: kind is {job.kind}", need="label", do="Give a labelling job; nightlabel run takes every kind")
     return job

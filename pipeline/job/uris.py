@@ -27,6 +27,18 @@ def with_uris(job: Filled, change: Callable[[str], str]) -> Filled:
     return type(job).model_validate(walk(job.model_dump(mode="json")))
 
 
+def is_dated(job: BaseModel) -> bool:
+    """Does a place of the job depend on the day?"""
+    found: list[str] = []
+
+    def look(uri: str) -> str:
+        found.append(uri)
+        return uri
+
+    with_uris(job, look)
+    return any("{date}" in uri for uri in found)
+
+
 def absolute(uri: str) -> str:
     """A local path from the root, since a worker's working folder is not the driver's; a URI of S3 as it is. A `/` at the end
     stays, it means a folder."""

@@ -13,6 +13,7 @@ from pipeline.errors import JobError
 from pipeline.job.jobfile import asked_days
 from pipeline.job.resources import Cluster
 from pipeline.job.schedule import TICK, Schedule, looked_back, looks_back, settled
+from pipeline.job.uris import is_dated
 from pipeline.kube.cronjob import CronJob, Role, RoleBinding, apply_cron_job, local_cron_job
 from pipeline.kube.kuberay import RayCronJob, RayJob, ray_cron_job, ray_job
 from pipeline.kube.pods import JOB_FILE, Site, Target, object_name
@@ -71,7 +72,7 @@ def _runs(job: Job, text: str, site: Site, options: RenderOptions) -> list[KubeO
 def _days(job: Job, options: RenderOptions, asked: tuple[str | None, ...]) -> int:
     """How many days the run may have to label: limits.deadline is of each."""
     first = asked[0]
-    back = looked_back(first, job.schedule) if first and job.is_dated and looks_back(options.date or "", job.schedule) else ()
+    back = looked_back(first, job.schedule) if first and is_dated(job) and looks_back(options.date or "", job.schedule) else ()
     return len(back) + len(asked)
 
 

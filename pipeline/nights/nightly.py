@@ -74,11 +74,7 @@ def asked(template: Job, date: str | None, *, name: str, again: bool = False) ->
     """The days that `--date` and `schedule.catch_up` name, oldest first. Raises JobError."""
     days = asked_days(template, date, name=name)
     at_day(template, days[0], name=name)
-    if len(days) > 1 and not template.is_dated:
-        need = "{date} in a uri of the job"
-        raise JobError(f"{name}: --date {date} is {len(days)} days", need=need, do="Add it, or run without --date")
-    looks = template.is_dated and looks_back(date or "", template.schedule)
-    behind = looked_back(days[0], template.schedule) if days[0] and looks else ()
+    behind = looked_back(days[0], template.schedule) if days[0] and looks_back(date or "", template.schedule) else ()
     return (*(Day(day, behind=True) for day in behind), *(Day(day, again=again) for day in days))
 
 
