@@ -37,6 +37,13 @@ class S3(Model):
     kms_key: Word | None = None
     """ID or ARN of the key for `aws:kms`; the account's own when absent."""
 
+    @model_validator(mode="after")
+    def _encrypts(self) -> S3:
+        if self.kms_key and not (self.encryption or "").startswith("aws:kms"):
+            got = f"kms_key is set and encryption is {self.encryption or 'absent'}"
+            raise ValueError(f"{got}; required: aws:kms or aws:kms:dsse beside a key. Set it, or leave the key out")
+        return self
+
     @property
     def server(self) -> str | None:
         """URL of the server: the job's, or the environment's, which the SDK asks in this order. None: AWS, or a profile's."""

@@ -238,6 +238,30 @@ def test_a_schedule_that_kubernetes_takes(cron: str):
 @pytest.mark.parametrize(
     ("kind", "lines", "told"),
     [
+        (
+            "finetune",
+            "training: {epochs: 3, warmup_epochs: 3.5}",
+            "j:5: training: warmup_epochs is 3.5 of 3 epochs; required: no more. Lower it.",
+        ),
+        ("finetune", "training: {mixup: 1.e-300}", "j:5: training.mixup is 1e-300; required: 0, or 0.01 to 1000. Change it."),
+        ("finetune", "training: {cutmix: 0.001}", "j:5: training.cutmix is 0.001; required: 0, or 0.01 to 1000. Change it."),
+        (
+            "finetune",
+            "data: {train: {uri: in/}, classes: [cat, ' ']}",
+            "j:3: data.classes.1 is ' '; required: a name that is not blank. Change it.",
+        ),
+        (
+            "label",
+            "input: {uri: s3://photos/, s3: {region: '-'}}",
+            "j:2: input.s3.region is '-'; required: a region such as eu-central-1: lower case letters, digits and dashes. "
+            "Change it.",
+        ),
+        (
+            "label",
+            "output: {uri: s3://labels/, s3: {kms_key: alias/labels, encryption: AES256}}",
+            "j:4: output.s3: kms_key is set and encryption is AES256; required: aws:kms or aws:kms:dsse beside a key. "
+            "Set it, or leave the key out.",
+        ),
         ("finetune", "training: {learning_rate: 0}", "j:5: training.learning_rate is 0; required: more than 0. Change it."),
         ("finetune", "training: {label_smoothing: 1}", "j:5: training.label_smoothing is 1; required: less than 1. Change it."),
         ("finetune", "training: {freeze: 6}", "j:5: training.freeze is 6; required: 5 or less. Change it."),

@@ -110,6 +110,7 @@ def _some(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
+ClassName = Annotated[str, *like(r"^[\s\S]*\S[\s\S]*$", "a name that is not blank")]
 Cron = Annotated[str, AfterValidator(_cron)]
 Digest = Annotated[str, *like(r"^sha256:[0-9a-f]{64}$", "sha256: and 64 digits of 0-9 and a-f")]
 Endpoint = Annotated[str, AfterValidator(_endpoint)]
@@ -117,7 +118,9 @@ Name = Annotated[
     str,
     *like(r"^[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?$", "1 to 50 lower case letters, digits and dashes, no dash at either end"),
 ]
-Region = Annotated[str, *like(r"^[a-z0-9-]+$", "a region such as eu-central-1: lower case letters, digits and dashes")]
+Region = Annotated[
+    str, *like(r"^[a-z0-9]+(-[a-z0-9]+)*$", "a region such as eu-central-1: lower case letters, digits and dashes")
+]
 #: Or nothing, which a Delta table has.
 TableName = Annotated[
     str,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.job.fields import Word
+from pipeline.job.fields import ClassName, Word
 from pipeline.job.quantity import Count, Fraction, Model, Positive, between, in_percent
 from pipeline.job.recipe import Label, Preparation, Start, check_label
 from pipeline.model.preprocessing import Preprocessing, Resample
@@ -15,6 +15,15 @@ from pipeline.spec import Input
 Part = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Triple = tuple[float, float, float]
+
+
+def _alpha(value: float) -> float:
+    if value and not 0.01 <= value <= 1000:  # below, torch's float32 draws halves alone, where next to nothing should be mixed
+        raise ValueError("0, or 0.01 to 1000")
+    return value
+
+
+Alpha = Annotated[NotNegative, AfterValidator(_alpha)]
 
 
 class RandomNetwork(Model):
@@ -63,7 +72,7 @@ class Data(Model):
     one's folder. For distill also null: there are no labels."""
     label_key: Word | None = None
     """Key of the class in the label, where that is a JSON object, as a sidecar of img2dataset is, or a struct."""
-    classes: tuple[str, ...] = ()
+    classes: tuple[ClassName, ...] = ()
     """Class names in the order of their numbers. Absent: the model's, if the labels are just those; else those found, sorted."""
 
     @model_validator(mode="after")
@@ -109,12 +118,12 @@ class Training(Model):
     weight_decay: NotNegative = 0.05
     """Decay of convolution and classifier weights; norms and biases have none. For SGD 5e-4 is usual."""
     warmup_epochs: NotNegative = 1.0
-    """Epochs in which the rate climbs; then it falls as half a cosine."""
+    """Epochs in which the rate climbs, no more than `epochs`; then it falls as half a cosine."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the target spread over all classes."""
-    mixup: NotNegative = 0.0
-    """Alpha of mixup (arXiv 1710.09412); 0 is off, 0.2 is usual."""
-    cutmix: NotNegative = 0.0
+    mixup: Alpha = 0.0
+    """Alpha of mixup (arXiv 1710.09412); 0 is off, 0.2 is usual, 0.01 the least."""
+    cutmix: Alpha = 0.0
     """Alpha of CutMix (arXiv 1905.04899); 0 is off, 1 is usual. With mixup too, every batch has one of them, by lot."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: a class counts in inverse proportion to its images."""
@@ -137,13 +146,15 @@ class Training(Model):
     """Random changes of the training images."""
 
     @model_validator(mode="after")
-    def _thaws(self) -> Self:
+    def _in_time(self) -> Self:
         if self.unfreeze_epoch is not None and not self.freeze:
             raise ValueError(
                 "unfreeze_epoch is set and freeze is 0; required: 1 to 5, what is to thaw. Set freeze, or leave it out"
             )
         if self.unfreeze_epoch is not None and self.unfreeze_epoch > self.epochs:
             raise ValueError(f"unfreeze_epoch is {self.unfreeze_epoch} of {self.epochs} epochs; required: one of these. Lower it")
+        if self.warmup_epochs > self.epochs:  # the learning rate would never be reached
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs:g} of {self.epochs} epochs; required: no more. Lower it")
         return self
 
 
