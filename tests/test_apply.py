@@ -311,6 +311,12 @@ def behind(cluster: ApiServer, api: Api, tmp_path: Path, monkeypatch: pytest.Mon
         yield Api(patience=20.0, pause=0.02), proxy
 
 
+def lines(text: str) -> Fault:
+    """A watch that says these lines and ends."""
+    head = f"HTTP/1.1 200 x\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
+    return Fault("raw", "GET", WATCH, answer=(head + text).encode())
+
+
 @pytest.mark.parametrize(
     "trouble",
     [
@@ -324,8 +330,18 @@ def behind(cluster: ApiServer, api: Api, tmp_path: Path, monkeypatch: pytest.Mon
         Fault("reset", "GET", WATCH),
         Fault("status", "GET", WATCH, status=500),
         Fault("raw", "GET", WATCH, answer=b'HTTP/1.1 200 x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"typ'),
+        page(200, '{"error": "log in"}', "application/json"),
+        lines("<html>\n\n"),
+        lines("[]\n"),
+        lines('{"type": "MODIFIED"}\n'),
+        lines('{"type": "ERROR", "object": "gone"}\n'),
+        lines('{"type": "MODIFIED", "object": {"metadata": 5}}\n'),
+        lines('{"type": "MODIFIED", "object": {"metadata": {}, "status": "x"}}\n'),
     ],
-    ids=["404", "no-page", "login", "429", "502", "409", "reset", "watch-reset", "watch-500", "watch-cut"],
+    ids=[
+        *("404", "no-page", "login", "429", "502", "409", "reset", "watch-reset", "watch-500", "watch-cut", "json"),
+        *("watch-html", "watch-list", "watch-half", "watch-error", "watch-metadata", "watch-status"),
+    ],
 )
 def test_what_passes_does_not_end_the_following(cluster: ApiServer, behind: tuple[Api, FaultProxy], trouble: Fault):
     api, proxy = behind
@@ -338,6 +354,15 @@ def test_what_passes_does_not_end_the_following(cluster: ApiServer, behind: tupl
 
     assert [progress.state for progress in followed(api, things()[-1], begin)][-1] == "Complete"
     assert trouble not in proxy.pending
+
+
+@pytest.mark.parametrize("body", ["<html>log in</html>\n", "{}", "[]", '{"items": [{"metadata": null}]}'])
+def test_pods_that_make_no_sense_are_a_sentence(behind: tuple[Api, FaultProxy], body: str):
+    api, proxy = behind
+    head = f"HTTP/1.1 200 x\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    proxy.script(Fault("raw", "GET", "/pods", answer=(head + body).encode()))
+    with pytest.raises(Temporary, match=rf"^cannot read the log of RayJob labelling/{NAME}: the answer makes no sense; required"):
+        list(api.logs(things()[-1]))
 
 
 @pytest.mark.parametrize(("code", "told"), [(401, "Unauthorized"), (403, "rayjobs is forbidden")])

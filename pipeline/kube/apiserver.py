@@ -18,7 +18,7 @@ from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
 from pipeline.errors import Conflict, JobError, NightlabelError, PermissionDenied, Temporary, UnfitError, UnitsLeft, first_line
-from pipeline.kube.follow import Progress, progress_of
+from pipeline.kube.follow import Progress, is_object, progress_of
 from pipeline.kube.kuberay import RayJob
 from pipeline.kube.render import KubeObject
 
@@ -130,7 +130,7 @@ class Api:
     def _standings(self, thing: RayJob) -> Iterator[dict[str, Any]]:
         """The object now, and whenever it changes, until the watch ends, as watches do."""
         name = thing["metadata"]["name"]
-        with _explained(f"follow {title(thing)}"):
+        with _explained(f"follow {title(thing)}", reading=True):
             standing = self._call("get", thing, name)
             yield standing
             events = watch.Watch().stream(
@@ -142,14 +142,18 @@ class Api:
                 _request_timeout=(_TIMEOUT_S[0], _WATCH_S + 30),
             )
             for event in events:
+                if event is None:  # a line that is no JSON
+                    continue
                 if event["type"] == "DELETED":
                     raise _Absent("deleted")
+                if not is_object(event["object"]):
+                    raise ValueError
                 yield event["object"]
 
     def logs(self, thing: RayJob) -> Iterator[tuple[str, str]]:
         """(pod, line) of what the driver prints, as the newest submitter's pod hands it on, until that ends or breaks off."""
         meta = thing["metadata"]
-        with _explained(f"read the log of {title(thing)}"):
+        with _explained(f"read the log of {title(thing)}", reading=True):
             pods = self._core.list_namespaced_pod(
                 meta["namespace"], label_selector=f"job-name={meta['name']}", _request_timeout=_TIMEOUT_S
             ).items
@@ -168,7 +172,7 @@ class Api:
             name, body = rest[:1] if verb != "create" else (), rest[1:] if verb != "create" else rest
             answer = call(*name, thing["metadata"]["namespace"], *body, _request_timeout=_TIMEOUT_S)
         found: dict[str, Any] = self._core.api_client.sanitize_for_serialization(answer)
-        if verb == "get" and not isinstance(found, dict):  # a page to log in, of what stands before the API server
+        if verb == "get" and not is_object(found):  # a page to log in, of what stands before the API server
             raise Temporary(f"of {title(thing)} the server tells nothing", need="an API server of Kubernetes", do="Try again")
         return found
 
@@ -195,14 +199,20 @@ class _Exists(Temporary):
 
 
 @contextmanager
-def _explained(doing: str) -> Iterator[None]:
-    """The client's errors as ours. Raises _Absent and _Exists for what is no error everywhere."""
+def _explained(doing: str, *, reading: bool = False) -> Iterator[None]:
+    """The client's errors as ours; with `reading` also those by which it trips over an answer that is none of an API server.
+    Raises _Absent and _Exists for what is no error everywhere."""
     try:
         yield
     except ApiException as error:
         raise _reason(doing, error) from None
     except (HTTPError, OSError) as error:
         raise Temporary(f"cannot {doing}: the API server does not answer ({type(error).__name__})", do="Try again") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not reading:
+            raise
+        need = "what an API server of Kubernetes tells"
+        raise Temporary(f"cannot {doing}: the answer makes no sense", need=need, do="Try again") from error
 
 
 def _reason(doing: str, error: ApiException) -> NightlabelError:

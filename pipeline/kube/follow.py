@@ -48,6 +48,12 @@ class Progress:
         return f"{self.state.lower() or 'created'}{attempt}{where}{why}{told}"
 
 
+def is_object(found: Any) -> bool:
+    """Does it look like an object of Kubernetes? What stands before an API server tells other things."""
+    parts = [found.get("metadata"), found.get("status") or {}] if isinstance(found, dict) else [None]
+    return all(isinstance(part, dict) for part in parts)
+
+
 def progress_of(ray_job: dict[str, Any]) -> Progress:
     status = ray_job.get("status") or {}
     return Progress(
