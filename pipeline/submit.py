@@ -41,6 +41,7 @@ _PATIENCE_S = 300.0  # how long a cluster that was reached may be away; a head r
 _TRIES = 5
 PAUSE_S = 1.0  # between two tries, twice as long each time, and two connections to a log
 _ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
+_BUSY = (429, 502, 503, 504)  # mostly of a proxy, with a page that is no answer of Ray's
 _STATUS = re.compile(r"Request failed with status code (\d{3}): ")
 
 for _name in ("dashboard_sdk", "modules.job.sdk", "modules.dashboard_sdk"):  # they tell every upload and every closed connection
@@ -77,7 +78,10 @@ class Submission:
 
 class _Client(JobSubmissionClient):
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
-        return super()._do_request(method, endpoint, timeout=_TIMEOUT_S, **options)
+        response = super()._do_request(method, endpoint, timeout=_TIMEOUT_S, **options)
+        if response.status_code in _BUSY:
+            response.raise_for_status()
+        return response
 
 
 class Connection:
@@ -108,11 +112,12 @@ class Connection:
             do = "Set RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head"
             raise PermissionDenied(got, do=do) from None
         except requests.JSONDecodeError:
-            raise UnfitError(
-                f"{self.url} is no Ray dashboard", need="the dashboard of a Ray cluster", do="Check the address"
-            ) from None
+            do = "Check the address"
+            raise UnfitError(f"{self.url} is no Ray dashboard", need="the dashboard of a Ray cluster", do=do) from None
         except (requests.RequestException, ConnectionError) as error:
             reason = "no answer in time" if isinstance(error, requests.Timeout) else "no connection"
+            if isinstance(error, requests.HTTPError) and error.response is not None:
+                reason = f"the answer is {error.response.status_code} {error.response.reason}"
             do = "Check the address and that the cluster is up, and try again"
             raise Temporary(f"{self.url}: {reason}", need="the dashboard of a Ray cluster", do=do) from None
         except RuntimeError as error:
@@ -120,9 +125,8 @@ class Connection:
 
     def _refused(self, text: str) -> NoReturn:
         status = _STATUS.search(text)
-        reason = _STATUS.sub("", [line for line in text.splitlines() if line.strip(" .")][-1]).rstrip(
-            "."
-        )  # of a traceback, what it says
+        # Of a traceback, what it says.
+        reason = _STATUS.sub("", [line for line in text.splitlines() if line.strip(" .")][-1]).rstrip(".")
         if status and status[1] == "404":
             raise JobError(f"{self.url}: {reason}", do="nightlabel list shows what it knows")
         if status and status[1].startswith("5"):

@@ -227,6 +227,24 @@ def test_a_lost_reply_runs_nothing_twice(fake, api, answers):
     assert list(api.jobs) == ["one-1"]
 
 
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_a_proxy_that_is_busy_is_temporary(fake, api, status):
+    from pipeline.submit import Connection
+
+    told = rf"^{api.url}: the answer is {status} [A-Z].*; required: the dashboard of a Ray cluster"
+    for path, ask in (
+        ("/api/version", lambda: Connection(Address(api.url, loopback=True))),
+        ("/api/version", fake.check_version),
+        ("/api/jobs/", fake.attempts),
+        ("/api/jobs/x", lambda: fake.attempt("x")),
+    ):
+        api.fail[f"GET {path}"] = [status]
+        with pytest.raises(Temporary, match=told):
+            ask()
+    api.fail["POST /api/jobs/"] = [status, status]
+    assert fake.submit(script("one"))[0].id == "one-1"
+
+
 def test_two_who_submit_at_once_run_it_once(fake, api, monkeypatch):
     fake.submit(script("one"))
     monkeypatch.setattr(fake, "attempts", lambda name: [])  # looked a moment before the other's request came
