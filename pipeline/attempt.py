@@ -51,6 +51,7 @@ class Attempt:
     filled: set[str] = field(default_factory=set)  # columns with a value in any row
     cautions: list[str] = field(default_factory=list)  # what is to be known of the CPUs that labelled, once each
     empty: list[str] = field(default_factory=list)  # inputs in which there was nothing to label
+    imageless: Counter[str] = field(default_factory=Counter)  # samples of tars that have no image, by suffix
     trouble: dict[str, UnitTrouble] = field(default_factory=dict)
     missing: tuple[UnitTrouble, ...] = ()
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -102,6 +103,7 @@ class Attempt:
         if ours:
             self.rows += footer.rows_in
             self.empty += buffer.empty
+            self.imageless.update(buffer.imageless)
             self.seams = {seam: self.seams[seam] + spent for seam, spent in buffer.seconds().items()}
             counts = pc.value_counts(rows.column("label").drop_null())
             self.labels.update({item["values"]: item["counts"] for item in counts.to_pylist()})
@@ -122,10 +124,9 @@ class Attempt:
 
     def receipt(self, job: Job, plan: Plan, artifact: Artifact, footers: Iterable[Footer], *, log: Log, before: int) -> Receipt:
         """`footers` of all units that are done, read back; `before` of them were done when this attempt began."""
-        done, left = totals(footers), {unit.id for unit in plan.todo}
+        done, left, (started, ended) = totals(footers), {unit.id for unit in plan.todo}, self.span()
         self.tell("verified", units=done.units, rows=done.rows_in, failed=done.failed, left=len(left))
         trouble = (*self.missing, *(item for item in self.trouble.values() if item.unit in left))
-        started, ended = self.span()
         return Receipt(
             job=job.name,
             where=log.root,
@@ -165,5 +166,6 @@ class Attempt:
         return {
             "kept_nothing": tuple(name for name in keep if self.rows and name not in self.filled),
             "empty": tuple(sorted(self.empty)),
+            "imageless": dict(self.imageless.most_common()),
             "cautions": tuple(sorted(self.cautions)),
         }

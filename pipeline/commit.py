@@ -7,6 +7,7 @@ is given up gets a tombstone by the same create, so it is either committed or sp
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from io import BytesIO
@@ -42,6 +43,7 @@ class UnitBuffer:
         self.expected: int | None = None
         self.error: tuple[str, str] | None = None
         self.empty: list[str] = []  # inputs in which there was nothing to label
+        self.imageless: dict[str, int] = {}  # samples without an image, by suffix
 
     def add(self, table: pa.Table) -> None:
         """Takes prediction rows of the unit, the end row among them, with the columns of rows.TIMINGS."""
@@ -52,7 +54,8 @@ class UnitBuffer:
             if end["error_class"] is not None:
                 self.error = (end["error_class"], end["error"])
             elif end["error"] is not None:
-                self.empty = end["error"].split("\n")
+                notes = json.loads(end["error"])
+                self.empty, self.imageless = notes["empty"], notes["imageless"]
             table = table.filter(pc.invert(ends))
         indexes = table.column("index").to_pylist()
         if not self._seen.isdisjoint(indexes):

@@ -117,13 +117,13 @@ def _unexpanded(uri: str, error: InputMissing) -> InputMissing:
     return InputMissing(error.got, need=error.need, do="Braces are not expanded: give a glob such as shard-*.tar, or a list")
 
 
-def count_suffixes(counts: Mapping[str, int]) -> str:
+def count_suffixes(counts: Mapping[str, int], what: str = "object") -> str:
     """`5 objects (3 .tgz, 1 .txt, 1 in _temporary/)`, the commonest first."""
     named = [f"{count:,} {_spoken(kind)}" for kind, count in list(counts.items())[:5]]
     rest = sum(list(counts.values())[5:])
     total = sum(counts.values())
     more = [f"{rest:,} others"] if rest else []
-    return f"{total:,} {'object' if total == 1 else 'objects'} ({', '.join(named + more)})"
+    return f"{total:,} {what if total == 1 else f'{what}s'} ({', '.join(named + more)})"
 
 
 def _spoken(kind: str) -> str:

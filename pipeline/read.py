@@ -6,7 +6,8 @@ it costs this unit and nothing else, and the driver decides from the class wheth
 
 from __future__ import annotations
 
-from collections import deque
+import json
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -50,10 +51,10 @@ def read_unit(
     a TOO_LARGE row without its bytes.
 
     Raises nothing a user could act on: such an error becomes the end row's `error_class` and `error`. An `error` without a class
-    names the inputs in which there is no row, one a line.
+    is JSON: `empty`, the inputs in which there is no row, and `imageless`, how many samples have no image, by suffix.
     """
     rows, schema = 0, IMAGE
-    empty: list[str] = []
+    empty, imageless = list[str](), Counter[str]()
     error: NightlabelError | None = None
     try:
         if wanted.format == "images":
@@ -63,7 +64,7 @@ def read_unit(
                 rows += table.num_rows
             rows = len(unit.parts)
         else:
-            read = _read_tar if wanted.format == "webdataset" else _read_parquet
+            read = partial(_read_tar, imageless=imageless) if wanted.format == "webdataset" else _read_parquet
             for part in unit.parts:
                 before = rows
                 for table in read(store, part, wanted, max_bytes):
@@ -79,7 +80,8 @@ def read_unit(
         error = caught
     except MemoryError:
         error = Temporary(f"{unit.parts[0].uri}: not enough memory to read it", do="Lower read.tasks, or take larger nodes")
-    said: Row = {"error": "\n".join(empty) or None} if error is None else _failed(error.error_class, error)
+    notes = json.dumps({"empty": empty, "imageless": imageless}) if empty or imageless else None
+    said: Row = {"error": notes} if error is None else _failed(error.error_class, error)
     yield pa.Table.from_pylist([{"unit": unit.id, "index": rows} | said], schema=schema)
 
 
@@ -139,9 +141,9 @@ def _batches(rows: Iterator[Row], keep: tuple[str, ...]) -> Iterator[pa.Table]:
     yield _table(batch, keep)  # when it is empty it still tells the columns
 
 
-def _read_tar(store: Store, part: Part, wanted: Input, max_bytes: int) -> Iterator[pa.Table]:
+def _read_tar(store: Store, part: Part, wanted: Input, max_bytes: int, *, imageless: Counter[str]) -> Iterator[pa.Table]:
     with Stream(store, part.object) as stream:
-        yield from _batches(image_rows(stream, wanted.keep, max_bytes), wanted.keep)
+        yield from _batches(image_rows(stream, wanted.keep, max_bytes, imageless), wanted.keep)
 
 
 def _read_parquet(store: Store, part: Part, wanted: Input, max_bytes: int) -> Iterator[pa.Table]:

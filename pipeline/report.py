@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from pipeline.cut import count_suffixes
 from pipeline.errors import COMPLETE, ExitCode, gravest, kind_of
 from pipeline.footer import Totals
 from pipeline.job.quantity import exceeds
@@ -64,6 +65,8 @@ class Receipt:
     """Inputs of this attempt in which there was nothing to label: a tar without a member named like an image, no rows."""
     cautions: tuple[str, ...] = ()
     """What is to be known of the CPUs that labelled in this attempt: the model's arithmetic is slow there, or not what it was."""
+    imageless: Mapping[str, int] = field(default_factory=dict)
+    """Samples of this attempt's tars that have no image, by the suffix of their first member."""
     trouble: tuple[UnitTrouble, ...] = ()
     exit_code: int = ExitCode.DONE
     events: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
@@ -116,6 +119,7 @@ class Receipt:
             )
         lines += [f"empty   {self.unlabelled}"] if self.empty else []
         lines += [f"caution {text}" for text in self.cautions]
+        lines += [f"ignored {self.ignored}"] if self.imageless else []
         lines += [f"kept    nothing of {name}: no image had it" for name in self.kept_nothing]
         lines += [*left, f"where   {self.where}", f"run     {self.run}, {self.passes} {'pass' if self.passes == 1 else 'passes'}"]
         took = f"took    {self.seconds:.1f} s"
@@ -135,6 +139,11 @@ class Receipt:
         """In which inputs there was nothing to label, the first three by name; empty for none."""
         more = f" and {len(self.empty) - 3:,} more" if len(self.empty) > 3 else ""
         return f"nothing to label in {', '.join(self.empty[:3])}{more}" if self.empty else ""
+
+    @property
+    def ignored(self) -> str:
+        """What of tars was passed over."""
+        return f"{count_suffixes(self.imageless, 'sample')} without an image"
 
     @property
     def over(self) -> str:

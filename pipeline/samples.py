@@ -6,6 +6,7 @@ the whole tar: where nothing is kept no image waits, and else no more than SAMPL
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from pipeline.cut import IMAGE_SUFFIXES
@@ -19,12 +20,14 @@ _LINK = "a link, whose bytes stand elsewhere; pack the tar with --dereference --
 Row = dict[str, object]
 
 
-def image_rows(stream: Stream, keep: tuple[str, ...], max_bytes: int) -> Iterator[Row]:
+def image_rows(stream: Stream, keep: tuple[str, ...], max_bytes: int, imageless: Counter[str]) -> Iterator[Row]:
     """One row per image member. Members of one sample (same path up to the first dot of the name) stand together, sidecars before
     or after their image. `a.jpg` has key `a`; `a.left.jpg` is an image too, with key `a.left`, so no image vanishes.
 
-    Raises ShardError, and JobError for a sidecar whose image could not wait for it."""
+    In the end `imageless` hears how many samples have no image at all, by the suffix of their first member. Raises ShardError,
+    and JobError for a sidecar whose image could not wait for it."""
     seen, sample = set[str](), _Sample("", keep)
+    kinds, with_images = dict[str, str](), set[str]()
     for member in members(stream):
         folder, _, base = member.name.rpartition("/")
         if base.startswith("._"):  # what macOS adds
@@ -34,15 +37,19 @@ def image_rows(stream: Stream, keep: tuple[str, ...], max_bytes: int) -> Iterato
             yield from sample.rows()
             sample = _Sample(stem, keep)
         bare, dot, suffix = base.rpartition(".")
+        if bare or not dot:  # a hidden file is no sample
+            kinds.setdefault(stem, suffix.lower() if dot else "")
         if dot and suffix.lower() in IMAGE_SUFFIXES:
             if sample.size >= SAMPLE_BYTES or not keep:
                 yield from sample.rows()
             key = member.name.rpartition(".")[0] if bare else member.name
             sample.add(_row(member, key, seen, max_bytes))
             seen.add(key)
+            with_images.add(stem)
         elif member.size is not None and (suffix in keep or member.name[len(stem) + 1 :] in keep):
             sample.add_sidecar(member)
     yield from sample.rows()
+    imageless.update(kind for stem, kind in kinds.items() if stem not in with_images)
 
 
 def _row(member: Member, key: str, seen: set[str], max_bytes: int) -> Row:

@@ -657,6 +657,23 @@ def test_a_sidecar_that_no_image_has_is_told(tmp_path, model, monkeypatch):
     assert "nothing of <code>clss</code>" in receipt.page().decode()
 
 
+def test_samples_without_an_image_are_counted(tmp_path, model, monkeypatch):
+    without_ray(monkeypatch)
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        files = {"1.jpg": picture(1), "x/1.raw1": b"1", "x/2.raw1": b"2", "x/2.json": b"{}", ".DS_Store": b"", "x/._3.raw1": b""}
+        late = {"4.cls": b"1", "4.left.jpg": picture(4)}  # its image comes behind other samples
+        (tmp_path / "in" / f"{name}.tar").write_bytes(tar_bytes({"4.json": b"", **files, "README": b"", **late}))
+    content = {"input": {"uri": str(tmp_path / "in")}, "output": {"uri": str(tmp_path / "out")}}
+    job = Job.model_validate({"name": "test", "model": {"uri": model}} | content)
+    receipt = Driver(job, observe=lambda event, fields: None, started=0.0).label()
+    assert (receipt.exit_code, receipt.rows_in, receipt.empty) == (0, 4, ())
+    told = "6 samples (4 .raw1, 2 without suffix) without an image"
+    assert [line for line in receipt.lines() if line.startswith("ignored ")] == [f"ignored {told}"]
+    assert told in receipt.page().decode()
+    assert receipt.as_dict()["imageless"] == {"raw1": 4, "": 2}
+
+
 def test_inputs_with_nothing_to_label_are_told(tmp_path, model, monkeypatch):
     without_ray(monkeypatch)
     (tmp_path / "in").mkdir()

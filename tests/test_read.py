@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import re
 import tarfile
@@ -265,7 +266,7 @@ def test_an_empty_tar_has_no_rows_and_no_error(tmp_path):
     (tmp_path / "x.tar").write_bytes(tar_bytes({}))
     assert rows_of(tmp_path) == (
         [],
-        {"unit": rows_of(tmp_path)[1]["unit"], "index": 0, "error": f"{tmp_path}/x.tar"}
+        {"unit": rows_of(tmp_path)[1]["unit"], "index": 0, "error": json.dumps({"empty": [f"{tmp_path}/x.tar"], "imageless": {}})}
         | dict.fromkeys(["key", "source", "bytes", "error_class"]),
     )
 
@@ -710,7 +711,8 @@ def test_inputs_with_nothing_to_label_are_named_in_the_end_row(tmp_path):
     wanted = Input(uri=str(tmp_path))
     unit = Unit(tuple(Part.of(item) for item in list_inputs(STORE, wanted).inputs))
     *_, end = pa.concat_tables(read_unit(STORE, unit, wanted=wanted)).to_pylist()
-    assert (end["error_class"], end["error"]) == (None, f"{tmp_path}/a.tar\n{tmp_path}/c.tar")
+    notes = {"empty": [f"{tmp_path}/a.tar", f"{tmp_path}/c.tar"], "imageless": {"tar": 2}}
+    assert (end["error_class"], json.loads(end["error"])) == (None, notes)
     (unit,) = (Unit((part,)) for part in unit.parts if part.uri.endswith("b.tar"))
     *_, end = pa.concat_tables(read_unit(STORE, unit, wanted=wanted)).to_pylist()
     assert end["error"] is None
