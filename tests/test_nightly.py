@@ -91,6 +91,20 @@ def test_today_is_today_where_the_schedule_is(monkeypatch):
     assert days_of("today", "America/New_York") == ("2026-11-25",)
 
 
+def test_a_range_that_is_read_at_midnight_is_of_one_day(monkeypatch):
+    from pipeline.job import schedule
+
+    ticks = iter((LATE, datetime(2026, 11, 26, tzinfo=UTC)))
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return next(ticks).astimezone(tz)
+
+    monkeypatch.setattr(schedule, "datetime", Clock)
+    assert days_of("yesterday..today") == ("2026-11-24", "2026-11-25")
+
+
 @pytest.mark.parametrize(
     ("name", "zone", "days"),
     [

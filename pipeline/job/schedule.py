@@ -66,16 +66,18 @@ class Schedule(Model):
 def days_of(text: str, timezone: str = "UTC", *, now: datetime | None = None) -> tuple[str, ...]:
     """The days that `--date` names, oldest first, as YYYY-MM-DD. Raises ValueError: it names none."""
     first, dots, last = text.partition("..")
-    start = _day(first, text, timezone, now)
-    stop = _day(last, text, timezone, now) if dots else start
+    if now is None and {first, last} & {"today", "yesterday"}:
+        now = _begun(_zone(timezone))  # once: between two looks may be midnight
+    start = _day(first, text, now)
+    stop = _day(last, text, now) if dots else start
     if stop < start:
         raise ValueError(f"--date is {text!r}; required: the older day first. Give {last}..{first}")
     return tuple((start + timedelta(number)).isoformat() for number in range((stop - start).days + 1))
 
 
-def _day(word: str, text: str, timezone: str, now: datetime | None) -> date:
-    if word in ("today", "yesterday"):
-        return (now or _begun(_zone(timezone))).date() - timedelta(word == "yesterday")
+def _day(word: str, text: str, now: datetime | None) -> date:
+    if now is not None and word in ("today", "yesterday"):
+        return now.date() - timedelta(word == "yesterday")
     try:
         if not re.fullmatch(r"\d{4}-\d\d-\d\d", word):  # fromisoformat takes weeks too
             raise ValueError
