@@ -134,6 +134,7 @@ def test_a_run_tells_a_pushgateway_from_start_to_end(gateway, monkeypatch):
     with Metrics(gateway.url, JOB, say=silence) as telling:
         observe = telling.beside(lambda event, fields: seen.append(event))
         seen: list[str] = []
+        assert wait_for(lambda: gateway.posts), "the first one is of a run of which nothing is known"
         observe("planned", {"units": 7, "done": 2})
         observe("rows", {"images": 10, "failed": 3})
         observe("commit", {})

@@ -51,7 +51,8 @@ def test_the_line_counts_images_and_estimates_the_rest(monkeypatch):
 
 
 @pytest.mark.parametrize("event", ["trouble", "split"])
-def test_what_is_dropped_is_taken_off_the_line(event, capsys):
+def test_what_is_dropped_is_taken_off_the_line(event, capsys, monkeypatch):
+    monkeypatch.setattr(screens.time, "monotonic", lambda: 100.0)
     with screen() as shown:
         rows(shown, 100, failed=5)
         shown.observe(event, {"dropped": 30, "dropped_failed": 4, "error_class": "TAR_NO_EOF", "error": "in/a.tar: cut"})
