@@ -22,7 +22,9 @@ ERROR = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>scripted</Message>
 class Fault:
     """What to do to one request. `method` and `path` (a part of path and query) choose it; None and "" take any."""
 
-    kind: Literal["status", "reset", "hang", "delay", "truncate", "stall", "corrupt", "lost", "overwrite", "edit", "raw"]
+    kind: Literal[
+        "status", "reset", "hang", "delay", "gather", "truncate", "stall", "corrupt", "lost", "overwrite", "edit", "raw"
+    ]
     method: str | None = None
     path: str = ""
     status: int = 503
@@ -37,6 +39,7 @@ class Fault:
     """edit: of the server's answer; None takes one out."""
     answer: bytes = b""
     """raw: all of it, without asking the server."""
+    # gather: it is passed on when everything that is scripted has been asked for.
     # overwrite: as a server does that does not know If-None-Match, it answers a refused create with 200.
 
     def fits(self, method: str, path: str) -> bool:
@@ -116,6 +119,10 @@ class FaultProxy:
             answer = fault.answer
         elif kind == "delay":
             await asyncio.sleep(fault.seconds)
+            answer = await self._forward(request)
+        elif kind == "gather":
+            while self._script:
+                await asyncio.sleep(0.01)
             answer = await self._forward(request)
         else:
             answer = b""
