@@ -75,6 +75,22 @@ def on_ray(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return ray_address
 
 
+@pytest.fixture
+def one_day(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Today for the dates of jobs, in every time zone; it does not end while a test runs."""
+    from datetime import datetime, tzinfo
+
+    from pipeline.job import schedule
+
+    class Noon(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime(2026, 11, 25, 12, tzinfo=tz)
+
+    monkeypatch.setattr(schedule, "datetime", Noon)
+    return "2026-11-25"
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small artifact: ResNet-18 on 32 × 32 pixels, random weights that tell the pictures of `shards` apart."""
@@ -85,14 +101,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def proxied(s3: Seaweed) -> Iterator[tuple[FaultProxy, S3Store]]:
-    """A proxy before the S3 server that can misbehave, and a store behind it that loses patience after 1 s."""
+    """A proxy before the S3 server that can misbehave, and a store behind it that loses patience with an answer after 3 s."""
     from faults import fault_proxy
 
     from pipeline.s3 import S3Store
     from pipeline.spec import S3
 
     with fault_proxy(s3.port) as running:
-        yield running, S3Store(S3(endpoint=running.endpoint, region="us-east-1"), backoff=0.001, timeouts=(1.0, 1.0))
+        yield running, S3Store(S3(endpoint=running.endpoint, region="us-east-1"), backoff=0.001, timeouts=(60.0, 3.0))
 
 
 @pytest.fixture

@@ -273,14 +273,13 @@ def test_a_signal_stops_all_days_and_gives_the_lease_back(tmp_path):
     assert run_nights(wanted, days[:1], label=lambda one, check: receipt(), say=lambda text: None)
 
 
-def test_catch_up_labels_missed_days_and_passes_over_days_without_input(tmp_path, monkeypatch):
+def test_catch_up_labels_missed_days_and_passes_over_days_without_input(tmp_path, monkeypatch, one_day):
     told: list[str] = []
     monkeypatch.setattr(nightly, "tell", lambda wanted, content, *, say: told.append(content["day"]))
     wanted = template(tmp_path, schedule=DAILY | {"catch_up": "3d"})
-    today, *_ = days_of("today")
     days = asked(wanted, "today", name="j")
     assert [day.behind for day in days] == [True, True, True, False]
-    assert days[-1].date == today
+    assert days[-1].date == one_day
     for day in (days[0], days[2]):
         write_tars(tmp_path / "in" / str(day.date), shards=1, images=1)
     seen: list[str] = []
@@ -290,9 +289,9 @@ def test_catch_up_labels_missed_days_and_passes_over_days_without_input(tmp_path
         return receipt(run=None if seen[1:] else "000001")
 
     nights = run_nights(wanted, days, label=label, say=lambda text: None)
-    assert seen == [days[0].date, days[2].date, today], "today is run whatever it has: a night without input is an error"
+    assert seen == [days[0].date, days[2].date, one_day], "today is run whatever it has: a night without input is an error"
     assert [night.date for night in nights] == seen
-    assert told == [days[0].date, today], "a day that was looked at and has nothing left is no news"
+    assert told == [days[0].date, one_day], "a day that was looked at and has nothing left is no news"
     assert asked(wanted, "2026-11-01", name="j") == (Day("2026-11-01"),), "a day by its name is that day alone"
     again = [day.again for day in asked(wanted, "today", name="j", again=True)]
     assert again == [False, False, False, True], "a day that was labelled in another night is not this run's failure"

@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import jsonschema
 import kubernetes_validate
@@ -183,9 +181,8 @@ def test_what_kuberay_tries_again_ends_as_the_attempt_before_it():
             assert ("--again" in spec["entrypoint"].split()) == again == (spec["backoffLimit"] > 0)
 
 
-def test_one_run_is_for_one_day_whenever_its_attempts_begin():
-    today = datetime.now(ZoneInfo("Europe/Berlin")).date()
-    for text, days in ((HEAD_ONLY, {str(today)}), (HEAD_ONLY.replace("queue}", "queue, catch_up: 3d}"), {"today"})):
+def test_one_run_is_for_one_day_whenever_its_attempts_begin(one_day: str):
+    for text, days in ((HEAD_ONLY, {one_day}), (HEAD_ONLY.replace("queue}", "queue, catch_up: 3d}"), {"today"})):
         (job,) = [thing for thing in rendered(text, RenderOptions("rayjob", "today", DIGEST)) if thing["kind"] == "RayJob"]
         assert job["spec"]["entrypoint"].split()[4] in days
 

@@ -126,7 +126,7 @@ def test_a_path_of_this_machine_is_refused_elsewhere(uri):
     packed(job(input={"uri": "file:///photos/"}))
 
 
-def test_the_day_travels_and_not_the_word_but_where_the_run_looks_back():
+def test_the_day_travels_and_not_the_word_but_where_the_run_looks_back(one_day):
     """The driver may begin after midnight; what stands in the id is what is run."""
     catching_up = job(schedule={"cron": "0 2 * * *", "catch_up": "3d"})
     for wanted, date, travels in (
