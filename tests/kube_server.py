@@ -33,7 +33,7 @@ class ApiServer:
         self.loop.close()
 
     def _run(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=30)
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=120)
 
     async def _open(self) -> None:
         self.server = kmock.KubernetesEmulator()

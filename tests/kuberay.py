@@ -80,7 +80,7 @@ class KubeRay:
 
     def _get(self, path: str) -> Any:
         request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {TOKEN['RAY_AUTH_TOKEN']}"})
-        with urllib.request.urlopen(request, timeout=5) as reply:
+        with urllib.request.urlopen(request, timeout=30) as reply:
             return json.load(reply)
 
 

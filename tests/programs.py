@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import pytest
+from raylets import NOT_YET, free_port
 
 T = TypeVar("T")
 
@@ -22,8 +22,7 @@ def serving(program: str, *options: str) -> Iterator[str]:
     """Its address, host:port, while it runs; it answers soon after."""
     if shutil.which(program) is None:
         pytest.skip(f"{program} is absent; Debian has it")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     command = [program, f"--web.listen-address={address}", "--log.level=error", *options]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
@@ -33,18 +32,18 @@ def serving(program: str, *options: str) -> Iterator[str]:
 
 
 def get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=5) as answer:
+    with urllib.request.urlopen(url, timeout=30) as answer:
         return answer.read().decode()
 
 
-def wait_for(what: Callable[[], T], *, seconds: float = 30.0) -> T:
-    """What it returns once that is true and no OSError; the last answer or error when time is up."""
+def wait_for(what: Callable[[], T], *, seconds: float = 120.0) -> T:
+    """What it returns once that is true, and no error of a server that is half up; the last answer or error when time is up."""
     deadline = time.monotonic() + seconds
     while True:
         try:
             if (found := what()) or time.monotonic() > deadline:
                 return found
-        except OSError:
+        except NOT_YET:
             if time.monotonic() > deadline:
                 raise
         threading.Event().wait(0.05)

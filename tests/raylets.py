@@ -20,14 +20,18 @@ import time
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
-READY_SECONDS = 90
+READY_SECONDS = 240
 OBJECT_STORE = 200 * 2**20
 
-#: A node is dead after 3 s without an answer, not 30.
-_HEALTH = {"initial_delay_ms": "2000", "period_ms": "1000", "failure_threshold": "3", "timeout_ms": "1000"}
+#: What a server that is half up may answer with, beside a connection that is refused: nothing, a page in words, a part of it.
+NOT_YET = (OSError, HTTPException, ValueError, LookupError)
+
+#: A node whose process is gone is dead after 5 s, not 30; one that a busy machine keeps from answering lives.
+_HEALTH = {"initial_delay_ms": "2000", "period_ms": "1000", "failure_threshold": "5", "timeout_ms": "5000"}
 _SERVER_ENV = {"RAY_USAGE_STATS_ENABLED": "0", **{f"RAY_health_check_{name}": value for name, value in _HEALTH.items()}}
 
 
@@ -100,11 +104,11 @@ class Raylets:
         request = urllib.request.Request(f"{self.dashboard}/nodes?view=summary")
         request.add_header("Authorization", f"Bearer {self.token}")
         try:
-            with urllib.request.urlopen(request, timeout=5) as reply:
+            with urllib.request.urlopen(request, timeout=30) as reply:
                 summary = json.load(reply)["data"]["summary"]
-        except OSError:
+            return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
+        except NOT_YET:
             return None
-        return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
         """The raylet of a node ends without a word; its workers go with it."""
@@ -138,7 +142,16 @@ def below(pid: int) -> list[int]:
     return [pid, *(inner for child in children for inner in below(child))]
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that nobody takes before whom it is for: below 32,768, from where the system gives ports to clients and to servers that
+    name none, of which Ray starts dozens; and above those of Ray's workers and of SeaweedFS."""
+    while True:
+        port = 22_000 + secrets.randbelow(10_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))  # on every address
+            if port not in _given:
+                _given.add(port)
+                return port

@@ -24,7 +24,7 @@ from pipeline.spec import S3
 ACCESS_KEY, SECRET_KEY = "nightlabel-test", "not-a-secret"
 NOBODIES = ("nightlabel-driver", "nightlabel-worker")  # access keys that may do what a bucket's policy grants
 GRPC = 10_000  # SeaweedFS listens for gRPC that far above each of its four ports
-READY_SECONDS = 60
+READY_SECONDS = 240
 
 
 @dataclass
@@ -38,13 +38,13 @@ class Seaweed:
     def __post_init__(self) -> None:
         self.client = self.client_of(ACCESS_KEY)
 
-    def client_of(self, access_key: str) -> Any:
-        """A client that signs as one of the server's identities."""
+    def client_of(self, access_key: str, *, attempts: int = 5) -> Any:
+        """A client that signs as one of the server's identities, and asks again where a busy server hangs up."""
         return botocore.session.get_session().create_client(
             "s3",
             "us-east-1",
             endpoint_url=self.endpoint,
-            config=Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10),
+            config=Config(retries={"total_max_attempts": attempts}, connect_timeout=10, read_timeout=60),
             aws_access_key_id=access_key,
             aws_secret_access_key=SECRET_KEY,
         )
@@ -134,12 +134,15 @@ def _arguments(folder: Path, host: str, port: int) -> list[str]:
 
 
 def _wait(server: Seaweed) -> None:
-    deadline, bucket = time.monotonic() + READY_SECONDS, None
+    deadline, bucket = time.monotonic() + READY_SECONDS, f"b-{uuid.uuid4().hex[:12]}"
+    client = server.client_of(ACCESS_KEY, attempts=1)  # whose patience is this loop's
     while True:
         try:
-            bucket = bucket or server.bucket()
-            server.put(f"s3://{bucket}/ready", b"yes")
-            if server.client.get_object(Bucket=bucket, Key="ready")["Body"].read() == b"yes":
+            with contextlib.suppress(client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
+                client.create_bucket(Bucket=bucket)
+            client.put_object(Bucket=bucket, Key="ready", Body=b"yes")
+            if client.get_object(Bucket=bucket, Key="ready")["Body"].read() == b"yes":
+                client.close()
                 return
         except (BotoCoreError, ClientError):
             if server.process.poll() is not None or time.monotonic() > deadline:
