@@ -137,7 +137,6 @@ def test_parquet_without_a_column_of_labels(tmp_path: Path, teacher: str, studen
         job("x", "y", data={"label": None})
 
 
-@pytest.mark.timeout(200)
 def test_two_workers_distil_one_student(tmp_path: Path, teacher: str, student: str, on_ray: str):
     train = write_shards(tmp_path / "in", 96, classes=3)
     workers = {"count": 2, "cpus_per_worker": 1}

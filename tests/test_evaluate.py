@@ -422,7 +422,7 @@ def test_a_browser_renders_the_page(tmp_path: Path):
     ]
     words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={tmp_path}/profile"]
     done = subprocess.run(
-        [*words, "--dump-dom", f"file://{tmp_path}/page.html"], capture_output=True, text=True, check=True, timeout=60
+        [*words, "--dump-dom", f"file://{tmp_path}/page.html"], capture_output=True, text=True, check=True, timeout=240
     )
     dom = done.stdout
     matrix = re.search(r'<svg class="matrix".*?</svg>', dom, re.DOTALL)

@@ -426,7 +426,6 @@ def test_bad_input_is_one_sentence(tmp_path: Path, start: str):
         assert not (tmp_path / "out.training").exists()
 
 
-@pytest.mark.timeout(200)
 def test_kill_9_and_a_rerun_make_the_same_model(tmp_path: Path, start: str):
     """The undisturbed one decodes between its steps, the killed one in a DataLoader's process."""
     train = write_shards(tmp_path / "in", 96)
@@ -449,7 +448,6 @@ def test_kill_9_and_a_rerun_make_the_same_model(tmp_path: Path, start: str):
     assert json.loads(out)["digest"] == whole.facts["digest"]
 
 
-@pytest.mark.timeout(200)
 def test_two_workers_train_one_model(tmp_path: Path, start: str, on_ray: str, monkeypatch: pytest.MonkeyPatch):
     """URIs are relative: to where the command is run, and not to where Ray's workers stand."""
     train = write_shards(tmp_path / "in", 96)

@@ -74,7 +74,6 @@ def check(rows: pa.Table, reference: dict[str, np.ndarray]) -> None:
             assert abs(item["score"] - expected[item["label_id"]]) <= 1e-3, row["key"]
 
 
-@pytest.mark.timeout(600)
 def test_on_s3_as_on_disk_and_equal_to_the_reference(shared_data, photo_model, reference, s3, tmp_path, on_ray):  # noqa: PLR0917
     bucket = s3.bucket()
     for tar in sorted((shared_data / "photos").glob("*.tar")):
@@ -105,7 +104,6 @@ def test_on_s3_as_on_disk_and_equal_to_the_reference(shared_data, photo_model, r
     assert len(set(truth.values())) == 400
 
 
-@pytest.mark.timeout(600)
 def test_as_parquet_and_as_loose_files(photos, photo_model, reference, tmp_path, on_ray):
     some = dict(list(photos.items())[:100])
     table_of = pa.table({"key": list(some), "image": pa.array(list(some.values()), pa.binary())})

@@ -339,7 +339,7 @@ def test_a_retry_holds_the_lease_that_nights_and_other_retries_respect(two_class
         assert {name for name in files(tmp_path / "out") if "/leases/" not in name} == before
         code, out, err = invoke(*again, "--if-running", "replace")
         assert (code, out.splitlines()[0]) == (0, "done: 2 images retried (FETCH_FAILED), 2 labelled now"), err
-        _, said = first.communicate(timeout=60)
+        _, said = first.communicate(timeout=240)
     assert (first.returncode, "asked this run to stop" in said) == (5, True), said
     assert len(latest(two_classes)) == 8
     assert problems(two_classes) == []

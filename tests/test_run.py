@@ -268,7 +268,7 @@ def test_what_is_no_address_of_a_ray(address, monkeypatch):
 def test_more_shared_memory_than_the_machine_has(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     code = f"from pipeline.cluster import start_ray; start_ray(object_store={2**50})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500, check=False)
     assert "JobError: resources: object_store is more than this machine's memory; required: room" in done.stderr
 
 
@@ -291,7 +291,7 @@ print(first == ray.get(pid.remote()))
 
 def test_a_reader_that_waits_for_a_while_is_not_ended(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=500, check=False)
     assert done.stdout == "True\n", done.stderr
 
 
@@ -393,7 +393,7 @@ def test_an_image_that_hangs_costs_one_row(tmp_path, model, on_ray, monkeypatch)
     write_tars(tmp_path / "in", shards=1, images=4)
     sound = {f"{number}.jpg": picture(number) for number in range(20)}
     (tmp_path / "in/poison.tar").write_bytes(tar_bytes({"hang.jpg": b"hang\n", **sound}))
-    limits = {"max_failed": "100%", "decode_timeout": "2s"}
+    limits = {"max_failed": "100%", "decode_timeout": "5s"}
     told: list[tuple[str, int]] = []
     driver = Driver(
         job(tmp_path / "in", model, tmp_path / "out", limits=limits, resources=APART),
@@ -423,7 +423,7 @@ def test_two_drivers_share_the_work(tmp_path, model, on_ray):
     keys = write_tars(tmp_path / "in", shards=6, images=3)
     (tmp_path / "job.yaml").write_text(job_text(tmp_path, model))
     both = [start_cli("run", tmp_path / "job.yaml", "--json") for _ in range(2)]
-    outputs = [process.communicate(timeout=200) for process in both]
+    outputs = [process.communicate(timeout=500) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     receipts = [json.loads(out) for out, _ in outputs]
     where = receipts[0]["where"]
@@ -447,24 +447,23 @@ def start_cli(*words: object, **environment: str) -> subprocess.Popen[str]:
 def cli(*words: object, **environment: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of the command line."""
     process = start_cli(*words, **environment)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=500)
     return process.returncode, out, err
 
 
 def wait_for_units(where: Path, count: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
         if len(list(where.rglob("data/*.parquet"))) >= count:
             return
         threading.Event().wait(0.02)
 
 
-@pytest.mark.timeout(600)
 def test_sigkill_at_five_moments_loses_nothing_and_repeats_nothing(tmp_path, model, on_ray):
     rng = random.Random(7)
-    keys = write_tars(tmp_path / "in", shards=24, images=10)
+    keys = write_tars(tmp_path / "in", shards=40, images=10)
     path = tmp_path / "job.yaml"
-    path.write_text(job_text(tmp_path, model, tasks=3))
+    path.write_text(job_text(tmp_path, model, tasks=5))
     written: dict[str, int] = {}
     for count in (0, *(rng.randint(1, 2) for _ in range(4))):
         process = start_cli("run", path)
@@ -475,16 +474,16 @@ def test_sigkill_at_five_moments_loses_nothing_and_repeats_nothing(tmp_path, mod
         now = {name: stamp for name, stamp in files(tmp_path / "out").items() if name.endswith(".parquet") and "/data/" in name}
         assert now.items() >= written.items(), "a committed unit was written again"
         written = now
-    assert 0 < len(written) <= 12, "nothing was committed before a kill"
+    assert 0 < len(written) < 20, "nothing was committed before a kill, or nothing was left"
     code, out, err = cli("run", path)
     assert code == 0, err
-    assert f"resuming: {len(written)} of 12 units done" in err, err
+    assert f"resuming: {len(written)} of 20 units done" in err, err
     (where,) = (tmp_path / "out").iterdir()
     query = f"select count(*), count(distinct key), count(*) filter (status = 'ok') from '{where}/data/*.parquet'"
-    assert duckdb.sql(query).fetchall() == [(240, 240, 240)]
+    assert duckdb.sql(query).fetchall() == [(400, 400, 400)]
     assert sorted(table(where).column("key").to_pylist()) == sorted(keys)
     assert files(where).items() >= written.items()
-    assert "240 in = 240 ok + 0 failed" in out
+    assert "400 in = 400 ok + 0 failed" in out
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -494,7 +493,7 @@ def test_a_signal_stops_the_run_and_says_how_to_go_on(tmp_path, model, on_ray, n
     process = start_cli("run", tmp_path / "job.yaml")
     wait_for_units(tmp_path / "out", 1, process)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == code, err
     assert "goes on from there" in err
     assert "Traceback" not in err
@@ -518,7 +517,7 @@ command.load()()
 
 def test_an_early_signal_leaves_no_traceback():
     command = [sys.executable, "-c", PRESSED, "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
@@ -529,7 +528,7 @@ def test_a_run_outlives_who_reads_what_it_says(tmp_path, model, on_ray):
     assert "run 000001" in process.stderr.readline()
     process.stderr.close()
     process.stdout.close()
-    assert process.wait(timeout=200) == 0
+    assert process.wait(timeout=500) == 0
     (where,) = (tmp_path / "out").iterdir()
     assert sorted(table(where).column("key").to_pylist()) == sorted(keys)
     assert (where / "runs/000001/manifest.json").exists()
@@ -587,15 +586,15 @@ def test_a_run_that_waits_for_nodes_goes_on_telling(model, on_ray, monkeypatch):
     monkeypatch.setattr("pipeline.cluster.FREE_S", 0)
     monkeypatch.setattr("pipeline.cluster.TELL_S", 1)
     told: list[str] = []
-    wanted = job("in", model, "out", resources={"preprocess": {"actors": 9}}, cluster={"workers": {"cpus": 8}, "wait": "3s"})
+    wanted = job("in", model, "out", resources={"preprocess": {"actors": 9}}, cluster={"workers": {"cpus": 8}, "wait": "5s"})
     with (
-        pytest.raises(Temporary, match=r"waited 3 s in vain: resources: the job asks for .* CPUs"),
+        pytest.raises(Temporary, match=r"waited 5 s in vain: resources: the job asks for .* CPUs"),
         cluster(wanted, tell=lambda event, **_: told.append(event)),
     ):
         pass
     assert told[0] == "waiting"
     assert told[1:] == ["still_waiting"] * (len(told) - 1)
-    assert 1 <= len(told[1:]) <= 2
+    assert 1 <= len(told[1:]) <= 4
 
 
 def test_an_actor_that_fits_on_no_live_node_is_refused(monkeypatch):
