@@ -79,6 +79,8 @@ def test_reference_is_generated():
         (b"input: {uri: again}", ["x.yaml:7: the key input stands twice"]),
         (b"limits: &a {}\nschedule: *a", ["x.yaml:8: an alias"]),
         (b"name: [", ["x.yaml"]),
+        (b"limits:\n\tmax_failed: 1%", ["x.yaml:8: ", "plain YAML. Indent with spaces, YAML takes no tabs."]),
+        (b"---\nname: y", ["x.yaml:7: ", "plain YAML. Leave one job in the file: what follows --- is another one."]),
         (b"schedule: {cron: daily}", ["schedule.cron is 'daily'; required: five cron fields"]),
         (b"schedule: {cron: 0 2 * * *, timezone: Nowhere}", ["schedule.timezone is 'Nowhere'; required: a time zone"]),
         (b"limits: {decode_timeout: 0s}", ["limits.decode_timeout is '0s'; required: 0.1s to 1d"]),

@@ -35,6 +35,12 @@ _UNTEXT = re.compile("[\\0\ud800-\udfff]")
 #: A date in a place within braces, `{uri: in/{date}/}`, and a glob are what YAML most often cannot read.
 _QUOTE = "Mend that line; text with {, [, *, ?, % or : in it stands in quotation marks, such as 'in/{date}/'"
 
+#: By what YAML says, what to do where nothing stands in need of quotation marks.
+_REMEDIES = {
+    r"found character '\t'": "Indent with spaces, YAML takes no tabs",
+    "found another document": "Leave one job in the file: what follows --- is another one",
+}
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses what a job file never needs: aliases (billion laughs), tags (PyYAML raises IndexError for `!!int`)
@@ -172,6 +178,7 @@ def _yaml(raw: bytes, name: str) -> tuple[yaml.Node, dict[str, Any]]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         do = "Mend that line" if isinstance(error, yaml.constructor.ConstructorError) else _QUOTE
+        do = next((words for told, words in _REMEDIES.items() if told in str(error)), do)
         raise JobError(
             f"{name}{line}: {getattr(error, 'problem', None) or first_line(error)}", need="plain YAML", do=do
         ) from error
