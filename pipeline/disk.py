@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from pipeline.errors import InputMissing, NightlabelError, PermissionDenied, StoreError, Temporary
-from pipeline.names import WILDCARD, anything, glob_matcher, glob_prefix, on_disk, spelt
+from pipeline.names import WILDCARD, anything, from_here, glob_matcher, glob_prefix, on_disk, spelt
 from pipeline.storage import Object, changed
 
 
@@ -84,7 +84,7 @@ class Disk:
 def _path(uri: str) -> str:
     """Absolute, no scheme. Nothing is percent-decoded: a URI of ours is a name, character by character. Only bytes that are not
     UTF-8 are spelt out, since no column holds them: `caf\\xe9.jpg`."""
-    return on_disk(os.path.abspath(uri.removeprefix("file://"))) + ("/" if WILDCARD.search(uri) and uri.endswith("/") else "")
+    return on_disk(from_here(uri.removeprefix("file://"))) + ("/" if WILDCARD.search(uri) and uri.endswith("/") else "")
 
 
 def _at_once(path: str, flags: int) -> int:

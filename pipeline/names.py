@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable
 
-from pipeline.errors import StoreError
+from pipeline.errors import StoreError, UnfitError
 
 WILDCARD = re.compile(r"[*?\[]")
 _GLOB = re.compile(r"\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\]")
@@ -35,6 +35,15 @@ def glob_matcher(name: str) -> Callable[[str], bool]:
     except re.error as error:
         raise StoreError(f"{name}: {error}", need="a glob of *, **, ? and [a-z]", do="Mend the pattern") from error
     return lambda text: compiled.fullmatch(text) is not None
+
+
+def from_here(path: str) -> str:
+    """The path from the root. Raises UnfitError where it starts from a working folder that has been removed."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError as error:
+        got = f"{path}: a path from the folder that the command runs in, which has been removed"
+        raise UnfitError(got, need="a folder that is there", do="Change into one, or give paths from the root") from error
 
 
 def anything(_: str) -> bool:

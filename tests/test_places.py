@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -70,6 +72,17 @@ def test_a_working_folder_of_any_name(tmp_path: Path, model: str, monkeypatch: p
         code, said = nightlabel("run")
         assert (code, "nothing to do" in said) == (0, True), said
         assert nightlabel("validate")[1].startswith("valid: 6 in = 6 ok + 0 failed, 2 units")
+
+
+def test_a_run_with_failed_images_says_how_to_see_which(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    Path("in/x.tar").write_bytes(tar_bytes({"a.jpg": picture(1), "b.jpg": b"no image"}))
+    job(model, limits={"max_failed": "100%"})
+    _, said = nightlabel("run")
+    queries = [shlex.split(line)[2] for line in said.splitlines() if line.strip().startswith("duckdb -c")]
+    found = duckdb.sql(queries[1]).fetchall()
+    assert found == [(f"{tmp_path}/in/x.tar", "b", "NOT_AN_IMAGE", "starts like no image format: b'no image'")]
 
 
 def test_keys_are_relative_to_a_folder_that_is_not_utf8(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +326,22 @@ def test_a_full_disk_of_the_log_is_no_matter_and_one_of_the_result_is(tmp_path: 
         assert subprocess.run(words, stdout=subprocess.DEVNULL, stderr=full, check=False).returncode == 0
         done = subprocess.run([*words[:3], "plan", "absent.yaml"], stdout=subprocess.PIPE, stderr=full, check=False)
         assert (done.returncode, done.stdout) == (2, b"")
-        assert subprocess.run(words, stdout=full, stderr=subprocess.DEVNULL, check=False).returncode != 0
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    got = "nightlabel: the result cannot be written to where stdout leads: No space left on device."
+    assert (done.returncode, done.stderr) == (75, f"{got} Make room there, then run again; what is committed stays.\n")
+
+
+def test_a_working_folder_that_is_gone_is_one_sentence(tmp_path: Path, model: str) -> None:
+    fields = {"name": "x", "input": {"uri": "in/"}, "model": {"uri": model}, "output": {"uri": "out/"}}
+    (tmp_path / "job.yaml").write_text(json.dumps(fields))
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    plan = f'cd "{gone}" && rmdir "{gone}" && exec "{sys.executable}" -m pipeline plan "{tmp_path}/job.yaml"'
+    path = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(["sh", "-c", plan], env=os.environ | path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "a path from the folder that the command runs in, which has been removed; required" in done.stderr
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-"])

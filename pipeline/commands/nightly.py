@@ -151,5 +151,7 @@ def print_receipt(receipt: Receipt, *, as_json: bool, job: str) -> None:
         put(f"next    mend what is named above, then again: nightlabel run {job}")
         return
     put(f"next    nightlabel validate {job}")
-    query = f"select label, count(*) from '{receipt.where}/data/*.parquet' group by label"
-    put(f'        duckdb -c "{query}"')
+    rows = f"from '{receipt.where}/data/*.parquet'"
+    put(f'        duckdb -c "select label, count(*) {rows} group by label"')
+    if receipt.failed:
+        put(f"""        duckdb -c "select source, key, error_class, error {rows} where status = 'failed'\"""")

@@ -12,7 +12,9 @@ from typing import Any
 
 import typer
 
-from pipeline.errors import one_line
+from pipeline.errors import Temporary, one_line
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Unheard(io.FileIO):
@@ -20,15 +22,19 @@ class _Unheard(io.FileIO):
 
     def write(self, data: Any) -> int:
         """As FileIO's, but once the pipe is broken, the terminal gone or the disk full, what is written here or by children goes
-        nowhere."""
+        nowhere. Raises Temporary, once, where a result has no room on its disk: that is missed, what is said meanwhile is not."""
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO) and (error.errno, self.fileno()) != (errno.ENOSPC, 2):
-                raise  # a result that has no room on its disk is missed, what was said meanwhile is not
+            if error.errno not in (errno.EPIPE, errno.EIO, *_NO_ROOM):
+                raise
+            missed = error if error.errno in _NO_ROOM and self.fileno() == 1 else None
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
         os.close(nowhere)
+        if missed is not None:
+            got = f"the result cannot be written to where stdout leads: {missed.strerror}"
+            raise Temporary(got, do="Make room there, then run again; what is committed stays") from missed
         return memoryview(data).nbytes
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from pipeline.errors import JobError
-from pipeline.names import WILDCARD, glob_matcher, glob_prefix, spelt
+from pipeline.names import WILDCARD, from_here, glob_matcher, glob_prefix, spelt
 
 Filled = TypeVar("Filled", bound=BaseModel)
 
@@ -44,14 +44,15 @@ def absolute(uri: str) -> str:
     stays, it means a folder."""
     if uri.startswith("s3://"):
         return uri
-    path = spelt(os.path.abspath(uri.removeprefix("file://")))
+    path = spelt(from_here(uri.removeprefix("file://")))
     return f"{path}/" if uri.endswith("/") and path != "/" else path
 
 
 def absolute_input(uri: str) -> str:
     """The same of what may be a glob. Raises JobError where the working folder's own name would be read as one."""
-    path, folder = absolute(uri), os.getcwd()
+    path = absolute(uri)
     if len(WILDCARD.findall(path)) > len(WILDCARD.findall(uri)):
+        folder = os.getcwd()
         need = "a working folder without *, ? and [ in its name, or a path from the root with [[] for ["
         raise JobError(f"{uri}: lies in {folder}, which reads as a glob", need=need, do="Run from another folder")
     return path
