@@ -49,7 +49,7 @@ class Attempt:
     seams: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMINGS, 0.0))
     labels: Counter[str] = field(default_factory=Counter)
     filled: set[str] = field(default_factory=set)  # columns with a value in any row
-    cautions: list[str] = field(default_factory=list)  # what is to be known of the CPUs that labelled, once each
+    cautions: set[str] = field(default_factory=set)  # that have been told of
     empty: list[str] = field(default_factory=list)  # inputs in which there was nothing to label
     imageless: Counter[str] = field(default_factory=Counter)  # samples of tars that have no image, by suffix
     trouble: dict[str, UnitTrouble] = field(default_factory=dict)
@@ -90,10 +90,10 @@ class Attempt:
             self.first, self.first_rows = self.last, images
             self.tell("first", images=images)
         self.arrived += images
-        for text in table.column(CAUTION).drop_null().unique().to_pylist() if CAUTION in table.column_names else []:
-            if text not in self.cautions:
-                self.cautions.append(text)
-                self.tell("caution", text=text)
+        said = table.column(CAUTION).drop_null().unique().to_pylist() if CAUTION in table.column_names else []
+        for text in sorted({*said} - self.cautions):
+            self.cautions.add(text)
+            self.tell("caution", text=text)
         self.tell("rows", images=images, failed=pc.sum(pc.equal(status, "failed")).as_py() or 0)
 
     def take_commit(self, footer: Footer, rows: pa.Table, buffer: UnitBuffer, *, ours: bool) -> None:
@@ -137,6 +137,7 @@ class Attempt:
             lane=job.decode_lane,
             compared=done.compared,
             same_label=done.same_label,
+            cautions=tuple(sorted(done.cautions)),
             run=plan.run_id,
             units=len(plan.units),
             units_done=done.units,
@@ -167,5 +168,4 @@ class Attempt:
             "kept_nothing": tuple(name for name in keep if self.rows and name not in self.filled),
             "empty": tuple(sorted(self.empty)),
             "imageless": dict(self.imageless.most_common()),
-            "cautions": tuple(sorted(self.cautions)),
         }

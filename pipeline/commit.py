@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import BytesIO
 
 import pyarrow as pa
@@ -32,6 +32,15 @@ class Provenance:
     fingerprint: str
     attempt: str
     code: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What workers saw of a unit's rows that no column keeps, as Footer has it."""
+
+    compared: int = 0
+    same_label: int = 0
+    cautions: tuple[str, ...] = ()
 
 
 class UnitBuffer:
@@ -83,11 +92,12 @@ class UnitBuffer:
                 sums[seam] += pc.sum(table.column(name)).as_py() or 0.0
         return sums
 
-    def compared(self) -> tuple[int, int]:
-        """(images that were decoded both ways, those of them with the same label)."""
-        columns = [table.column(SAME_LABEL) for table in self._tables if SAME_LABEL in table.column_names]
-        same = sum(pc.sum(column).as_py() or 0 for column in columns)
-        return sum(len(column) - column.null_count for column in columns), same
+    def seen(self) -> Seen:
+        same, cautions = (
+            [value for table in self._tables if name in table.column_names for value in table[name].drop_null().to_pylist()]
+            for name in (SAME_LABEL, CAUTION)
+        )
+        return Seen(len(same), sum(same), tuple(sorted(set(cautions))))
 
     def table(self) -> pa.Table:
         """All rows in order, in the columns of rows.PREDICTION, then optional and kept ones. Raises JobError when kept columns
@@ -114,9 +124,8 @@ def _in_order(table: pa.Table) -> pa.Table:
     return pa.concat_tables([table.filter(those).sort_by("index") for those in wanted])
 
 
-def serialise(table: pa.Table, unit: Unit, provenance: Provenance, compared: tuple[int, int] = (0, 0)) -> tuple[bytes, Footer]:
-    """The Parquet file of a unit, pages checksummed, the account in its footer; `compared` as of UnitBuffer. Raises
-    AssertionError when it does not add up."""
+def serialise(table: pa.Table, unit: Unit, provenance: Provenance, seen: Seen = Seen()) -> tuple[bytes, Footer]:
+    """The Parquet file of a unit, pages checksummed, the account in its footer. Raises AssertionError when it does not add up."""
     failed = table.filter(pc.equal(table.column("status"), "failed"))
     ok = pc.sum(pc.equal(table.column("status"), "ok")).as_py() or 0
     indexes = table.column("index").to_pylist()
@@ -132,20 +141,17 @@ def serialise(table: pa.Table, unit: Unit, provenance: Provenance, compared: tup
         inputs=tuple(dict.fromkeys(part.pin for part in unit.parts)),
         attempt=provenance.attempt,
         code=provenance.code,
-        compared=compared[0],
-        same_label=compared[1],
+        **asdict(seen),
     )
     sink = BytesIO()
     pq.write_table(table.replace_schema_metadata(footer.metadata), sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue(), footer
 
 
-def commit_unit(
-    log: Log, unit: Unit, table: pa.Table, provenance: Provenance, compared: tuple[int, int] = (0, 0)
-) -> tuple[Footer, bool]:
+def commit_unit(log: Log, unit: Unit, table: pa.Table, provenance: Provenance, seen: Seen = Seen()) -> tuple[Footer, bool]:
     """(what stands there now, whether it is ours); what stands may be a tombstone. Raises Conflict: something else stands there;
     Temporary: try again."""
-    data, footer = serialise(table, unit, provenance, compared)
+    data, footer = serialise(table, unit, provenance, seen)
     key = log.data_key(unit.id)
     if log.store.create(key, data):
         return footer, True

@@ -88,4 +88,4 @@ class Committer:
 
     def _commit(self, unit: Unit, buffer: UnitBuffer) -> _Outcome:
         rows = buffer.table()
-        return _Outcome(*commit_unit(self.log, unit, rows, self.provenance, buffer.compared()), rows)
+        return _Outcome(*commit_unit(self.log, unit, rows, self.provenance, buffer.seen()), rows)

@@ -32,7 +32,8 @@ _MAGIC = b"PAR1"
 @dataclass(frozen=True)
 class Footer:
     """`rows_in = ok + failed`, or it was not written. `split`: why this is a tombstone, empty for a unit that is committed.
-    `compared`: images that were decoded in two ways and labelled both times; `same_label` of them got the same label."""
+    `compared`: images that were decoded in two ways and labelled both times; `same_label` of them got the same label. `cautions`:
+    what is to be known of the CPUs that labelled."""
 
     unit: str
     fingerprint: str
@@ -47,6 +48,7 @@ class Footer:
     split: str = ""
     compared: int = 0
     same_label: int = 0
+    cautions: tuple[str, ...] = ()
 
     @property
     def metadata(self) -> dict[bytes, str]:
@@ -78,6 +80,7 @@ def read_footer(store: Store, key: str) -> Footer:
         metadata = pq.read_metadata(RangeFile(store, store.head(key)))
         fields = json.loads((metadata.metadata or {})[_KEY])
         fields["inputs"] = tuple((uri, etag, size) for uri, etag, size in fields["inputs"])
+        fields["cautions"] = tuple(fields.get("cautions", ()))
         footer = Footer(**fields)
     if (
         metadata.num_rows != footer.rows_in
@@ -121,6 +124,7 @@ class Totals:
     compared: int = 0
     same_label: int = 0
     failures: Mapping[str, int] = field(default_factory=dict)
+    cautions: set[str] = field(default_factory=set)
 
     @property
     def rows(self) -> dict[str, int]:
@@ -138,6 +142,7 @@ def totals(footers: Iterable[Footer]) -> Totals:
         sums.failed += footer.failed
         sums.compared += footer.compared
         sums.same_label += footer.same_label
+        sums.cautions.update(footer.cautions)
         failures.update(footer.failures)
     sums.failures = dict(sorted(failures.items()))
     return sums

@@ -66,8 +66,9 @@ class Predict:
         if "exact" in batch.column_names:
             columns[rows.SAME_LABEL] = self._same_label(batch.column("exact"), scores, at)
             names.append(rows.SAME_LABEL)
-        if self.caution is not None and batch.num_rows:
-            columns[rows.CAUTION] = pa.array([self.caution, *[None] * (batch.num_rows - 1)], pa.string())
+        if self.caution is not None:
+            labelled = pa.array(scored)
+            columns[rows.CAUTION] = pc.if_else(labelled, self.caution, pa.scalar(None, pa.string()))
             names.append(rows.CAUTION)
         arrays = [columns[name].cast(types.get(name, columns[name].type)) for name in names]
         return pa.table([*arrays, *(batch.column(name) for name in kept)], names=[*names, *kept])

@@ -64,7 +64,7 @@ class Receipt:
     empty: tuple[str, ...] = ()
     """Inputs of this attempt in which there was nothing to label: a tar without a member named like an image, no rows."""
     cautions: tuple[str, ...] = ()
-    """What is to be known of the CPUs that labelled in this attempt: the model's arithmetic is slow there, or not what it was."""
+    """What is to be known of the CPUs that labelled: the model's arithmetic is slow there, or not what it was."""
     imageless: Mapping[str, int] = field(default_factory=dict)
     """Samples of this attempt's tars that have no image, by the suffix of their first member."""
     trouble: tuple[UnitTrouble, ...] = ()

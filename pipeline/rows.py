@@ -91,7 +91,7 @@ TIMINGS = {seam: f"_{seam}_s" for seam in ("read", "preprocess", "predict")}
 #: bool, on its way to the driver only: does the image keep its label when it is decoded the other way? Null where that was not
 #: looked at.
 SAME_LABEL = "_same_label"
-#: string, on its way to the driver only: what is to be known of the CPU that labelled, in a block's first row. Seldom there.
+#: string, on its way to the driver only: what is to be known of the CPU that labelled the row. Absent where there is nothing.
 CAUTION = "_caution"
 COMPARED_EVERY = 64  # where decoding may differ, one image of so many is decoded both ways: 1.5 % of the work
 #: Columns that `preprocess` takes or adds: no column of labels can be named after one.

@@ -78,7 +78,7 @@ class Screen:
     def _pass(self, fields: dict[str, Any]) -> None:
         careful = ", each image decoded in a child process" if fields["careful"] else ""
         if fields["number"] > 1 or careful:
-            self._say(f"pass {fields['number']}: {fields['units']} units did not arrive, once more{careful}")
+            self._say(f"pass {fields['number']}: {fields['units']} units are left{careful}")
         else:
             self._say("starting workers")
 

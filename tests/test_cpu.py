@@ -76,12 +76,13 @@ def test_a_caution_travels_with_the_rows_and_stays_out_of_the_output(monkeypatch
     monkeypatch.setattr(cpu, "lacks", lambda *_: True)
     model = predict(tiny(), "bfloat16")
     out = model(given)
-    assert out[CAUTION].to_pylist() == [f"model.precision is bfloat16 {cpu.SLOW}", None, None, None]
-    assert CAUTION not in model(given.slice(0, 0)).column_names
+    text = f"model.precision is bfloat16 {cpu.SLOW}"
+    assert out[CAUTION].to_pylist() == [text, text, text, None]
     for name in TIMINGS.values():
         out = out.append_column(name, pa.array([0.5] * 4, pa.float32()))
     buffer = UnitBuffer()
     buffer.add(out.slice(0, 2).drop_columns(["unit"]))
     buffer.add(out.slice(2).drop_columns(["unit", CAUTION]))  # from another worker
     assert buffer.complete
+    assert buffer.seen().cautions == (text,)
     assert buffer.table().column_names == [*PREDICTION.names, "cls"]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from pipeline import log, storage
 from pipeline import plan as planning
-from pipeline.commit import Provenance, UnitBuffer, commit_unit, retire_unit, serialise
+from pipeline.commit import Provenance, Seen, UnitBuffer, commit_unit, retire_unit, serialise
 from pipeline.disk import Disk
 from pipeline.errors import Conflict, InputMissing, JobError, StoreError, Temporary
 from pipeline.footer import Footer
@@ -728,7 +728,7 @@ def test_a_buffer_sums_what_it_has_and_an_end_row_adds_nothing():
     for row, same in zip(rows, (None, True, False, True), strict=True):
         buffer.add(pa.Table.from_pylist([row | {SAME_LABEL: same}], schema=schema))
     buffer.add(pa.Table.from_pylist([end(4)], schema=schema))
-    assert (len(buffer), buffer.failed(), buffer.compared()) == (4, 1, (3, 2))
+    assert (len(buffer), buffer.failed(), buffer.seen()) == (4, 1, Seen(compared=3, same_label=2))
     assert buffer.seconds() == dict.fromkeys(TIMINGS, 2.0)
     assert buffer.table() == prediction_rows(4, failed=1), "what is on its way to the driver only is not committed"
 
