@@ -79,15 +79,11 @@ class Input(Model):
         if len({uri.startswith("s3://") for uri in self.uris}) > 1:
             raise ValueError("uri names S3 and the disk; required: one of them, a job reads one store. Make a job for each")
         if self.keep and self.format == "images":
-            raise ValueError(
-                "keep names what loose images have not; required: webdataset or parquet. Drop it, or pack images and sidecars"
-            )
+            raise ValueError("keep is set for loose images; required: webdataset or parquet. Drop it, or pack them with sidecars")
         if len(set(self.keep)) < len(self.keep):
             raise ValueError("keep names one twice; required: each once. Drop one")
         if self.format == "parquet" and self.key_column == self.image_column:
-            raise ValueError(
-                "key_column is the image_column; required: the column that names an image. Set it, or null to number them"
-            )
+            raise ValueError("key_column is the image_column; required: the column that names an image. Set it, or take null")
         return self
 
 

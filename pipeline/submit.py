@@ -215,8 +215,7 @@ class Connection:
             except Temporary as error:
                 away = away or time.monotonic()
                 if time.monotonic() - away > _PATIENCE_S:
-                    do = "The job may go on all the same: nightlabel wait joins it again, submit too"
-                    raise Temporary(error.got, do=do) from None
+                    raise Temporary(error.got, do="The job may go on: nightlabel wait joins it again, submit too") from None
             time.sleep(PAUSE_S)
 
     def _tail(self, submission_id: str) -> Iterator[str]:
@@ -246,5 +245,5 @@ class Connection:
 
 def _attempt(item: Any) -> Submission:
     started, ended = ((time_ms / 1000 if time_ms else None) for time_ms in (item.start_time, item.end_time))
-    code, trouble = item.driver_exit_code, item.error_type
-    return Submission(item.submission_id, str(item.status), item.message or "", trouble, started, ended, code)
+    told = (item.submission_id, str(item.status), item.message or "", item.error_type)
+    return Submission(*told, started, ended, code=item.driver_exit_code)

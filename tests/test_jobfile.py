@@ -143,7 +143,7 @@ def test_a_secret_with_a_slash_is_refused_too(uri: str):
         ('{uri: "a\\0b"}', "holds NUL"),
         (
             "{uri: a, format: images, keep: [cls]}",
-            "input: keep names what loose images have not; required: webdataset or parquet",
+            "input: keep is set for loose images; required: webdataset or parquet",
         ),
         ("{uri: a, keep: [cls, cls]}", "input: keep names one twice"),
         ("{uri: a, keep: ['']}", "input.keep.0 is ''"),

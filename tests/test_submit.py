@@ -290,7 +290,7 @@ def test_a_cluster_that_goes_away_for_good_is_temporary(fake, api, monkeypatch):
     api.log, api.breaks = "much to say", [3] * 100
     monkeypatch.setattr("pipeline.submit._PATIENCE_S", 0.2)
     api.fail["GET /api/jobs/one-1"] = [0, *[503] * 100]
-    with pytest.raises(Temporary, match="The job may go on all the same: nightlabel wait joins it again"):
+    with pytest.raises(Temporary, match="The job may go on: nightlabel wait joins it again"):
         list(fake.follow("one-1"))
 
 

@@ -206,7 +206,7 @@ def _refusal(job: QuantizeJob, measured: Sequence[Measurement]) -> ModelError:
         f"{job.model.uri}: no int8 candidate passes, nothing is published; of {original.images} images float32 is right on "
         f"{original.accuracy:.1%}, {told}",
         need=f"a loss of at most {100 * job.gate.max_accuracy_loss:.2f} points and {job.gate.min_speedup:g} x the speed",
-        do="Calibrate with images that look like those to label, label at bfloat16, or change the gate",
+        do="Calibrate with images that look like those to label, label at float32, or change the gate",
     )
 
 
