@@ -34,8 +34,6 @@ def fingerprint(artifact: Artifact, job: Job) -> str:
     parts += [name for name in ("embeddings", "probabilities") if getattr(job.output, name)]
     parts += [job.model.engine] if job.model.engine != "auto" else []  # engines differ in the last bits
     parts += [["decode", job.decode]] if job.decode != "exact" else []
-    # The GPU's pixels are a level off at 4:2:0, and a manifest names one lane for all of its units.
-    parts += [["decode_lane", job.decode_lane]] if job.decode_lane != "cpu" else []
     parts += [["keep", *job.input.keep]] if job.input.keep else []
     if job.input.format == "parquet" and (job.input.image_column, job.input.key_column) != ("image", "key"):
         parts.append(["columns", job.input.image_column, job.input.key_column])

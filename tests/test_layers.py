@@ -54,7 +54,6 @@ KEEPERS = {
     "onnx": {"engines.onnx_graph", "prepare.calibrate"},
     "openvino": {"engines.openvino_engine"},
     "cupy": {"engines.gpu_decode"},
-    "nvidia": {"engines.gpu_decode"},
     "transformers": {"model.modeling_small_stem"},
     "cronsim": {"job.schedule"},
 }

@@ -1,17 +1,15 @@
-"""JPEGs to crops on an NVIDIA GPU: nvJPEG decodes on the engine that the chip has for it, `jpeg.cu` checks and resizes.
+"""JPEGs to crops on an NVIDIA GPU, with the bytes that the CPU makes of them: `jpeg.cu` and `pixels.cu` under NVRTC.
 
-That engine gave libjpeg-turbo's pixels to the bit for 4:4:4 and within one level for 4:2:0; nvJPEG's CUDA kernels were up to
-three off, so a GPU without the engine is refused. The resize has torch's integers and equals the CPU's to the bit. nvJPEG fills
-what is missing of a file and says nothing; therefore every file is walked to its last bit beside it, and what is not whole is
-left to the CPU, which says what is wrong with it, if anything is.
+nvJPEG was tried: it fills what is missing of a file and says nothing, so that every file had to be walked beside it, and neither
+its engine nor its kernels have libjpeg-turbo's pixels. These kernels have, and say what is whole; what is not is left to the CPU,
+which says what is wrong with it, if anything is.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
-from threading import Lock, local
+from threading import local
 from typing import Any, Final
 
 import numpy as np
@@ -20,99 +18,106 @@ import pyarrow as pa
 from pipeline.errors import ModelError, first_line
 from pipeline.model.preprocessing import Preprocessing
 
-_PIXELS: Final = 2**28  # decoded at a time, 800 MB
+_PIXELS: Final = 2**28  # decoded at a time, at most; a pixel takes 9 bytes, 2.4 GB
+_SHARE: Final = 64  # a pixel for so many bytes that the GPU has: three threads take 0.4 of its memory
 _IMAGES: Final = 2**15  # decoded at a time; a grid has 65,535 rows
 _THREADS: Final = 256
-_WALKERS: Final = 64  # threads an image: jpeg.cu's PIECES
-_CPU_THREADS: Final = 2  # nvImageCodec's own; more only wait faster: 8,254, 9,586 and 11,173 img/s with 1, 2 and 16
+_PIECES: Final = (
+    128  # threads an image: jpeg.cu's. Of 32, 64, 128 and 256 an H200 reads 33, 57, 94 and 70 thousand images a second
+)
+_FRAME: Final = 16 + 3 * 64  # bytes, of jpeg.cu's
+_MCU: Final = 16  # pixels, the largest
 SOUND: Final = 0
+#: Columns of `images`: jpeg.cu's.
+WIDTH, HEIGHT, PLACE, TOP, ROWS, LEFT, COLUMNS, MIDDLE, ACROSS, DOWN = range(10)
 
 
-class _Streams(local):
-    """Of each thread its own: for the walk, and for the decoding that goes on beside it."""
-
-    def __init__(self, cupy: Any) -> None:
-        self.walking, self.decoding = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+def source() -> str:
+    """Both halves, for one compilation."""
+    return "".join(Path(__file__).with_name(f"{name}.cu").read_text() for name in ("jpeg", "pixels"))
 
 
 class GpuDecoder:
-    """A callable on encoded JPEGs, for any number of threads. Raises ModelError where a library or the chip's JPEG engine is
-    missing."""
+    """A callable on encoded JPEGs, for any number of threads. Raises ModelError where CuPy is missing or cannot compile."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
+        do = "Install nightlabel[gpu-decode], or set decode_lane to cpu"
         try:
             import cupy
             import torch
-            from nvidia import nvimgcodec
         except ImportError as error:
-            do = "Install nightlabel[gpu-decode], or set decode_lane to cpu"
-            raise ModelError(f"decode_lane: {error}", need="nvImageCodec and CuPy", do=do) from None
-        self._cupy, self._torch, self._codec = cupy, torch, nvimgcodec
+            raise ModelError(f"decode_lane: {error}", need="CuPy", do=do) from None
+        self._cupy, self._torch = cupy, torch
         self.preprocessing = preprocessing
+        names = ("read_scans", "transform_blocks", "colour_pixels", "resize_rows", "resize_columns")
         try:
-            hardware = [nvimgcodec.Backend(nvimgcodec.BackendKind.HW_GPU_ONLY)]
-            self._decoder = nvimgcodec.Decoder(backends=hardware, max_num_cpu_threads=_CPU_THREADS)
+            module = cupy.RawModule(code=source())
+            self._scans, self._blocks, self._colours, self._rows, self._columns = map(module.get_function, names)
         except RuntimeError as error:
-            got = f"decode_lane: this GPU decodes no JPEG ({first_line(error)})"
-            raise ModelError(got, need="one with a JPEG engine, A100, H100 or newer", do="Set decode_lane to cpu") from error
-        self._wanted = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
-        kernels = cupy.RawModule(code=(Path(__file__).with_name("jpeg.cu")).read_text())
-        try:
-            self._judge, self._rows, self._columns = map(kernels.get_function, ("judge_all", "resize_rows", "resize_columns"))
-        except RuntimeError as error:
-            got = f"decode_lane: jpeg.cu cannot be compiled ({first_line(error)})"
-            raise ModelError(
-                got, need="NVRTC of CUDA 13", do="Install nightlabel[gpu-decode], or set decode_lane to cpu"
-            ) from error
-        self._streams, self._decoding = _Streams(cupy), Lock()
+            raise ModelError(f"decode_lane: no kernels ({first_line(error)})", need="NVRTC of CUDA 13", do=do) from error
+        self._own = local()
+        self._most = min(_PIXELS, cupy.cuda.runtime.memGetInfo()[1] // _SHARE)
 
     def __call__(self, encoded: pa.ChunkedArray, sizes: np.ndarray) -> tuple[Any, np.ndarray]:
         """(pixels uint8 [K, 3, S, S], a tensor on the GPU; which of the images these are, bool [N]) of N JPEGs of int64 [N, 2]
         width and height, as `lanes.plain` takes them. Those left out are for the CPU to decode: damaged, or odd."""
-        groups = _groups(np.maximum(sizes.prod(axis=1), _PIXELS // _IMAGES), _PIXELS)
+        groups = _groups(np.maximum(_padded(sizes), self._most // _IMAGES), self._most)
         done: list[tuple[Any, np.ndarray]] = [self._some(encoded.slice(at, end - at), sizes[at:end]) for at, end in groups]
         pixels = [part for part, _ in done]
         return pixels[0] if len(pixels) == 1 else self._torch.cat(pixels), np.concatenate([ok for _, ok in done])
 
     def _some(self, encoded: pa.ChunkedArray, sizes: np.ndarray) -> tuple[Any, np.ndarray]:
-        cupy, streams = self._cupy, self._streams
+        cupy, torch, size = self._cupy, self._torch, self.preprocessing.size
+        if not len(sizes):
+            return torch.empty((0, 3, size, size), dtype=torch.uint8, device="cuda"), np.empty(0, bool)
+        if not hasattr(self._own, "stream"):  # of each thread
+            self._own.stream, self._own.pinned = cupy.cuda.Stream(non_blocking=True), np.empty(0, np.uint8)
+            self._own.done = cupy.cuda.Event(block=True, disable_timing=True)
         pieces = [_bytes_of(chunk) for chunk in encoded.chunks if len(chunk)]
         ends = np.cumsum([0, *(len(data) for data, _ in pieces)])
-        places = np.concatenate([[0], *(end + starts[1:] for end, (_, starts) in zip(ends, pieces, strict=False))])
-        with streams.walking:
-            there = cupy.empty(int(ends[-1]) + 8, np.uint8)  # whole words are read
-            verdicts = cupy.full(len(encoded), 255, np.uint8)
-            for end, (data, _) in zip(ends.tolist(), pieces, strict=False):
-                there[end : end + len(data)].set(data)
-            self._judge((len(encoded),), (_WALKERS,), (there, cupy.asarray(places), verdicts))
-        files = [self._codec.CodeStream(data[at:end]) for data, starts in pieces for at, end in pairwise(starts.tolist())]
-        with self._decoding:  # meanwhile, others bring their files and label
-            images = self._decoder.decode(files, params=self._wanted, cuda_stream=streams.decoding.ptr)
-        ok = verdicts.get(stream=streams.walking) == SOUND
-        with streams.decoding:
-            return self._kept(images, sizes, ok), ok
+        starts = np.concatenate([[0], *(end + starts[1:] for end, (_, starts) in zip(ends, pieces, strict=False))])
+        with self._own.stream:
+            data = self._upload([piece for piece, _ in pieces], int(ends[-1]))
+            out, verdicts = self._crops(data, cupy.asarray(starts), sizes)
+            # Any stream may read the crops then. A copy into memory that is not pinned would wait too, inside the driver, where
+            # it keeps other threads from launching anything.
+            self._own.done.record()
+            self._own.done.synchronize()
+            ok = verdicts.get() == SOUND
+        pixels = torch.as_tensor(out, device="cuda")
+        return pixels if ok.all() else pixels[torch.from_numpy(np.flatnonzero(ok)).to("cuda")], ok
 
-    def _kept(self, images: list[Any], sizes: np.ndarray, ok: np.ndarray) -> Any:
-        """The crops of those that are `ok`, and of the size that they say; the others are not any more."""
-        shapes = [None if image is None else tuple(image.shape) for image in images]
-        ok &= [shape == (height, width, 3) for shape, (width, height) in zip(shapes, sizes.tolist(), strict=True)]
-        kept = np.flatnonzero(ok)
-        return self._torch.as_tensor(self._resized([images[row] for row in kept.tolist()], sizes[kept]), device="cuda")
+    def _upload(self, pieces: list[np.ndarray], count: int) -> Any:
+        """These bytes on the GPU, one behind the other, and eight more, for whole words are read. By way of pinned memory: else
+        the driver copies, while other threads cannot launch anything."""
+        if len(self._own.pinned) < count:
+            room = 1 << (count - 1).bit_length()
+            self._own.pinned = np.frombuffer(self._cupy.cuda.alloc_pinned_memory(room), np.uint8, room)
+        np.concatenate(pieces, out=self._own.pinned[:count])
+        data = self._cupy.empty(count + 8, np.uint8)
+        data[:count].set(self._own.pinned[:count])
+        return data
 
-    def _resized(self, images: list[Any], sizes: np.ndarray) -> Any:
-        cupy, size = self._cupy, self.preprocessing.size
-        out = cupy.empty((len(images), 3, size, size), np.uint8)
-        if not images:
-            return out
-        addresses = [image.__cuda_array_interface__["data"][0] for image in images]
-        plan, axes, needed = plan_resize(addresses, sizes, self.preprocessing)
-        middle, plan_there, axes_there = cupy.empty(needed, np.uint8), cupy.asarray(plan), cupy.asarray(axes)
-        rows = int(plan[:, 3].max())
-        for kernel, buffers, items in ((self._rows, (middle,), rows * size), (self._columns, (middle, out), size * size)):
-            grid = (-(-items // _THREADS), len(images))
-            kernel(grid, (_THREADS,), (plan_there, axes_there, *buffers, np.int32(size)))
-        cupy.cuda.get_current_stream().synchronize()  # what nvJPEG decoded into may go, and any stream may read what there is
-        return out
+    def _crops(self, data: Any, starts: Any, sizes: np.ndarray) -> tuple[Any, Any]:
+        """(uint8 [N, 3, S, S]; N verdicts, of which all but SOUND mean that the crop is not to be looked at), not yet there."""
+        cupy, size, count = self._cupy, self.preprocessing.size, len(sizes)
+        plan, axes, needed = plan_crops(sizes, self.preprocessing)
+        images, axes, padded = cupy.asarray(plan), cupy.asarray(axes), _padded(sizes)
+        pixels = int(padded.sum())
+        room = cupy.empty(6 * pixels, np.uint8)  # for coefficients, and then for the pixels made of them
+        planes, frames = cupy.empty(3 * pixels, np.uint8), cupy.empty(count * _FRAME, np.uint8)
+        middle, out = cupy.empty(needed, np.uint8), cupy.empty((count, 3, size, size), np.uint8)
+        verdicts = cupy.empty(count, np.uint8)
+        self._scans((count,), (_PIECES,), (data, starts, images, room, frames, verdicts))
+        rows, columns = plan[:, ROWS], plan[:, COLUMNS]
+        for kernel, items, arguments in (
+            (self._blocks, padded.max() * 3 // 64, (images, room, frames, planes, verdicts)),
+            (self._colours, (rows * columns).max(), (images, planes, frames, verdicts, room)),
+            (self._rows, rows.max() * size, (images, axes, room, middle, np.int32(size))),
+            (self._columns, size * size, (images, axes, middle, out, np.int32(size))),
+        ):
+            kernel((-(-int(items) // _THREADS), count), (_THREADS,), arguments)
+        return out, verdicts
 
 
 def _bytes_of(array: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
@@ -121,25 +126,32 @@ def _bytes_of(array: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(array.buffers()[2], np.uint8)[starts[0] : starts[-1]], starts - starts[0]
 
 
-def plan_resize(addresses: list[int], sizes: np.ndarray, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray, int]:
-    """What `jpeg.cu` wants to know: `images` int64 [N, 7], `axes` int32, and the bytes of `middle`. The images lie at
-    `addresses`, uint8 [height, width, 3] without gaps."""
+def _padded(sizes: np.ndarray) -> np.ndarray:
+    """Pixels of images of these widths and heights, filled up to whole MCUs."""
+    padded: np.ndarray = (-(-sizes // _MCU) * _MCU).prod(axis=1)
+    return padded
+
+
+def plan_crops(sizes: np.ndarray, preprocessing: Preprocessing) -> tuple[np.ndarray, np.ndarray, int]:
+    """What the kernels want to know of images of these widths and heights: `images` int64 [N, 10], `axes` int32, and the bytes of
+    `middle`."""
     size, tables, places, end = preprocessing.size, list[np.ndarray](), dict[tuple[int, ...], int](), 0
     kinds, which = np.unique(sizes, axis=0, return_inverse=True)
-    plan = np.zeros((len(kinds), 7), np.int64)
+    plan = np.zeros((len(kinds), 10), np.int64)
     for kind, (width, height) in enumerate(kinds.tolist()):  # of a thousand photographs, some 200
         new_width, new_height, left, top = preprocessing.placement(width, height)
-        for line in ((width, new_width, left), (height, new_height, top)):
+        for line, begin, field in (((width, new_width, left), LEFT, ACROSS), ((height, new_height, top), TOP, DOWN)):
             if line not in places:
                 tables.append(axis(*line, size, preprocessing.resample))
                 places[line], end = end, end + len(tables[-1])
-        steps = axis(height, new_height, top, size, preprocessing.resample)[2 : 2 + 2 * size]
-        first, rows = int(steps[0]), int((steps[0::2] + steps[1::2]).max() - steps[0])
-        plan[kind, 1:] = 3 * width, first, rows, 0, places[width, new_width, left], places[height, new_height, top]
+            steps = axis(*line, size, preprocessing.resample)[2 : 2 + 2 * size]
+            plan[kind, begin : begin + 2] = steps[0], (steps[0::2] + steps[1::2]).max() - steps[0]
+            plan[kind, field] = places[line]
     plan = plan[which.reshape(-1)]
-    plan[:, 0] = addresses
-    ends = np.cumsum(3 * size * plan[:, 3])
-    plan[1:, 4] = ends[:-1]
+    plan[:, [WIDTH, HEIGHT]] = sizes
+    plan[1:, PLACE] = np.cumsum(_padded(sizes))[:-1]
+    ends = np.cumsum(3 * size * plan[:, ROWS])
+    plan[1:, MIDDLE] = ends[:-1]
     return plan, np.concatenate(tables), int(ends[-1])
 
 
@@ -147,7 +159,7 @@ def plan_resize(addresses: list[int], sizes: np.ndarray, preprocessing: Preproce
 def axis(length: int, whole: int, corner: int, size: int, resample: str) -> np.ndarray:
     """How a line of `length` pixels is resized to `whole` pixels, of which only the `size` from `corner` on are made.
 
-    One array of int32, as `jpeg.cu` reads it: the width of the table of weights, and by how many bits they are scaled up; for
+    One array of int32, as `pixels.cu` reads it: the width of the table of weights, and by how many bits they are scaled up; for
     each new pixel the first old pixel that it is made of, and how many; the weights, [size, width of the table]. The filters are
     those of torch's interpolate for uint8 (ATen/native/cpu/UpSampleKernel.cpp) and of Pillow: weights as integers, the largest
     of which fits into 15 bits."""

@@ -1,9 +1,8 @@
-// What the GPU lane does by itself, beside nvJPEG: say whether a JPEG is whole, and resize what nvJPEG has decoded.
+// From a JPEG file to its coefficients, by many threads: the first half of the GPU lane's decoder; `pixels.cu` is the second.
 //
-// nvJPEG fills the holes of a damaged file and says nothing (LOG.md), so every entropy-coded segment is walked here: Huffman codes are
-// decoded and counted, nothing is transformed. What is not whole is the CPU's to judge: a verdict other than SOUND costs time only,
-// and SOUND must mean that libjpeg-turbo would find every block of the scan and have no complaint of it. The header's oddities are
-// for `lanes.plain` to see.
+// Whether a file is whole is found on the way. What is not is the CPU's to judge: a verdict other than SOUND costs time only, and
+// SOUND must mean that libjpeg-turbo would find every block of the scan and have no complaint of it. The header's oddities are for
+// `lanes.plain` to see.
 //
 // Written in C that a C++ compiler also takes, without CUDA, for the tests.
 
@@ -12,6 +11,7 @@
 #define __global__
 #define __shared__
 #define __forceinline__ inline
+#define __noinline__
 struct Place { int x, y; };
 static Place blockIdx, blockDim = {1, 1}, threadIdx, gridDim = {1, 1};
 static void __syncthreads() {}
@@ -19,8 +19,14 @@ static int __syncthreads_or(int one) { return one; }
 #endif
 
 #define INLINE __device__ __forceinline__
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL
+#endif
 
 typedef unsigned char u8;
+typedef short i16;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -39,6 +45,13 @@ struct Huffman {
 };
 
 struct Component { int id, wide, high, quantizer, dc, ac; };
+
+// What the second half wants to know of a file: pixels of the first component for one of the others, MCUs, and by component what
+// its coefficients are multiplied with, in the order of the file.
+struct Frame {
+    int wide, high, across, down;
+    u8 quantizers[3][64];
+};
 
 struct Stream {
     const u8 *at, *end;
@@ -134,12 +147,12 @@ static __device__ int make_table(Huffman *table, const u8 *counts, i64 left, int
 }
 
 // What a header says of the scan: its first byte and the file's end; the blocks that are to come, of an MCU, and between two restarts
-// or 0; the tables of each block of an MCU.
+// or 0; of each block of an MCU the component and the tables.
 struct Scan {
     const u8 *first, *end;
     i64 left, interval;
     int blocks;
-    u8 dc[6], ac[6];
+    u8 part[6], dc[6], ac[6];
 };
 
 // Where a block begins: at `bit` of the byte at `at`; it is block `block` of its MCU.
@@ -163,9 +176,26 @@ static INLINE Mark mark_of(const Stream *s, int block) {
     return mark;
 }
 
+// The next `size` bits behind `length` others, as a coefficient.
+static INLINE int value_of(const Stream *s, int length, int size) {
+    if (!size) return 0;
+    int bits = (int)(s->bits << length >> (64 - size));
+    return bits < 1 << (size - 1) ? bits - (1 << size) + 1 : bits;
+}
+
 // Walks until a block begins at `limit` or behind it, or until `most` blocks are done: 0, CUT or BAD_CODE. What a bad code belongs to
 // counts as a block, and an MCU begins after it. A turn is a symbol and not a block, so threads that walk side by side stay together.
-static INLINE int walk(Stream *s, const Scan *scan, const Huffman *tables, int *block, const u8 *limit, i64 most, i64 *done) {
+// With `to` the blocks' coefficients that are not zero go there, 64 places for each, in the order of the file; the first of a block is
+// a sum that goes on from `dc`, of three components.
+//
+// Not inline: for sm_100 NVRTC took 90 s with five copies of it, and takes 2 s so.
+#ifndef WALK
+#define WALK static __device__ __noinline__
+#endif
+WALK int walk(
+    Stream *stream, const Scan *scan, const Huffman *tables, int *block, const u8 *limit, i64 most, i64 *done, i16 *to, int *dc_of
+) {
+    Stream copy = *stream, *s = &copy;  // that can stay in registers
     int bad = 0, k = 0, now = *block;
     i64 blocks = 0;
     const Huffman *dc = tables + scan->dc[now], *ac = tables + scan->ac[now];
@@ -174,6 +204,8 @@ static INLINE int walk(Stream *s, const Scan *scan, const Huffman *tables, int *
         int found = symbol(s, k ? ac : dc);
         if (found < 0) found = 1 << 8 | 0x10;  // which no file may say
         int size = found & 15, run = found >> 4 & 15, last = size == 0 && run != 15;
+        if (to && !k) to[0] = (i16)(dc_of[scan->part[now]] += value_of(s, found >> 8, size));
+        if (to && k && size && k + run < 64) to[k + run] = (i16)value_of(s, found >> 8, size);
         skip(s, (found >> 8) + size);
         int after = !k ? 1 : last ? 64 : k + run + 1;
         if ((last && run) || after > 64 || (k && size > 10)) {
@@ -183,12 +215,17 @@ static INLINE int walk(Stream *s, const Scan *scan, const Huffman *tables, int *
         }
         k = after & 63;
         if (k) continue;
-        if (s->beyond > s->have) return CUT;
+        if (s->beyond > s->have) {
+            bad = CUT;
+            break;
+        }
         if (++now == scan->blocks) now = 0;
         dc = tables + scan->dc[now];
         ac = tables + scan->ac[now];
+        if (to) to += 64;
         blocks += 1;
     }
+    *stream = copy;
     *block = now;
     *done = blocks;
     return bad;
@@ -209,18 +246,19 @@ static __device__ int marker_after(Stream *s) {
 // A scan is walked in pieces, each by a thread of its own. Where the first block of a piece begins nobody knows, but a reader that
 // begins anywhere soon falls in with the blocks as they are. So each piece begins where a run-up to it ends, and is walked again from
 // where the piece before it has ended, if that is elsewhere, until nothing changes: what was walked then is the scan as one thread
-// would have walked it, from its first bit on. Its last bytes are for `finish`, which knows how many blocks are left. The idea is
-// that of Weissenberger and Schmidt, "Accelerating JPEG Decompression on GPUs" (2021), after Klein and Wiseman (2003).
+// would have walked it, from its first bit on. Its last bytes are another piece, for one thread that knows how many blocks are left.
+// Then all are walked once more, for their coefficients. The idea is that of Weissenberger and Schmidt, "Accelerating JPEG
+// Decompression on GPUs" (2021), after Klein and Wiseman (2003).
 #ifndef PIECES
-#define PIECES 64  // of 400 photographs 276 are done after one walk, 102 after two, the slowest after nine
+#define PIECES 128
 #endif
 #define RUN_UP 512  // bytes; with 256 it is 153 of them after one walk, with 1,024 it is 374, for a third more to walk
 #define REST 16
 
 struct Piece {
     Mark begin, end, next;  // `next` is the end as the last walk found it
-    i64 blocks;
-    int bad;
+    i64 blocks, before;     // and those of the pieces before it
+    int bad, dc[3];         // the sums of its first coefficients
 };
 
 static INLINE const u8 *border(const Scan *scan, int piece) {
@@ -230,7 +268,7 @@ static INLINE const u8 *border(const Scan *scan, int piece) {
 static INLINE void walk_piece(Piece *piece, const Scan *scan, const Huffman *tables, const u8 *limit) {
     Stream s = stream_at(piece->begin, scan->end);
     int block = piece->begin.block;
-    piece->bad = walk(&s, scan, tables, &block, limit, scan->left, &piece->blocks);
+    piece->bad = walk(&s, scan, tables, &block, limit, scan->left, &piece->blocks, 0, 0);
     piece->next = mark_of(&s, block);
 }
 
@@ -260,31 +298,101 @@ static __device__ void walk_pieces(Piece *pieces, const Scan *scan, const Huffma
     }
 }
 
-// The verdict on a scan of which `pieces` are walked, or none if that is null.
-static __device__ int finish(const Piece *pieces, const Scan *scan, const Huffman *tables) {
-    Mark from = {scan->first, 0, 0};
-    i64 left = scan->left, done;
-    for (int i = 0; pieces && i < PIECES; i++) {
+// One thread: the verdict on a scan whose pieces but the last are walked, or none if it is not `many`.
+static __device__ int finish(Piece *pieces, bool many, const Scan *scan, const Huffman *tables) {
+    Piece *rest = pieces + PIECES;
+    rest->begin = {scan->first, 0, 0};
+    rest->before = 0;
+    for (int i = 0; many && i < PIECES; i++) {
         if (pieces[i].bad) return pieces[i].bad;
-        left -= pieces[i].blocks;
-        from = pieces[i].end;
+        pieces[i].before = rest->before;
+        rest->before += pieces[i].blocks;
+        rest->begin = pieces[i].end;
     }
+    i64 left = scan->left - rest->before;
     if (left < 0) return LEFT_OVER;
-    Stream s = stream_at(from, scan->end);
-    for (int restarts = 0;; restarts++) {
-        i64 most = scan->interval && scan->interval < left ? scan->interval : left;
-        int bad = walk(&s, scan, tables, &from.block, scan->end + 1, most, &done);
-        if (bad) return bad;
-        left -= most;
-        int marker = marker_after(&s);
-        if (!left) return marker == 0xD9 && s.at == s.end ? SOUND : LEFT_OVER;
-        if (marker != 0xD0 + (restarts & 7)) return BAD_RESTART;
+    Stream s = stream_at(rest->begin, scan->end);
+    int block = rest->begin.block, bad = walk(&s, scan, tables, &block, scan->end + 1, left, &rest->blocks, 0, 0);
+    return bad ? bad : marker_after(&s) == 0xD9 && s.at == s.end ? SOUND : LEFT_OVER;
+}
+
+// The coefficients of a sound scan, 64 places a block, which are zeros before.
+static __device__ void write_pieces(Piece *pieces, bool many, const Scan *scan, const Huffman *tables, i16 *to) {
+    for (int i = threadIdx.x; i <= PIECES; i += blockDim.x) {
+        Piece *piece = pieces + i;
+        int dc[3] = {0, 0, 0}, block = piece->begin.block;
+        i64 done;
+        if (i == PIECES || many) {
+            Stream s = stream_at(piece->begin, scan->end);
+            walk(&s, scan, tables, &block, scan->end + 1, piece->blocks, &done, to + 64 * piece->before, dc);
+        }
+        for (int c = 0; c < 3; c++) piece->dc[c] = dc[c];
+    }
+    __syncthreads();
+    if (!many) return;
+    if (threadIdx.x == 0)  // each gets the sums of those before it
+        for (int c = 0; c < 3; c++)
+            for (int i = 0, sum = 0; i <= PIECES; i++) {
+                int own = pieces[i].dc[c];
+                pieces[i].dc[c] = sum;
+                sum += own;
+            }
+    __syncthreads();
+    for (int i = threadIdx.x; i <= PIECES; i += blockDim.x) {
+        i16 *first = to + 64 * pieces[i].before;
+        int block = pieces[i].begin.block;
+        for (i64 done = 0; done < pieces[i].blocks; done++, first += 64) {
+            first[0] = (i16)(first[0] + pieces[i].dc[scan->part[block]]);
+            if (++block == scan->blocks) block = 0;
+        }
     }
 }
 
+static INLINE const u8 *part(const Scan *scan, int piece) {
+    return scan->first + (scan->end - 1 - scan->first) * piece / PIECES;
+}
+
+static INLINE bool is_restart(const u8 *at) { return at[0] == 0xFF && (at[1] & 0xF8) == 0xD0; }
+
+// What lies between two restarts needs no run-up: its first byte stands behind a marker. All threads; the verdict of each on what
+// begins in its part of the scan, `counts` being for all of them. The coefficients are written on the way.
+static __device__ int walk_intervals(int *counts, const Scan *scan, const Huffman *tables, i16 *to) {
+    for (int i = threadIdx.x; i < PIECES; i += blockDim.x) {
+        counts[i] = 0;
+        for (const u8 *at = part(scan, i); at < part(scan, i + 1); at++) counts[i] += is_restart(at);
+    }
+    __syncthreads();
+    i64 all = (scan->left + scan->interval - 1) / scan->interval, found = 0;
+    for (int i = 0; i < PIECES; i++) found += counts[i];
+    if (found != all - 1) return BAD_RESTART;
+    for (int i = threadIdx.x; i < PIECES; i += blockDim.x) {
+        i64 number = 0;
+        for (int before = 0; before < i; before++) number += counts[before];
+        // A marker stands before each interval but the first one.
+        for (const u8 *at = part(scan, i) - (i == 0 ? 2 : 0); at < part(scan, i + 1); at++) {
+            if (at >= scan->first) {
+                if (!is_restart(at)) continue;
+                number += 1;
+            } else if (at > scan->first - 2) continue;
+            i64 done, behind = number * scan->interval, left = scan->left - behind;
+            i64 most = left < scan->interval ? left : scan->interval;
+            int dc[3] = {0, 0, 0}, block = 0;
+            Stream s = stream_at({at + 2, 0, 0}, scan->end);
+            int bad = walk(&s, scan, tables, &block, scan->end + 1, most, &done, to + 64 * behind, dc);
+            if (bad) return bad;
+            int marker = marker_after(&s);
+            if (left > most ? marker != 0xD0 + (number & 7) : marker != 0xD9 || s.at != s.end) return BAD_RESTART;
+        }
+    }
+    return SOUND;
+}
+
 // SOUND if a file's header is one of a sequential Huffman JPEG of three components in one scan, which is made known then; or ODD.
-static __device__ int read_header(const u8 *data, i64 size, Huffman *tables, Scan *scan) {
+static __device__ int read_header(
+    const u8 *data, i64 size, i64 wanted_width, i64 wanted_height, Huffman *tables, Scan *scan, Frame *frame
+) {
     Component parts[3];
+    i64 quantizers_at[4];
     int width = 0, height = 0, restart = 0, quantizers = 0;
     i64 at = 2;
     for (int i = 0; i < 4; i++) tables[i].made = 0;
@@ -317,12 +425,14 @@ static __device__ int read_header(const u8 *data, i64 size, Huffman *tables, Sca
                 if (c && (part.wide != 1 || part.high != 1)) return ODD;
                 parts[c] = part;
             }
-            if (!width || !height) return ODD;
+            if (width != wanted_width || height != wanted_height || !width || !height) return ODD;
+            if (parts[0].wide == 2 && width < 5) return ODD;  // whose colours libjpeg does not smooth
         } else if (marker == 0xDB) {
             for (; left > 0; in += 65, left -= 65) {
                 if (left < 65 || in[0] > 3) return ODD;  // 8 bits each, as a baseline file has them
                 for (int i = 1; i < 65; i++) if (!in[i]) return ODD;
                 quantizers |= 1 << in[0];
+                quantizers_at[in[0]] = in + 1 - data;
             }
         } else if (marker == 0xDD) {
             if (left != 2) return ODD;
@@ -343,11 +453,18 @@ static __device__ int read_header(const u8 *data, i64 size, Huffman *tables, Sca
     }
     i64 across = (width + 8 * parts[0].wide - 1) / (8 * parts[0].wide), down = (height + 8 * parts[0].high - 1) / (8 * parts[0].high);
     int blocks = 0;
-    for (int c = 0; c < 3; c++)
+    for (int c = 0; c < 3; c++) {
         for (int block = 0; block < parts[c].wide * parts[c].high; block++, blocks++) {
+            scan->part[blocks] = (u8)c;
             scan->dc[blocks] = (u8)parts[c].dc;
             scan->ac[blocks] = (u8)(2 + parts[c].ac);
         }
+        for (int i = 0; i < 64; i++) frame->quantizers[c][i] = data[quantizers_at[parts[c].quantizer] + i];
+    }
+    frame->wide = parts[0].wide;
+    frame->high = parts[0].high;
+    frame->across = (int)across;
+    frame->down = (int)down;
     scan->blocks = blocks;
     scan->left = across * down * blocks;
     scan->interval = (i64)restart * blocks;
@@ -356,69 +473,39 @@ static __device__ int read_header(const u8 *data, i64 size, Huffman *tables, Sca
     return SOUND;
 }
 
-// A block of threads an image. `starts` [count + 1] are places in `data`.
-extern "C" __global__ void judge_all(const u8 *data, const i64 *starts, u8 *verdicts) {
+// Of each image [FIELDS]: width and height; the place of its pixels, each side rounded up to 16, among those of all; the first row
+// and column that the crop is made of, and how many; the place of its rows in `middle`, and of its two axes in `axes`.
+enum { WIDTH, HEIGHT, PLACE, TOP, ROWS, LEFT, COLUMNS, MIDDLE, ACROSS, DOWN, FIELDS };
+
+// A block of threads an image. `starts` [count + 1] are places in `data`. `coefficients` [3 * pixels]: 64 places for each block as they
+// come in the file.
+extern "C" __global__ void read_scans(
+    const u8 *data, const i64 *starts, const i64 *images, i16 *coefficients, Frame *frames, u8 *verdicts
+) {
     __shared__ Huffman tables[4];
     __shared__ Scan scan;
-    __shared__ Piece pieces[PIECES];
-    __shared__ int verdict;
-    if (threadIdx.x == 0) verdict = read_header(data + starts[blockIdx.x], starts[blockIdx.x + 1] - starts[blockIdx.x], tables, &scan);
+    __shared__ Piece pieces[PIECES + 1];
+    __shared__ int verdict, counts[PIECES];
+    const i64 *image = images + FIELDS * blockIdx.x, *start = starts + blockIdx.x;
+    if (threadIdx.x == 0)
+        verdict = read_header(data + start[0], start[1] - start[0], image[WIDTH], image[HEIGHT], tables, &scan, frames + blockIdx.x);
     __syncthreads();
-    bool many = verdict == SOUND && !scan.interval && scan.end - scan.first > 64 * PIECES;
-    if (many) walk_pieces(pieces, &scan, tables);
-    if (threadIdx.x == 0) verdicts[blockIdx.x] = (u8)(verdict == SOUND ? finish(many ? pieces : 0, &scan, tables) : verdict);
-}
-
-// An antialiased resize of interleaved uint8 in two passes, in the integers of torch's own on a CPU, so that both give the same bytes.
-// `images` [count, 7]: address, bytes a row, first row and rows that the second pass reads, place of these in `middle`, places of
-// the two axes in `axes`. An axis: taps, bits of the weights, then of each step the first pixel and how many, then the weights.
-enum { ADDRESS, PITCH, FIRST, ROWS, MIDDLE, ACROSS, DOWN, FIELDS };
-
-static __device__ u8 rounded(int sum, int bits) {
-    int level = sum >> bits;
-    return (u8)(level < 0 ? 0 : level > 255 ? 255 : level);
-}
-
-// Along the rows: `middle` gets [rows, size, 3] of each image. Blocks: any number of an image, by images.
-extern "C" __global__ void resize_rows(const i64 *images, const int *axes, u8 *middle, int size) {
-    const i64 *image = images + FIELDS * blockIdx.y;
-    const int *axis = axes + image[ACROSS];
-    int taps = axis[0], bits = axis[1];
-    for (i64 i = blockIdx.x * blockDim.x + threadIdx.x; i < image[ROWS] * size; i += gridDim.x * blockDim.x) {
-        int step = i % size, first = axis[2 + 2 * step], count = axis[3 + 2 * step];
-        const int *weights = axis + 2 + 2 * size + step * taps;
-        const u8 *pixel = (const u8 *)image[ADDRESS] + (image[FIRST] + i / size) * image[PITCH] + 3 * first;
-        int red = 1 << (bits - 1), green = red, blue = red;
-        for (int tap = 0; tap < count; tap++, pixel += 3) {
-            red += pixel[0] * weights[tap];
-            green += pixel[1] * weights[tap];
-            blue += pixel[2] * weights[tap];
+    i16 *to = coefficients + 3 * image[PLACE];
+    if (verdict == SOUND) {
+        bool many = scan.end - scan.first > 64 * PIECES;
+        for (i64 i = threadIdx.x; i < 16 * scan.left; i += blockDim.x) ((u64 *)to)[i] = 0;
+        __syncthreads();
+        if (scan.interval) {
+            int found = walk_intervals(counts, &scan, tables, to);
+            if (__syncthreads_or(found)) {
+                if (threadIdx.x == 0) verdict = BAD_RESTART;
+            }
+        } else {
+            if (many) walk_pieces(pieces, &scan, tables);
+            if (threadIdx.x == 0) verdict = finish(pieces, many, &scan, tables);
+            __syncthreads();
+            if (verdict == SOUND) write_pieces(pieces, many, &scan, tables, to);
         }
-        u8 *to = middle + image[MIDDLE] + 3 * i;
-        to[0] = rounded(red, bits);
-        to[1] = rounded(green, bits);
-        to[2] = rounded(blue, bits);
     }
-}
-
-// Along the columns: `out` gets [3, size, size] of each image. Blocks as before.
-extern "C" __global__ void resize_columns(const i64 *images, const int *axes, const u8 *middle, u8 *out, int size) {
-    const i64 *image = images + FIELDS * blockIdx.y;
-    const int *axis = axes + image[DOWN];
-    int taps = axis[0], bits = axis[1];
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < size * size; i += gridDim.x * blockDim.x) {
-        int step = i / size, first = axis[2 + 2 * step], count = axis[3 + 2 * step];
-        const int *weights = axis + 2 + 2 * size + step * taps;
-        const u8 *pixel = middle + image[MIDDLE] + ((first - image[FIRST]) * size + i % size) * 3;
-        int red = 1 << (bits - 1), green = red, blue = red;
-        for (int tap = 0; tap < count; tap++, pixel += 3 * size) {
-            red += pixel[0] * weights[tap];
-            green += pixel[1] * weights[tap];
-            blue += pixel[2] * weights[tap];
-        }
-        u8 *to = out + blockIdx.y * (i64)(3 * size * size) + i;
-        to[0] = rounded(red, bits);
-        to[size * size] = rounded(green, bits);
-        to[2 * size * size] = rounded(blue, bits);
-    }
+    if (threadIdx.x == 0) verdicts[blockIdx.x] = (u8)verdict;
 }

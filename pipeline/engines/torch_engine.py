@@ -23,6 +23,7 @@ from pipeline.errors import ModelError
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.model.resnet import ResNet
 
+_FEW = 32  # of a block for a GPU's lane: those that are labelled both ways, and those that are not plain
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -80,7 +81,12 @@ class TorchEngine:
                     results.append(result)
                     start = images.stop
         with torch.inference_mode():  # autocast to bfloat16 refuses to join float16, which probabilities are
-            ids, scores, finite, *rest = (torch.cat(part).cpu().numpy() for part in zip(*results, strict=True))
+            joined = [torch.cat(part) for part in zip(*results, strict=True)]
+            if self.device.type == "cuda":  # a copy would wait inside the driver, where other threads cannot launch anything then
+                done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+                done.record()
+                done.synchronize()
+            ids, scores, finite, *rest = (part.cpu().numpy() for part in joined)
         embeddings = rest.pop(0) if self.wanted.embeddings else None
         return Scores(ids, scores, finite, embeddings, rest.pop(0) if self.wanted.probabilities else None)
 
@@ -133,12 +139,12 @@ class TorchEngine:
         return seen
 
     def _padded(self, count: int) -> int:
-        """How many images to compute for `count`: a quarter, a half, three quarters or all of batch_size where cuDNN tries its
-        kernels anew for every size, which the last batch of a block may have any of; else `count`."""
+        """How many images to compute for `count`: a few, a quarter, a half, three quarters or all of batch_size where cuDNN tries
+        its kernels anew for every size, which the last batch of a block may have any of; else `count`."""
         if not self.fused:
             return count
         quarter = -(-self.batch_size // 4)
-        return min(self.batch_size, -(-count // quarter) * quarter)
+        return min(self.batch_size, _FEW if count <= _FEW else -(-count // quarter) * quarter)
 
 
 def _check(precision: str, device: str) -> torch.dtype:

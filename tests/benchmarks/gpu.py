@@ -7,13 +7,13 @@
   captured as a CUDA graph, and a half-precision network compiled. What wins here by far is what to build next.
 * engine: blocks of 891 crops in the host's memory → labels in it, as a predict actor sees them, and of crops on the device.
 * decode: photographs → crops in plain processes, on one core and on all.
-* nvjpeg: photographs → pixels, without the resize, where nvImageCodec is installed; how far these are from libjpeg's, and how
-  many of the damaged photographs that our decoder refuses come through.
-* lane: photographs → crops on the GPU as its lane makes them, walked, decoded and resized; and what a predict actor makes of
-  them, by threads.
+* nvjpeg: photographs → pixels, without the resize, by nvJPEG where nvImageCodec is installed; how far these are from libjpeg's,
+  and how many of the damaged photographs that our decoder refuses come through.
+* lane: photographs → crops on the GPU as its lane makes them, its kernels one by one, and what a predict actor makes of them, by
+  threads.
 * pipeline: `nightlabel run` on tars on the local disk for each of `--lanes`. Images for 12 s of the limit, or `--copies` of the
-  photographs. R / R_limit is its steady rate over the smallest ceiling that it can meet: the engine, or what decodes, which is
-  all cores, or nvJPEG's hardware, or the sum of both; it needs these sections in the same run.
+  photographs. R / R_limit is its steady rate over what there is with nothing between: the engine or all cores that decode,
+  whichever is less; or the GPU's lane with its model; or the sum of both. It needs these sections in the same run.
 
 `--device cpu` rehearses all of it with small numbers. Writes tests/benchmarks/results/gpu.json, or gpu-cpu.json.
 """
@@ -41,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 from gpu_decode import on_cores, on_gpu  # noqa: E402
-from gpu_lane import lane  # noqa: E402
+from gpu_lane import WHOLE, lane  # noqa: E402
 from limit import ours  # noqa: E402
 from photos import add_photos, photographs, read_tar  # noqa: E402
 from result import write_result  # noqa: E402
@@ -52,7 +52,6 @@ SECTIONS = ("model", "engine", "decode", "nvjpeg", "lane", "pipeline")
 LANES = ("cpu", "gpu", "both")
 BLOCK = 891  # crops in a block of 128 MiB
 SHARD = 1000  # photographs of a tar, 50 to 110 MB
-HARDWARE = "decode: nvJPEG, hardware"
 STEADY_S = 12.0  # of the pipeline at the limit: 10 s and its ends
 
 
@@ -192,8 +191,8 @@ def shards(photos: Path, folder: Path, images: int) -> int:
 def resources(bench: Bench, which: str) -> dict[str, Any]:
     cores, cuda = len(os.sched_getaffinity(0)), bench.cuda
     half = max(1, cores // 2)
-    reading, decoding = {"cpu": (cores // 8, cores - 2), "gpu": (4, half - 2), "both": (4, half + 2)}[which]
-    batch = 896 if which != "cpu" else 512  # nvJPEG likes large ones; a block holds 891 crops
+    reading, decoding = {"cpu": (cores // 8, cores - 2), "gpu": (half - 2, half - 2), "both": (half - 2, half)}[which]
+    batch = 896 if which != "cpu" else 512  # a block holds 891 crops
     predict: dict[str, Any] = {"actors": 1, "cpus_per_actor": 1 if cuda else 0.5, "batch_size": batch if cuda else 16}
     return {
         "read": {"tasks": max(1, reading), "cpus_per_task": 0.1},
@@ -230,12 +229,14 @@ def pipeline(bench: Bench, folder: Path, model: str, precision: str, which: str)
 
 
 def limit(bench: Bench, precision: str, which: str) -> float | None:
-    """The smaller of the engine and what decodes, where both were measured."""
-    fed = [rate for name, rate in bench.rates.items() if name.startswith(f"engine: {precision}") and "device" not in name]
-    parts = {"cpu": ["decode: all cores"], "gpu": [HARDWARE], "both": ["decode: all cores", HARDWARE]}[which]
-    if not fed or not all(part in bench.rates for part in parts):
+    """Of a lane with nothing between, where all of it was measured."""
+    cores = bench.rates.get("decode: all cores")
+    engine = [rate for name, rate in bench.rates.items() if name.startswith(f"engine: {precision}") and "device" not in name]
+    whole = [rate for name, rate in bench.rates.items() if name.startswith(WHOLE)]
+    own = {"cpu": [cores], "gpu": [max(whole, default=None)], "both": [cores, max(whole, default=None)]}[which]
+    if None in own or not engine:
         return None
-    return min(max(fed), sum(bench.rates[part] for part in parts))
+    return min(max(engine), sum(own)) if which == "cpu" else sum(own)
 
 
 def parse() -> argparse.Namespace:

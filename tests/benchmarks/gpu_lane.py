@@ -1,7 +1,6 @@
 """The GPU's lane of gpu.py: photographs → crops on the GPU → labels, without Ray, in one thread and in several.
 
-What it is made of is measured too: the walk that tells whole files from damaged ones, alone; the lane without it; and with the
-walk's multiprocessors set up for shared memory first, as the model's convolutions want them.
+What it is made of is measured too: each kernel alone, the first one in variants, and the copy of the files to the GPU.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,8 @@ from pipeline.predict import Predict
 from pipeline.preprocess import Preprocess
 from pipeline.rows import IMAGE
 from pipeline.spec import ModelSource, Output
+
+WHOLE = "lane: all of predict"
 
 
 def lane(bench: Any, artifact: Artifact, images: list[bytes], block: int) -> None:
@@ -47,36 +48,42 @@ def lane(bench: Any, artifact: Artifact, images: list[bytes], block: int) -> Non
     print(f"{'':44} {len(sizes)} of {block} are plain, {left} of them are left to the CPU")
     for threads in (1, 3):
         in_threads(bench, f"lane: decode and resize, {threads} threads", len(sizes), decode, threads)
-    walking(bench, decoder, [image for image in plain["bytes"].to_pylist() if image])
-    walk = decoder._judge
-    decoder._judge = lambda _grid, _block, arguments: arguments[-1].fill(0)
-    in_threads(bench, "lane: the same without the walk, 3 threads", len(sizes), decode, 3)
-    decoder._judge = walk
+    kernels(bench, decoder, [image for image in plain["bytes"].to_pylist() if image], sizes)
     source = ModelSource(uri="unused", precision="float16", engine="torch")
     predict = Predict(artifact, source, device="cuda", batch_size=896, output=Output(uri="unused"), threads=1)
     whole = GpuLane(decoder, preprocess, predict, all_on_gpu)
     for threads in (1, 3, 5):
-        in_threads(bench, f"lane: all of predict, {threads} threads", block, lambda: whole(routed), threads)
-    walk.preferred_shared_memory_carveout = 100  # per cent; a multiprocessor changes its share only when nothing runs on it
-    in_threads(bench, "lane: the same, shared memory first", block, lambda: whole(routed), 5)
+        in_threads(bench, f"{WHOLE}, {threads} threads", block, lambda: whole(routed), threads)
 
 
-def walking(bench: Any, decoder: GpuDecoder, images: list[bytes]) -> None:
-    """The walk alone, of files that are on the GPU: by a thread for each piece of an image, and by one for an image."""
+def kernels(bench: Any, decoder: GpuDecoder, images: list[bytes], sizes: np.ndarray) -> None:
+    """Each kernel alone, of files that are on the GPU."""
     import cupy
 
-    data = cupy.asarray(np.frombuffer(b"".join(images) + bytes(8), np.uint8))
-    starts = cupy.asarray(np.cumsum([0, *map(len, images)]))
-    whole = cupy.RawModule(code=Path(gpu_decode.__file__).with_name("jpeg.cu").read_text(), options=("-DPIECES=1",))
-    for name, kernel in (("in pieces", decoder._judge), ("each in one piece", whole.get_function("judge_all"))):
-        verdicts = cupy.empty(len(images), np.uint8)
-
-        def walk(kernel: Any = kernel, verdicts: Any = verdicts) -> None:
-            kernel((len(images),), (gpu_decode._WALKERS,), (data, starts, verdicts))
-            cupy.cuda.get_current_stream().synchronize()
-
-        bench.measure(f"lane: the walk alone, {name}", len(images), walk)
+    host = np.frombuffer(b"".join(images) + bytes(8), np.uint8)
+    data, starts = cupy.asarray(host), cupy.asarray(np.cumsum([0, *map(len, images)]))
+    bench.measure("lane: copy of the files to the GPU", len(images), lambda: data.set(host))
+    names = ("_scans", "_blocks", "_colours", "_rows", "_columns")
+    made, launches = {name: getattr(decoder, name) for name in names}, list[tuple[Any, tuple[Any, ...]]]()
+    for name, kernel in made.items():  # what would be launched is written down
+        setattr(decoder, name, lambda *launch, kernel=kernel: launches.append((kernel, launch)))
+    _, verdicts = decoder._crops(data, starts, sizes)
+    for name, kernel in made.items():
+        setattr(decoder, name, kernel)
+    grid, _, arguments = launches[0][1]
+    for pieces in (64, 256, 128):
+        scans = cupy.RawModule(code=gpu_decode.source(), options=(f"-DPIECES={pieces}",)).get_function("read_scans")
+        bench.measure(f"lane: read_scans, {pieces} pieces", len(images), partial(launched, scans, grid, (pieces,), arguments))
         print(f"{'':44} {int((verdicts != gpu_decode.SOUND).sum())} are not sound")
+    for kernel, launch in launches[1:]:
+        bench.measure(f"lane: {kernel.name}", len(images), partial(launched, kernel, *launch))
+
+
+def launched(kernel: Any, *launch: Any) -> None:
+    import cupy
+
+    kernel(*launch)
+    cupy.cuda.get_current_stream().synchronize()
 
 
 def in_threads(bench: Any, name: str, images: int, step: Callable[[], object], threads: int) -> None:
