@@ -146,8 +146,7 @@ class GpuLane:
         """What `predict` makes of what `Lanes` puts out."""
         encoded = np.asarray(batch["bytes"].is_valid())
         ready, waiting = _where(batch, ~encoded).drop_columns("bytes"), _where(batch, encoded)
-        parts: list[tuple[pa.Table, Any]] = [(ready, None)]
-        measured = Measurements()
+        rows, pixels, measured = ready, None, Measurements()
         if waiting.num_rows:
             since = time.perf_counter()
             done, pixels, repaired = self._decoded(waiting)
@@ -156,11 +155,11 @@ class GpuLane:
                 # Without the time that it waited for others.
                 measured["gpu"] = waiting.num_rows, now - max(since, self._decoded_at)
                 self._decoded_at = now
-            parts = [(done, pixels), (pa.concat_tables([ready, *repaired]), None)]
+            rows = pa.concat_tables([done, ready, *repaired])
         with self._labelling:
-            tables = [self.predict(rows, pixels) for rows, pixels in parts if rows.num_rows or len(parts) == 1]
+            table = self.predict(rows, pixels)
         self.share(measured)
-        return pa.concat_tables(tables)
+        return table
 
     def _decoded(self, waiting: pa.Table) -> tuple[pa.Table, Any, list[pa.Table]]:
         """The rows that the GPU vouches for, their pixels on it, and the others as `preprocess` puts them out."""

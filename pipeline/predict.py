@@ -44,13 +44,9 @@ class Predict:
     def __call__(self, batch: pa.Table, on_device: Any = None) -> pa.Table:
         """`unit`, the columns of rows.PREDICTION (status null in rows that end a unit), `embedding` and `probabilities` when the
         output wants them, then the kept columns untouched; rows.SAME_LABEL where `exact` pixels came with the others, and
-        rows.CAUTION where there is one. With `on_device`, that has the pixels of every row, uint8 [N, 3, S, S] on the torch
+        rows.CAUTION where there is one. With `on_device`, that has the pixels of the first rows, uint8 [K, 3, S, S] on the torch
         engine's device."""
-        if on_device is None:
-            scores, at = self._scores(batch.column("pixels"))
-        else:
-            scores = self.engine.on_device(on_device)  # type: ignore[attr-defined]  # torch's has it, and no other runs on a GPU
-            at = np.arange(batch.num_rows)
+        scores, at, exact_ids = self._scores(batch, on_device)
         scored = np.zeros(batch.num_rows, dtype=bool)
         scored[at] = scores.finite
         broken = np.zeros(batch.num_rows, dtype=bool)
@@ -64,7 +60,7 @@ class Predict:
         kept = [name for name in batch.column_names if name not in rows.USED_UP]
         types = {field.name: field.type for field in rows.PREDICTION}
         if "exact" in batch.column_names:
-            columns[rows.SAME_LABEL] = self._same_label(batch.column("exact"), scores, at)
+            columns[rows.SAME_LABEL] = _same_label(batch.column("exact"), exact_ids, scores, at)
             names.append(rows.SAME_LABEL)
         if self.caution is not None:
             labelled = pa.array(scored)
@@ -73,23 +69,28 @@ class Predict:
         arrays = [columns[name].cast(types.get(name, columns[name].type)) for name in names]
         return pa.table([*arrays, *(batch.column(name) for name in kept)], names=[*names, *kept])
 
-    def _scores(self, column: pa.ChunkedArray) -> tuple[Scores, np.ndarray]:
-        """Scores of the rows that have pixels, and where these rows are."""
-        at = np.flatnonzero(np.asarray(column.is_valid()))
-        if len(at) == 0:
-            return self._nothing(), at
-        return self.engine(rows.pixels_view(column, self.size)), at
+    def _scores(self, batch: pa.Table, on_device: Any) -> tuple[Scores, np.ndarray, np.ndarray]:
+        """Scores of the rows that have pixels, where these rows are, and the labels that the rows with `exact` get by that."""
+        first = 0 if on_device is None else len(on_device)
+        column = batch.column("pixels").slice(first)
+        at = np.concatenate([np.arange(first), first + np.flatnonzero(np.asarray(column.is_valid()))])
+        pixels, exact = rows.pixels_view(column, self.size), self._exact(batch)
+        if on_device is None:
+            scores = self.engine(pixels) if len(pixels) else self._nothing()
+            return scores, at, self.engine(exact).ids[:, 0] if len(exact) else np.empty(0, np.int32)
+        if len(at) + len(exact) == 0:
+            return self._nothing(), at, np.empty(0, np.int32)
+        # In one go: each has the GPU to itself, and other threads wait.
+        scores = self.engine.on_device(on_device, pixels, exact)  # type: ignore[attr-defined]  # torch's, and no other runs on a GPU
+        return scores[: len(at)], at, scores[len(at) :].ids[:, 0]
 
-    def _same_label(self, exact: pa.ChunkedArray, scores: Scores, at: np.ndarray) -> pa.Array:
-        where = np.flatnonzero(np.asarray(exact.is_valid()))
-        same = np.zeros(len(exact), dtype=bool)
-        if len(where):
-            shape = (3, self.size, self.size)
-            pixels = np.stack([np.frombuffer(exact[row].as_buffer(), np.uint8).reshape(shape) for row in where.tolist()])
-            label = np.full(len(exact), -1)
-            label[at] = scores.ids[:, 0]
-            same[where] = label[where] == self.engine(pixels).ids[:, 0]
-        return pa.array(same, mask=np.asarray(exact.is_null()))
+    def _exact(self, batch: pa.Table) -> np.ndarray:
+        """The pixels in `exact`, uint8 [K, 3, S, S], of the rows that have some."""
+        shape = (3, self.size, self.size)
+        column = batch.column("exact").drop_null() if "exact" in batch.column_names else []
+        if not len(column):
+            return np.empty((0, *shape), np.uint8)
+        return np.stack([np.frombuffer(pixels.as_buffer(), np.uint8).reshape(shape) for pixels in column])
 
     def _nothing(self) -> Scores:
         ids, scores = np.empty((0, self.top_k), np.int32), np.empty((0, self.top_k), np.float32)
@@ -158,6 +159,15 @@ def _graph(artifact: Artifact, precision: str, device: str) -> bytes:
     from pipeline.engines.onnx_graph import to_onnx
 
     return to_onnx(artifact)
+
+
+def _same_label(exact: pa.ChunkedArray, exact_ids: np.ndarray, scores: Scores, at: np.ndarray) -> pa.Array:
+    """Whether the rows with `exact` have the label that they get by that, null elsewhere."""
+    wanted, label = np.asarray(exact.is_valid()), np.full(len(exact), -1)
+    label[at] = scores.ids[:, 0]
+    same = np.zeros(len(exact), dtype=bool)
+    same[wanted] = label[wanted] == exact_ids
+    return pa.array(same, mask=~wanted)
 
 
 def _failures(batch: pa.Table, broken: pa.Array) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:

@@ -133,6 +133,8 @@ def resize_and_crop(image: np.ndarray, preprocessing: Preprocessing, whole: tupl
         box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
         resample = Image.Resampling[preprocessing.resample.upper()]
         return np.asarray(Image.fromarray(image).resize((size, size), resample, box=box)).transpose(2, 0, 1)
+    if (new_height, new_width) == (height, width):  # a resize would give the same, and takes 40 us of 32 x 32 pixels
+        return image[top : top + size, left : left + size].transpose(2, 0, 1)
     # Channels last with an explicit batch stride: without it torch takes one image for contiguous and repacks it (1.8 x as long).
     pixels = torch.from_numpy(image).as_strided((1, 3, height, width), (height * width * 3, 1, width * 3, 3))
     resized = torch.nn.functional.interpolate(pixels, (new_height, new_width), mode=preprocessing.resample, antialias=True)

@@ -40,7 +40,7 @@ _LEAVE_S = 30.0  # for Ray to kill the workers of a pass
 STALL_S = 600.0  # no block for so long means a hung pool (ray#62746); a 128 MiB block takes 50 s at 18 img/s
 _CAREFUL_BYTES = 2**14  # of encoded images, one photograph or 8 thumbnails, where preprocess has no blocks of its own
 _CAREFUL_ROWS = 8  # of a block in careful mode: hanging images come through by and by, so that the watch sees the pass live
-_CALLS = 3  # of an actor with a GPU lane: a block is walked, one decoded and one labelled at the same time
+_CALLS = 4  # of an actor with a GPU lane: blocks are copied, decoded and labelled at the same time
 _ACTOR: dict[str, Any] = {"max_restarts": 2, "max_task_retries": 1}  # Ray's default is to retry for ever, a poison image with it
 _BLOCKS: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}  # a stage gets blocks as they are
 
@@ -60,6 +60,8 @@ def chain(
         raise Temporary("Ray is gone, and did not come up again", do="Run again; what is committed stays")
     read, preprocess, predict = job.resources.pools()
     rows = _block_bytes(job, artifact, careful) // (3 * artifact.preprocessing.size**2)
+    if not careful:
+        rows = rows * 4 // 3  # what comes out is one block then, in one piece: Ray cuts them only from one and a half on
     share = None if careful else _share(job)  # what the GPU decodes cannot be killed
     decoding: Seam = "preprocess", partial(make_preprocess, job, artifact.preprocessing, careful, share)
     labelling: Seam = "predict", partial(make_predict, job, artifact.digest, share)
@@ -76,10 +78,13 @@ def chain(
         )
         if preprocess.size:
             dataset = dataset.map_batches(_Timed, fn_constructor_args=([decoding], rows), **_BLOCKS, **_actors(preprocess))
-        stages = ([labelling], None) if preprocess.size else ([decoding, labelling], rows)
-        blocks = _BLOCKS | {"batch_size": rows} if predict.gpus else _BLOCKS  # Ray wants a number where a GPU is asked for
-        calls = _CALLS if share else 1
-        return dataset.map_batches(_Timed, fn_constructor_args=stages, **blocks, **_actors(predict, calls))
+        # What comes encoded to a GPU lane may be thumbnails, whose pixels are many times as large.
+        stages = ([labelling], 2 * rows if share else None) if preprocess.size else ([decoding, labelling], rows)
+        # Not map_batches, which wants a number of rows for a GPU: Ray cut blocks to it by copies, a fifth of what an actor with a
+        # GPU lane did, and left it crumbs.
+        return dataset.map_batches_internal(
+            _Timed, fn_constructor_args=stages, **_BLOCKS, **_actors(predict, _CALLS if share else 1)
+        )
 
 
 def _actors(pool: Pool, calls: int = 1) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def turned() -> bytes:
         (encode(Image.fromarray(noise(40, 30))), None),
         (encode(Image.fromarray(noise(2, 90)), "JPEG"), None),  # a strip
         (encode(Image.fromarray(noise(4000, 2600)), "JPEG", quality=1), None),  # over max_pixels
-        (encode(Image.fromarray(noise(900, 800)), "JPEG", quality=100, subsampling=0), None),  # over 1 MiB
+        (encode(Image.fromarray(noise(900, 800)), "JPEG", quality=100, subsampling=0), (900, 800)),
         (turned(), None),
         (with_segments((0xE2, b"ICC_PROFILE\0\5\1xx")), None),  # libjpeg-turbo complains, so Pillow has a word in it
         (with_segments((0xE0, b"JFIF\0\2\1\0\0\1\0\1\0\0")), None),

@@ -65,9 +65,10 @@ class TorchEngine:
         image fits into the GPU's memory."""
         return self._scores(len(pixels), pixels.shape[-1], lambda images: self._upload(pixels[images]))
 
-    def on_device(self, pixels: Tensor) -> Scores:
-        """Scores of uint8 [N, 3, S, S], N > 0, that is on the engine's device already, in any layout, made on the current stream.
-        Raises as a call does."""
+    def on_device(self, pixels: Tensor, *others: np.ndarray) -> Scores:
+        """Scores of uint8 [N, 3, S, S], that is on the engine's device already, in any layout, made on the current stream; and of
+        `others` after them, which are in the host's memory. At least one image. Raises as a call does."""
+        pixels = torch.cat([pixels, *(torch.tensor(images).to(self.device) for images in others if len(images))])
         return self._scores(len(pixels), pixels.shape[-1], lambda images: pixels[images])
 
     def _scores(self, count: int, size: int, give: Callable[[slice], Tensor]) -> Scores:
