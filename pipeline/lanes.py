@@ -1,7 +1,7 @@
 """Two lanes of decoding: the CPUs of the preprocess actors, and the GPU. Which image takes which, and in what proportion.
 
 Only plain JPEGs may take the GPU's lane: three components, sequential, upright, of a usual subsampling and length, whole to the
-eye. They pass the preprocess actor encoded, and `GpuLane` decodes them beside the model. One of 64 is decoded by both, for
+eye. They pass the preprocess actor encoded, and `GpuLane` decodes them beside the model. One of 512 is decoded by both, for
 `Predict` to compare the labels. What the GPU will not vouch for is decoded on the CPU after all, so a failure has the same class
 and words in both lanes.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from threading import Lock
 from typing import Any, Final, Protocol
 
@@ -21,7 +22,6 @@ import pyarrow.compute as pc
 
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.orientation import jpeg_orientation
-from pipeline.rows import COMPARED_EVERY
 
 Stage = Callable[[pa.Table], pa.Table]
 #: What was done: (images, seconds) by kind.
@@ -32,6 +32,8 @@ Share = Callable[[Measurements], float]
 START: Final = 0.5  # of the plain JPEGs, before anything is measured
 _MEMORY: Final = 5_000.0  # images after which a measurement counts half as much
 _LONGEST: Final = 2**23  # bytes: a block waits for its longest, which 64 threads read in pieces
+_COMPARED_EVERY: Final = 512  # both lanes have the same bytes, so what this would tell of is a GPU that computes wrongly
+_APP1: Final = 0xE1
 _SOF: Final = (0xC0, 0xC1)  # sequential, Huffman
 _SKIPPED: Final = frozenset({0xC4, 0xDB, 0xDD, 0xEE, 0xFE, *range(0xE0, 0xF0)})
 _SAMPLINGS: Final = ((1, 1), (2, 1), (2, 2))  # of the first component, the others are 1 × 1: 4:4:4, 4:2:2, 4:2:0
@@ -56,9 +58,9 @@ def plain(data: memoryview, preprocessing: Preprocessing, max_pixels: int) -> tu
     data = data.cast("B")
     if len(data) > _LONGEST or bytes(data[:2]) != b"\xff\xd8" or bytes(data[-2:]) != b"\xff\xd9":
         return None
-    at, size = 2, None
+    at, size, told = 2, None, False
     while at + 16 < len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
         if marker in _SOF and size is None:
             size = _frame(bytes(data[at + 4 : at + 2 + length]))
         elif marker == 0xEE and bytes(data[at + 4 : at + 9]) == b"Adobe" and data[at + 15] != 1:  # no YCbCr
@@ -67,12 +69,13 @@ def plain(data: memoryview, preprocessing: Preprocessing, max_pixels: int) -> tu
             break
         elif marker not in _SKIPPED:
             return None
+        told |= marker == _APP1
         at += 2 + length
     if size is None or size[0] * size[1] > max_pixels or preprocessing.is_strip(*size):
         return None
     from pipeline.decode import has_plain_header  # not above: the driver imports this too, and decodes nothing
 
-    return size if has_plain_header(data, size) and jpeg_orientation(data) in (None, 1) else None
+    return size if has_plain_header(data, size) and not (told and jpeg_orientation(data) not in (None, 1)) else None
 
 
 def _frame(segment: bytes) -> tuple[int, int] | None:
@@ -105,8 +108,7 @@ class Lanes:
         since = time.perf_counter()
         decoded = self.preprocess(_where(batch, ~mask))
         self._measured = {"pass": (batch.num_rows, passed), "decode": (decoded.num_rows, time.perf_counter() - since)}
-        # In one piece: of ten and more Ray would make one, in the actor that all others wait for.
-        encoded = _where(batch, mask).combine_chunks().append_column("pixels", pa.nulls(len(taken), pa.large_binary()))
+        encoded = _where(batch, mask).append_column("pixels", pa.nulls(len(taken), pa.large_binary()))
         for axis, name in enumerate(("width", "height")):
             encoded = encoded.append_column(name, pa.array([(sizes[row] or (0, 0))[axis] for row in taken.tolist()], pa.int32()))
         encoded = encoded.append_column("exact", pa.array(exact, pa.large_binary()))
@@ -116,16 +118,14 @@ class Lanes:
         """Of every plain JPEG."""
         broken = pc.or_(pc.is_null(batch["key"]), pc.is_valid(batch["error_class"])).to_pylist()
         return [
-            plain(memoryview(data.as_buffer()), self.preprocessing, self.max_pixels)
-            if data.is_valid and not is_broken and data.as_buffer()
-            else None
-            for data, is_broken in zip(batch["bytes"], broken, strict=True)
+            None if is_broken else plain(data, self.preprocessing, self.max_pixels)
+            for data, is_broken in zip(_views(batch["bytes"]), broken, strict=True)
         ]
 
     def _compared(self, batch: pa.Table, taken: np.ndarray) -> tuple[np.ndarray, list[bytes | None]]:
-        """Every 64th image of the rows `taken` is decoded on the CPU too. Returns the rows that the GPU keeps, which are all but
+        """Every 512th image of the rows `taken` is decoded on the CPU too. Returns the rows that the GPU keeps, which are all but
         those that the CPU could not decode, and for each of them the CPU's crop, None where it was not looked at."""
-        looked = np.flatnonzero(batch["index"].to_numpy()[taken] % COMPARED_EVERY == 0)
+        looked = np.flatnonzero(batch["index"].to_numpy()[taken] % _COMPARED_EVERY == 0)
         seen = self.preprocess(batch.take(pa.array(taken[looked])))
         exact = pc.coalesce(seen["exact"], seen["pixels"]) if "exact" in seen.column_names else seen["pixels"]
         crops = dict(zip(looked.tolist(), exact.to_pylist(), strict=True))
@@ -179,6 +179,14 @@ def _where(table: pa.Table, mask: np.ndarray) -> pa.Table:
     if len(edges) > _SLICES:
         return table.filter(pa.array(mask))
     return pa.concat_tables([table.slice(start, end - start) for start, end in edges.tolist()] or [table.slice(0, 0)])
+
+
+def _views(column: pa.ChunkedArray) -> Iterator[memoryview]:
+    """The values of a column of large_binary, nulls as nothing. Arrow's own way to one by one takes 20 us each."""
+    for chunk in column.chunks:
+        ends = np.frombuffer(chunk.buffers()[1], np.int64, len(chunk) + 1, 8 * chunk.offset) if len(chunk) else np.zeros(1, int)
+        data = memoryview(chunk.buffers()[2] or b"").cast("B")
+        yield from (data[start:end] for start, end in pairwise(ends.tolist()))
 
 
 def _completed(table: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -15,6 +15,7 @@ from shards import picture
 from standing import Standing
 from test_preprocess import MAX_PIXELS, encode, noise, table
 
+from pipeline import lanes
 from pipeline.artifact import load_artifact
 from pipeline.lanes import GpuLane, Lanes, Split, all_on_gpu, plain
 from pipeline.model.preprocessing import Preprocessing
@@ -75,6 +76,12 @@ def images() -> list[bytes | None]:
     for row in (11, 12, 64):
         made[row] = picture(row)[:-40] + b"\xff\xd9"
     return made
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second look at rows 0 and 64."""
+    monkeypatch.setattr(lanes, "_COMPARED_EVERY", 64)
 
 
 @pytest.fixture(scope="module")

@@ -191,7 +191,7 @@ def shards(photos: Path, folder: Path, images: int) -> int:
 def resources(bench: Bench, which: str) -> dict[str, Any]:
     cores, cuda = len(os.sched_getaffinity(0)), bench.cuda
     half = max(1, cores // 2)
-    reading, decoding = {"cpu": (cores // 8, cores - 2), "gpu": (half - 2, half - 2), "both": (half - 2, half)}[which]
+    reading, decoding = {"cpu": (cores // 8, cores - 2), "gpu": (half, half), "both": (half - 2, half)}[which]
     batch = 896 if which != "cpu" else 512  # a block holds 891 crops
     predict: dict[str, Any] = {"actors": 1, "cpus_per_actor": 1 if cuda else 0.5, "batch_size": batch if cuda else 16}
     return {
