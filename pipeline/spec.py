@@ -199,7 +199,7 @@ class Job(Model):
     """exact: pixels within 2 of 255 levels of Pillow's. fast: a JPEG at least twice as large as the model wants is decoded at a
     half, a quarter or an eighth; one of 64 is labelled both ways, and the manifest says how many labels stayed the same."""
     decode_lane: Lane = "cpu"
-    """What decodes. cpu: the actors of preprocess. gpu: plain JPEGs on the GPU, several times as fast, all else on the CPUs. both:
+    """What decodes. cpu: the actors of preprocess. gpu: plain JPEGs on the GPU, several times as fast, others on the CPUs. both:
     plain JPEGs on either side, for many cores beside a small GPU. These need `nightlabel[gpu-decode]`. The pixels are the same to
     the bit, so a run may go on with another lane; one of 512 images is labelled both ways and compared."""
     resources: Resources = Resources()
