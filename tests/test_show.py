@@ -14,7 +14,8 @@ from test_artifact import RESNET18, RESNET50, TINY, V1, made
 from torch import nn
 
 from pipeline.artifact import Origin, save_artifact
-from pipeline.model.describe import architecture_name, giga, layers
+from pipeline.job.training import Training
+from pipeline.model.describe import architecture_name, giga, layers, plain
 from pipeline.model.huggingface import Architecture
 from pipeline.model.resnet import ResNet
 
@@ -96,8 +97,8 @@ def test_the_command_shows_it_all(tmp_path: Path):
         "46.8 MB",
         "sees    32 × 32 pixels: shortest edge to 36, bilinear",
         "from    sha256:1",
-        "data    uris a/; images train 1,200",
-        "metrics top1 0.7",
+        "\ndata    uris    a/\n        images  train 1,200\n",
+        "\nmetrics top1  0.7\n",
         "command nightlabel x",
         "conv1         7 × 7, stride 2",
         "512 to 1,000",
@@ -109,6 +110,23 @@ def test_the_command_shows_it_all(tmp_path: Path):
     assert facts["preprocessing"]["size"] == 32
     assert facts["metrics"] == {"top1": 0.7}
     assert len(facts["layers"]) == 8
+
+
+def test_what_a_training_was_is_a_fact_a_line_and_no_line_is_wide(tmp_path: Path):
+    training = {**Training(epochs=3, batch_size=8).model_dump(mode="json"), "notes": [f"note {n}" for n in range(40)]}
+    data = {"uris": [f"s3://bucket/photos/{n}/" for n in range(9)], "validation_uris": [], "unlabelled": 0, "training": training}
+    metrics = {"accuracy": 0.98765, "validation_loss": 0.1}
+    save_artifact(made(RESNET18, origin=Origin(data=data, metrics=metrics)), str(tmp_path))
+    said = show(str(tmp_path)).splitlines()
+    assert max(map(len, said)) <= 100
+    start = said.index("        validation_uris  none")
+    assert said[start - 3].startswith("data    uris             s3://bucket/photos/0/, s3://bucket/photos/1/")
+    assert said[start - 2].startswith(" " * 25 + "s3://bucket/photos/"), "the rest of a long fact stands below its beginning"
+    assert said[start + 1] == "        unlabelled       0"
+    assert said[start + 2].startswith("        training         epochs 3, batch_size 8, ")
+    words = " ".join(line.strip() for line in said[start + 2 : said.index("metrics accuracy         0.9877")])
+    assert words == f"training         {plain(training)}", "nothing is left out"
+    assert said[said.index("metrics accuracy         0.9877") + 1] == "        validation_loss  0.1"
 
 
 def test_a_folder_without_a_model_is_one_sentence(tmp_path: Path):

@@ -17,6 +17,8 @@ from pipeline.model.preprocessing import Preprocessing
 from pipeline.spec import S3
 from pipeline.storage import head_if_there, join, open_store
 
+_WIDTH = 100  # columns of a line for a screen
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -96,15 +98,15 @@ def lines(artifact: Artifact, uri: str, sizes: dict[str, int]) -> Iterator[str]:
     known, origin = numbers(artifact), artifact.origin
     yield f"{uri}: {known['architecture']}, {known['classes']:,} classes"
     yield f"digest  {artifact.digest}"
-    yield f"labels  {', '.join(artifact.labels[:8])}{', …' if len(artifact.labels) > 8 else ''}"
+    yield from _folded("labels  ", f"{', '.join(artifact.labels[:8])}{', …' if len(artifact.labels) > 8 else ''}")
     counts = f"{millions(known['parameters'])} parameters, {giga(known['macs'])} an image"
     yield f"size    {counts}, {sum(sizes.values()) / 1e6:,.1f} MB"
     yield "files   " + ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in sizes.items() if size >= 1e5)
     yield f"sees    {preprocessing_text(artifact.preprocessing)}"
     yield f"        mean {_triple(artifact.preprocessing.mean)}, std {_triple(artifact.preprocessing.std)}"
-    yield f"from    {', '.join(origin.parents) or 'a random start, or not recorded'}"
-    yield "data    " + ("; ".join(f"{name} {plain(value)}" for name, value in origin.data.items()) or "not recorded")
-    yield "metrics " + (", ".join(f"{name} {value:.4g}" for name, value in origin.metrics.items()) or "none recorded")
+    yield from _folded("from    ", ", ".join(origin.parents) or "a random start, or not recorded")
+    yield from _fact_lines("data    ", {name: plain(value) for name, value in origin.data.items()}, nothing="not recorded")
+    yield from _fact_lines("metrics ", {name: f"{value:.4g}" for name, value in origin.metrics.items()}, nothing="none recorded")
     yield f"command {origin.command or 'not recorded'}"
     yield ""
     yield from _table(layers(artifact.architecture, artifact.preprocessing.size))
@@ -191,6 +193,29 @@ def _table(table: tuple[Layer, ...]) -> Iterator[str]:
         costs = f"{layer.parameters:>11,} {layer.macs:>13,}" if layer.parameters else f"{'-':>11} {'-':>13}"
         yield f"{layer.name:<13} {layer.what:<28} {output:>17} {costs}"
     yield f"{'all':<13} {'':<28} {'':>17} {sum(r.parameters for r in table):>11,} {sum(r.macs for r in table):>13,}"
+
+
+def _fact_lines(head: str, facts: dict[str, str], *, nothing: str) -> Iterator[str]:
+    """A fact a line, their values one below the other."""
+    if not facts:
+        yield head + nothing
+    widest = max(map(len, facts), default=0)
+    for name, text in facts.items():
+        yield from _folded(f"{head}{name:<{widest}}  ", text)
+        head = " " * len(head)
+
+
+def _folded(head: str, text: str) -> Iterator[str]:
+    """Broken behind commas, and indented as far as it begins, where it would be wider than _WIDTH; a longer word stays whole."""
+    first, *others = text.split(", ")
+    line = head + first
+    for piece in others:
+        if len(f"{line}, {piece},") <= _WIDTH:
+            line = f"{line}, {piece}"
+        else:
+            yield f"{line},"
+            line = " " * len(head) + piece
+    yield line
 
 
 def _triple(values: tuple[float, float, float]) -> str:
