@@ -184,7 +184,12 @@ class Receipt:
 
 def failed_lines(failures: Mapping[str, int]) -> list[str]:
     """By class, how many images failed; no line when none did."""
-    return [f"failed  {', '.join(f'{name} {number:,}' for name, number in failures.items())}"] if failures else []
+    return [f"failed  {counted(failures)}"] if failures else []
+
+
+def counted(failures: Mapping[str, int]) -> str:
+    """`CORRUPT 3, TRUNCATED 2`."""
+    return ", ".join(f"{name} {number:,}" for name, number in failures.items())
 
 
 def left_lines(trouble: Sequence[UnitTrouble]) -> list[str]:

@@ -161,7 +161,9 @@ def test_what_could_not_be_fetched_is_labelled_in_a_new_generation(tmp_path, mod
     (tmp_path / "in/00.jpg").unlink()
     code, out, err = invoke("retry-failed", write(tmp_path, wanted), "--class", "FETCH_FAILED")
     assert code == 0, err
-    assert "done: 1 images retried (FETCH_FAILED), 1 labelled now" in out, "another input of the unit is gone, which is no matter"
+    assert "done: 1 images retried (FETCH_FAILED 1), 1 labelled now" in out, (
+        "another input of the unit is gone, which is no matter"
+    )
     registered = DeltaTable(open_log(wanted, load_model(wanted, weights=False)).root).file_uris()
     assert len(registered) == 4
     assert ["000002" in uri for uri in registered if "generations" in uri] == [True]
@@ -338,7 +340,7 @@ def test_a_retry_holds_the_lease_that_nights_and_other_retries_respect(two_class
             CliRunner().invoke(app, [*map(str, again), "--if-running", "queue"], catch_exceptions=False)
         assert {name for name in files(tmp_path / "out") if "/leases/" not in name} == before
         code, out, err = invoke(*again, "--if-running", "replace")
-        assert (code, out.splitlines()[0]) == (0, "done: 2 images retried (FETCH_FAILED), 2 labelled now"), err
+        assert (code, out.splitlines()[0]) == (0, "done: 2 images retried (FETCH_FAILED 2), 2 labelled now"), err
         _, said = first.communicate(timeout=240)
     assert (first.returncode, "asked this run to stop" in said) == (5, True), said
     assert len(latest(two_classes)) == 8
@@ -350,7 +352,7 @@ def test_a_retry_whose_table_fails_is_told_all_the_same(two_classes, tmp_path):
     assert invoke("run", path)[0] == 0, "labels nothing, and makes the table"
     DeltaTable(output_of(two_classes).root).optimize.compact()
     done = CliRunner().invoke(app, ["retry-failed", str(path), "--class", "FETCH_FAILED"])
-    assert done.stdout.splitlines()[0] == "done: 2 images retried (FETCH_FAILED), 2 labelled now"
+    assert done.stdout.splitlines()[0] == "done: 2 images retried (FETCH_FAILED 2), 2 labelled now"
     assert isinstance(done.exception, StoreError)
     code, out, _ = invoke("retry-failed", path, "--class", "NOT_AN_IMAGE", "--json")
     told = json.loads(out)
@@ -374,7 +376,7 @@ def test_a_retry_that_ends_with_4_says_why():
 
 def test_a_retry_without_a_schedule_takes_no_lease(two_classes, tmp_path):
     code, out, err = invoke("retry-failed", write(tmp_path, two_classes), "--class", "FETCH_FAILED")
-    assert (code, out.splitlines()[0]) == (0, "done: 2 images retried (FETCH_FAILED), 2 labelled now"), err
+    assert (code, out.splitlines()[0]) == (0, "done: 2 images retried (FETCH_FAILED 2), 2 labelled now"), err
     assert not (tmp_path / "out/leases").exists()
 
 
@@ -531,6 +533,33 @@ def test_rows_wait_in_the_store_for_their_turn_and_rotten_ones_are_a_conflict(tm
     path.write_bytes(data)
     with pytest.raises(Conflict, match="not a unit of nightlabel"):
         retry(wanted, "NULL_IMAGE")
+
+
+def test_a_retry_without_classes_says_which_failed_and_one_with_them_which_it_took(two_classes, tmp_path):
+    path, before = write(tmp_path, two_classes), files(tmp_path / "out")
+    refused = CliRunner().invoke(app, ["retry-failed", str(path)]).exception
+    assert isinstance(refused, JobError)
+    assert str(refused) == (
+        "no --class is given, and of test there failed FETCH_FAILED 2, NOT_AN_IMAGE 1; required: with commas between, "
+        "the classes of failure to label again. Add --class FETCH_FAILED,NOT_AN_IMAGE, or some of them."
+    )
+    assert files(tmp_path / "out") == before, "it wrote something"
+    assert retry(two_classes, "CORRUPT").lines()[1:] == ["failed  FETCH_FAILED 2, NOT_AN_IMAGE 1"]
+    done = retry(two_classes, "FETCH_FAILED,CORRUPT,NOT_AN_IMAGE")
+    assert done.lines()[:2] == [
+        "done: 3 images retried (CORRUPT 0, FETCH_FAILED 2, NOT_AN_IMAGE 1), 2 labelled now",
+        "failed  NOT_AN_IMAGE 1",
+    ]
+    assert done.taken == {"FETCH_FAILED": 2, "NOT_AN_IMAGE": 1}
+    refused = CliRunner().invoke(app, ["retry-failed", str(path)]).exception
+    assert "of test there failed NOT_AN_IMAGE 1;" in str(refused), "what was labelled since has not failed"
+
+
+def test_where_nothing_failed_a_retry_without_classes_says_so(tmp_path, model):
+    loose(tmp_path / "in", 2)
+    wanted = job(tmp_path / "in", model, tmp_path / "out", input={"format": "images"})
+    refused = CliRunner().invoke(app, ["retry-failed", str(write(tmp_path, wanted))]).exception
+    assert str(refused) == "no --class is given, and no image of test has failed. There is nothing to retry."
 
 
 def test_a_wrong_class_is_a_sentence():

@@ -24,10 +24,18 @@ if TYPE_CHECKING:
     from pipeline.spec import Job
 
 
+Classes = Annotated[
+    str | None,
+    typer.Option(
+        "--class", help="Classes of failure with commas between: FETCH_FAILED,DECODE_TIMEOUT. Without it they are only counted."
+    ),
+]
+
+
 def retry_failed(
     job: JobPath,
     *,
-    classes: Annotated[str, typer.Option("--class", help="Classes of failure with commas between: FETCH_FAILED,DECODE_TIMEOUT.")],
+    classes: Classes = None,
     date: Date = None,
     if_running: IfRunning = None,
     as_json: AsJson = False,
@@ -35,12 +43,14 @@ def retry_failed(
     """Label images again that failed, into a new generation of their units; what was committed stays as it is."""
     from pipeline.job.jobfile import load_label_template, one_day
     from pipeline.nights.nightly import leased, publish_labels, with_table
-    from pipeline.nights.retry import Retry, parse_classes  # brings Ray
+    from pipeline.nights.retry import Retry, parse_classes, without_classes  # brings Ray
     from pipeline.screen import Screen
     from pipeline.tables.publish import check_columns, check_publisher
 
-    template, wanted = load_label_template(job, date=date), parse_classes(classes)
+    template, wanted = load_label_template(job, date=date), parse_classes(classes) if classes is not None else ()
     loaded = one_day(template, date, name=str(job))
+    if classes is None:
+        raise without_classes(loaded)
     check_publisher(loaded)
     check_columns(loaded)
     with leased(template, say=say, if_running=if_running) as check:

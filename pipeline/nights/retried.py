@@ -9,13 +9,14 @@ from typing import Any
 
 from pipeline.errors import ExitCode
 from pipeline.footer import Footer, totals
-from pipeline.report import MANIFEST_VERSION, UnitTrouble, failed_lines, left_lines
+from pipeline.report import MANIFEST_VERSION, UnitTrouble, counted, failed_lines, left_lines
 from pipeline.start import CODE_VERSION
 
 
 @dataclass(frozen=True)
 class Retried:
-    """The account of a retry: of `retried` images `mended` are labelled now. `generation` None: there was nothing to retry."""
+    """The account of a retry: of `retried` images `mended` are labelled now. `generation` None: there was nothing to retry, and
+    `failures` are those of other classes."""
 
     job: str
     where: str
@@ -27,6 +28,8 @@ class Retried:
     units: int = 0
     units_done: int = 0
     retried: int = 0
+    taken: Mapping[str, int] = field(default_factory=dict)
+    """How many of the retried images had failed, by class."""
     mended: int = 0
     failures: Mapping[str, int] = field(default_factory=dict)
     trouble: tuple[UnitTrouble, ...] = ()
@@ -44,11 +47,13 @@ class Retried:
 
     def lines(self) -> list[str]:
         """For a screen."""
-        names, left = ", ".join(self.classes), left_lines(self.trouble)
+        left = left_lines(self.trouble)
         if self.generation is None:
-            return [f"nothing to retry: no image of {self.job} failed with {names}, of inputs that are still there", *left]
+            what = f"no image of {self.job} failed with {', '.join(self.classes)}, of inputs that are still there"
+            return [f"nothing to retry: {what}", *failed_lines(self.failures), *left]
         state = "done" if self.units == self.units_done else "not finished"
-        done = f"{state}: {self.retried:,} images retried ({names}), {self.mended:,} labelled now"
+        taken = counted({name: self.taken.get(name, 0) for name in self.classes})
+        done = f"{state}: {self.retried:,} images retried ({taken}), {self.mended:,} labelled now"
         failed = failed_lines(self.failures)
         if self.exit_code == ExitCode.TOO_MANY_FAILED:
             failed.append(f"over    more of all images failed than limits.max_failed allows: exit code {self.exit_code:d}")

@@ -8,9 +8,11 @@ numbered through all of them. A retry that was killed is gone on with by the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,13 +23,13 @@ from pipeline.committer import Committer
 from pipeline.cut import list_inputs
 from pipeline.environment import set_ray_environment
 from pipeline.errors import Conflict, JobError
-from pipeline.footer import Totals, read_rows, totals
+from pipeline.footer import Footer, Totals, read_rows, totals
 from pipeline.label import TRIES, Driver
 from pipeline.log import Log
 from pipeline.nights.generation import RUN, Generation, newest, read_footers, to_plan
 from pipeline.nights.retried import Retried
 from pipeline.plan import Plan
-from pipeline.report import exit_code
+from pipeline.report import counted, exit_code
 from pipeline.rows import TIMINGS, Failure
 from pipeline.spec import Job
 from pipeline.start import CODE_VERSION, load_model, open_log, present, tell_missing
@@ -41,13 +43,15 @@ _POISON = {Failure.DECODE_TIMEOUT, Failure.DECODER_CRASH}
 
 @dataclass(frozen=True)
 class _Task:
-    """A unit, the object that has its rows as they are, how many of these are labelled, and the numbers of those to label again.
-    The rows themselves are read when it is their turn: those of all units might be the whole output."""
+    """A unit, the object that has its rows as they are, how many of these are labelled, and the numbers of those to label again,
+    counted by class in `taken`. The rows themselves are read when it is their turn: those of all units might be the whole
+    output."""
 
     unit: Unit
     uri: str
     ok: int
     only: frozenset[int]
+    taken: Mapping[str, int]
 
 
 class _Begun(UnitBuffer):
@@ -84,6 +88,7 @@ class Retry(Driver):
         self.classes = classes
         self.log: Log  # of the output, once the retry has begun
         self._tasks: dict[str, _Task] = {}
+        self._failures: Mapping[str, int] = {}
 
     def retry(self) -> Retried:
         """Raises JobError when another retry is unfinished, and what `Driver.label` raises."""
@@ -95,7 +100,8 @@ class Retry(Driver):
         if not units:
             missing = self.attempt.missing
             code = exit_code(missing, Totals(), left=0, limit=self.job.limits.max_failed)
-            return Retried(self.job.name, log.root, self.classes, *self.attempt.span(), trouble=missing, exit_code=code)
+            told: dict[str, Any] = {"failures": self._failures, "trouble": missing, "exit_code": code}
+            return Retried(self.job.name, log.root, self.classes, *self.attempt.span(), **told)
         plan = Plan(RUN, units, generation.standing([unit.id for unit in units]).committed)
         for task in [self._tasks[unit.id] for unit in plan.todo if not self._tasks[unit.id].only]:  # their inputs are gone since
             commit_unit(generation, task.unit, read_rows(log.store, task.uri), Provenance(log.fingerprint, "", CODE_VERSION))
@@ -149,14 +155,9 @@ class Retry(Driver):
 
     def _candidates(self, listed: list[Object]) -> list[Unit]:
         """Units of these inputs whose newest version has failures of the classes."""
-        uris = pa.array([item.uri for item in listed], pa.string())
-        known = {unit.id: unit for run in self.log.runs(uris) for unit in run.units}
-        versions = [item for unit_id, item in newest(self.log).items() if unit_id in known]
-        return [
-            known[footer.unit]
-            for footer in read_footers(self.log.store, versions)
-            if any(footer.failures.get(name) for name in self.classes)
-        ]
+        with_failures = [(unit, footer) for unit, footer in _labelled(self.log, listed) if footer.failed]
+        self._failures = totals(footer for _, footer in with_failures).failures
+        return [unit for unit, footer in with_failures if any(footer.failures.get(name) for name in self.classes)]
 
     def _task(self, unit: Unit, uri: str, is_there: Callable[[Part], bool]) -> _Task:
         rows = read_rows(self.log.store, uri, columns=["index", "source", "status", "error_class"])
@@ -165,16 +166,19 @@ class Retry(Driver):
         whole = self.job.input.format != "images"
         gone = {part.uri for part in unit.parts if (whole or part.uri in sources) and not is_there(part)}
         gone = sources if whole and gone else gone
-        numbers = zip(failed.column("index").to_pylist(), failed.column("source").to_pylist(), strict=True)
+        failed = failed.filter(pc.invert(pc.is_in(failed.column("source"), value_set=pa.array(sorted(gone), pa.string()))))
         ok = pc.sum(pc.equal(rows.column("status"), "ok")).as_py() or 0
-        return _Task(unit, uri, ok, frozenset(index for index, source in numbers if source not in gone))
+        only, taken = frozenset(failed.column("index").to_pylist()), Counter(failed.column("error_class").to_pylist())
+        return _Task(unit, uri, ok, only, taken)
 
     def _settle(self, generation: Generation, plan: Plan) -> Retried:
         done = [unit for unit in plan.units if unit.id in plan.committed]
         footers = list(verify(generation, done))
         left = {unit.id for unit in plan.todo}
         trouble = (*self.attempt.missing, *(item for item in self.attempt.trouble.values() if item.unit in left))
-        retried = sum(len(self._tasks[footer.unit].only) for footer in footers)
+        taken = Counter[str]()
+        for footer in footers:
+            taken.update(self._tasks[footer.unit].taken)
         ok_before = sum(self._tasks[footer.unit].ok for footer in footers)
         everything = footers if left else read_footers(generation.store, list(newest(generation.base).values()))
         outcome = Retried(
@@ -185,7 +189,8 @@ class Retry(Driver):
             generation=generation.number,
             units=len(plan.units),
             units_done=len(done),
-            retried=retried,
+            retried=taken.total(),
+            taken=dict(sorted(taken.items())),
             mended=sum(footer.ok for footer in footers) - ok_before,
             failures=totals(footers).failures,
             trouble=trouble,
@@ -194,6 +199,27 @@ class Retry(Driver):
         if not left:
             generation.store.create(generation.run_key(RUN, "manifest.json"), outcome.manifest(footers))
         return outcome
+
+
+def _labelled(log: Log, listed: list[Object]) -> Iterator[tuple[Unit, Footer]]:
+    """The units that have these inputs, each with the footer of its newest version."""
+    uris = pa.array([item.uri for item in listed], pa.string())
+    known = {unit.id: unit for run in log.runs(uris) for unit in run.units}
+    versions = [item for unit_id, item in newest(log).items() if unit_id in known]
+    return ((known[footer.unit], footer) for footer in read_footers(log.store, versions))
+
+
+def without_classes(job: Job) -> JobError:
+    """What is said where no classes are given: which there are, and of how many images."""
+    job = job.from_root()
+    log = open_log(job, load_model(job, weights=False))
+    inputs = list_inputs(open_input(job.input), job.input, some=True).inputs
+    failures = totals(footer for _, footer in _labelled(log, inputs)).failures
+    if not failures:
+        return JobError(f"no --class is given, and no image of {job.name} has failed", do="There is nothing to retry")
+    need = "with commas between, the classes of failure to label again"
+    got = f"no --class is given, and of {job.name} there failed {counted(failures)}"
+    return JobError(got, need=need, do=f"Add --class {','.join(failures)}, or some of them")
 
 
 def parse_classes(text: str) -> tuple[str, ...]:
