@@ -193,9 +193,19 @@ def counted(failures: Mapping[str, int]) -> str:
 
 
 def left_lines(trouble: Sequence[UnitTrouble]) -> list[str]:
-    """Why the first ten of the units that are left are, and how many more there are."""
-    lines = [f"left    {item.error_class}: {item.error}" for item in trouble[:10]]
-    return [*lines, f"left    and {len(trouble) - 10:,} more units"] if len(trouble) > 10 else lines
+    """Why units are left: each sentence once, behind its unit, the first ten; how many more units there are."""
+    units: dict[str, list[str]] = {}
+    for item in trouble:
+        units.setdefault(f"{item.error_class}: {item.error}", []).append(item.unit[:8])
+    lines = [f"left    {_several(names)}{sentence}" for sentence, names in list(units.items())[:10]]
+    rest = sum(map(len, list(units.values())[10:]))
+    return [*lines, f"left    and {rest:,} more units"] if rest else lines
+
+
+def _several(names: list[str]) -> str:
+    """`1a2b3c4d  `, or with how many more; nothing for what is no unit."""
+    more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}  " if names[0] else ""
 
 
 def exit_code(trouble: tuple[UnitTrouble, ...], done: Totals, *, left: int, limit: float) -> int:

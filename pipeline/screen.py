@@ -31,6 +31,7 @@ class Screen:
         self._images = self._failed = self._units = self._done = 0
         self._first = self._since = time.monotonic()
         self._unit_images = 0
+        self._told = set[str]()  # what is wrong with units: it comes again in each pass, and of the pieces of one that was split
 
     def __enter__(self) -> Screen:
         return self
@@ -69,11 +70,16 @@ class Screen:
             self._images, self._failed = self._images - fields["dropped"], self._failed - fields["dropped_failed"]
             # What was lost, or may pass by itself, comes again in the next pass.
             if event == "trouble" and fields["error_class"] not in (UnitsLeft.error_class, Temporary.error_class):
-                self._say(f"{fields['error_class']}: {fields['error']}", style="red")
+                self._trouble(f"{fields['error_class']}: {fields['error']}")
         elif event == "replanned":
             self._units += fields["units"] - fields["before"]
         if self._live is not None and self._live.is_started:
             self._live.update(Text(self._line()))
+
+    def _trouble(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self._say(text, style="red")
 
     def _pass(self, fields: dict[str, Any]) -> None:
         careful = ", each image decoded in a child process" if fields["careful"] else ""

@@ -66,6 +66,29 @@ def test_what_comes_again_by_itself_is_not_shown_as_trouble(capsys):
     assert "LOST" not in capsys.readouterr().err
 
 
+def test_what_is_wrong_with_a_unit_is_shown_once_and_again_only_in_other_words(capsys):
+    with screen() as shown:
+        for words in ("a.tar: not yours", "b.tar: cut", "a.tar: not yours", "b.tar: not a tar", "b.tar: cut"):
+            name = "UNIDENTIFIED" if "yours" in words else "TAR_CORRUPT"
+            shown.observe("trouble", {"unit": "u", "dropped": 1, "dropped_failed": 0, "error_class": name, "error": words})
+        assert shown._images == -5, "each is counted"
+    said = ["UNIDENTIFIED: a.tar: not yours", "TAR_CORRUPT: b.tar: cut", "TAR_CORRUPT: b.tar: not a tar"]
+    assert capsys.readouterr().err.splitlines()[1:] == said
+
+
+def test_the_receipt_has_a_sentence_once_with_the_units_that_it_is_said_of():
+    def of(*units: str, error: str) -> tuple[UnitTrouble, ...]:
+        return tuple(UnitTrouble(unit, ("in/a.tar",), "UNIDENTIFIED", error) for unit in units)
+
+    trouble = (*of("", error="x: gone."), *of("0123456789ab", error="full."), *of("b" * 32, "c" * 32, error="expired."))
+    left = [line for line in receipt(trouble=trouble, exit_code=3).lines() if line.startswith("left ")]
+    assert left == [
+        "left    UNIDENTIFIED: x: gone.",
+        "left    01234567  UNIDENTIFIED: full.",
+        "left    bbbbbbbb and 1 more  UNIDENTIFIED: expired.",
+    ]
+
+
 def test_a_resumed_run_counts_the_units_that_are_left_and_a_new_plan_more(capsys):
     with screen(10, done=6) as shown:
         rows(shown, 1)
@@ -172,7 +195,7 @@ def test_the_receipt_names_ten_units_that_are_left_and_how_many_more():
     trouble = tuple(UnitTrouble("u", ("in/a.tar",), "TAR_NO_EOF", f"in/{number}.tar: cut.") for number in range(12))
     said = receipt(units_done=2, trouble=trouble, exit_code=3).lines()
     assert said[:2] == ["not finished: 12,345 in = 12,340 ok + 5 failed, 2 of 3 units", "failed  CORRUPT 3, TRUNCATED 2"]
-    left = [f"left    TAR_NO_EOF: in/{number}.tar: cut." for number in range(10)]
+    left = [f"left    u  TAR_NO_EOF: in/{number}.tar: cut." for number in range(10)]
     assert [line for line in said if line.startswith("left")] == [*left, "left    and 2 more units"]
     assert not any("more units" in line for line in receipt(trouble=trouble[:10], exit_code=3).lines())
     assert receipt(exit_code=4).lines()[0].startswith("done: "), "everything is committed"
@@ -214,7 +237,7 @@ def test_of_many_units_that_are_left_ten_are_named_and_the_others_counted():
     trouble = tuple(UnitTrouble("u", (f"in/{n}.tar",), "TAR_NO_EOF", f"in/{n}.tar: is cut.") for n in range(1, 1013))
     for account in (receipt(trouble=trouble), Retried("x", "out/f", ("CORRUPT",), "", "", 1, units=1012, trouble=trouble)):
         left = [line for line in account.lines() if line.startswith("left ")]
-        assert left[9:] == ["left    TAR_NO_EOF: in/10.tar: is cut.", "left    and 1,002 more units"]
+        assert left[9:] == ["left    u  TAR_NO_EOF: in/10.tar: is cut.", "left    and 1,002 more units"]
 
 
 def test_the_page_of_a_run_that_is_not_done_names_what_is_left():
