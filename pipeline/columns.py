@@ -22,7 +22,9 @@ def check_columns(schema: pa.Schema, wanted: Input, uri: str) -> None:
     kind = schema.field(wanted.image_column).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
-    if plain_type(kind) != pa.binary():
+    kind = plain_type(kind)
+    # A column of nulls alone has the type null where whoever wrote it was not told another.
+    if not (pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind) or pa.types.is_null(kind)):
         need = "one encoded image a row, as binary or struct<bytes: binary, path: string>"
         do = "Name another image_column, or write the images so: bytes, no text, no list, no pixels"
         raise JobError(f"{uri}: column {wanted.image_column} is {kind}", need=need, do=do)

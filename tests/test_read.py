@@ -29,6 +29,8 @@ from pipeline.errors import (
     Temporary,
     Unidentified,
 )
+from pipeline.model.preprocessing import Preprocessing
+from pipeline.preprocess import Preprocess
 from pipeline.read import BATCH_BYTES, read_unit
 from pipeline.spec import Input
 from pipeline.storage import Object
@@ -999,7 +1001,9 @@ def test_whoever_is_unknown_plans_nothing_and_whoever_may_not_read_one_file_plan
 
 
 @pytest.mark.parametrize(
-    "kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())], ids=str
+    "kind",
+    [pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(1), pa.dictionary(pa.int32(), pa.binary())],
+    ids=str,
 )
 def test_images_of_any_width_of_offsets_are_images(tmp_path, kind):
     images = pa.array([b"1"], kind)
@@ -1007,6 +1011,25 @@ def test_images_of_any_width_of_offsets_are_images(tmp_path, kind):
         pq.write_table(pa.table({"image": column, "key": ["a"]}), tmp_path / "a.parquet")
         (row,), _ = rows_of(tmp_path, format="parquet")
         assert row["bytes"] == b"1"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("store_schema", [False, True])
+def test_of_a_column_of_nulls_alone_each_is_an_image_that_failed(tmp_path, nested, store_schema):
+    """Beside a file that has images, as one part of a data set may be that no photograph was found for."""
+    for name, images, kind in (("a", [None] * 70, pa.null()), ("b", [b"1", None], pa.binary(1))):
+        column = pa.array(images, kind)
+        column = pa.StructArray.from_arrays([column], ["bytes"]) if nested else column
+        table = pa.table({"image": column, "key": [f"{name}{number}" for number in range(len(images))]})
+        pq.write_table(table, tmp_path / f"{name}.parquet", store_schema=store_schema)
+    check(tmp_path)
+    wanted = Input(uri=str(tmp_path), format="parquet")
+    both = Unit(tuple(Part.of(item) for item in list_inputs(STORE, wanted).inputs))
+    *rows, end = pa.concat_tables(read_unit(STORE, both, wanted=wanted)).to_pylist()
+    assert end["error_class"] is None, end["error"]
+    assert [(row["key"], row["bytes"]) for row in rows[68:]] == [("a68", None), ("a69", None), ("b0", b"1"), ("b1", None)]
+    whole = Preprocess(Preprocessing(size=32), max_pixels=100)(pa.concat_tables(read_unit(STORE, both, wanted=wanted)))
+    assert whole.column("error_class").to_pylist() == [*["NULL_IMAGE"] * 70, "NOT_AN_IMAGE", "NULL_IMAGE", None]
 
 
 @pytest.mark.parametrize("counts", [(100, 0, 0, 100, 0, 0, 100), (0, 0, 100, 0), (0, 0, 0)])
