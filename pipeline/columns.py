@@ -1,4 +1,4 @@
-"""Columns of a Parquet file: are those there that a job names, and what are kept ones kept as?"""
+"""Parquet files: are the columns there that a job names, what are kept ones kept as, and why can a file not be read?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from difflib import get_close_matches
 
 import pyarrow as pa
 
-from pipeline.errors import JobError
+from pipeline.errors import JobError, ShardError
+from pipeline.rows import UnitError
 from pipeline.spec import Input
 
 _NAMED = 20  # of the columns that there are, in a complaint; tables of features have thousands
@@ -28,6 +29,15 @@ def check_columns(schema: pa.Schema, wanted: Input, uri: str) -> None:
         need = "one encoded image a row, as binary or struct<bytes: binary, path: string>"
         do = "Name another image_column, or write the images so: bytes, no text, no list, no pixels"
         raise JobError(f"{uri}: column {wanted.image_column} is {kind}", need=need, do=do)
+
+
+def unreadable(uri: str, reason: str, head: bytes) -> ShardError:
+    """What is said of a file that begins with `head` and that Arrow does not read, for `reason`."""
+    need, do = "an intact Parquet file", "Write the file again"
+    # By its magic the footer is, else, by Arrow's words, columns are.
+    if head.startswith(b"PARE") or "decrypt" in reason:
+        reason, need, do = "it is encrypted", "plain Parquet: nightlabel reads no encrypted one", "Write it without encryption"
+    return ShardError(UnitError.PARQUET_CORRUPT, f"{uri}: {reason}", need=need, do=do)
 
 
 def _some(names: list[str], *, like: str) -> str:

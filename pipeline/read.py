@@ -18,20 +18,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.columns import check_columns, plain_type
+from pipeline.columns import check_columns, plain_type, unreadable
 from pipeline.cut import UNREADABLE, group_sizes, root_of
 from pipeline.errors import (
     InputError,
     JobError,
     NightlabelError,
     PermissionDenied,
-    ShardError,
     Temporary,
     Unidentified,
     first_line,
 )
 from pipeline.names import spelt
-from pipeline.rows import IMAGE, Failure, UnitError
+from pipeline.rows import IMAGE, Failure
 from pipeline.samples import Row, image_rows, too_large
 from pipeline.spec import Input, Limits
 from pipeline.storage import CONNECTIONS, RangeFile, Store
@@ -163,10 +162,7 @@ def _read_parquet(store: Store, part: Part, wanted: Input, max_bytes: int) -> It
     except UNREADABLE as error:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:  # of the machine, not of the file
             raise Temporary(f"{part.uri}: {error}", do="Run again, with fewer read.tasks or on larger nodes") from error
-        reason = first_line(error)
-        raise ShardError(
-            UnitError.PARQUET_CORRUPT, f"{part.uri}: {reason}", need="an intact Parquet file", do="Write the file again"
-        ) from error
+        raise unreadable(part.uri, first_line(error), RangeFile(store, part.object).read(64)) from error
 
 
 def _row_groups(footer: pq.FileMetaData, part: Part) -> tuple[int, list[int]]:

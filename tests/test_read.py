@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import io
 import json
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pyarrow.parquet import encryption
 from shards import picture, tar_bytes, write_parquet
 
 from pipeline.cut import BUNDLE, UNIT_BYTES, check_inputs, count_suffixes, cut, kept_fields, list_inputs
@@ -340,6 +342,29 @@ def test_a_damaged_parquet_file_is_a_unit_error(tmp_path):
         _rows, end = rows_of(tmp_path, format="parquet")
         assert end["error_class"] == "PARQUET_CORRUPT", broken[:10]
         assert "a.parquet" in end["error"]
+
+
+class _KeyInTheFile(encryption.KmsClient):
+    def __init__(self, _: encryption.KmsConnectionConfig) -> None:
+        super().__init__()
+
+    def wrap_key(self, key: bytes, _: str) -> bytes:
+        return base64.b64encode(key)
+
+
+@pytest.mark.parametrize("plaintext_footer", [False, True])
+def test_an_encrypted_parquet_file_is_said_to_be_encrypted(tmp_path, plaintext_footer):
+    config = encryption.EncryptionConfiguration(
+        "k", column_keys={"k": ["image"]}, plaintext_footer=plaintext_footer, double_wrapping=False
+    )
+    properties = encryption.CryptoFactory(_KeyInTheFile).file_encryption_properties(encryption.KmsConnectionConfig(), config)
+    table, path = pa.table({"image": [b"1"], "key": ["a"]}), tmp_path / "a.parquet"
+    with pq.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
+    assert path.read_bytes()[:4] == (b"PAR1" if plaintext_footer else b"PARE")
+    rows, end = rows_of(tmp_path, format="parquet")
+    said = "it is encrypted; required: plain Parquet: nightlabel reads no encrypted one. Write it without encryption."
+    assert (rows, end["error_class"], end["error"]) == ([], "PARQUET_CORRUPT", f"{path}: {said}")
 
 
 def test_a_footer_whose_counts_do_not_add_up_is_a_corrupt_file_and_never_fewer_rows(tmp_path):
