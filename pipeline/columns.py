@@ -7,7 +7,7 @@ from difflib import get_close_matches
 import pyarrow as pa
 
 from pipeline.errors import JobError, ShardError
-from pipeline.rows import UnitError
+from pipeline.rows import FETCH_LFS, LFS_POINTER, UnitError
 from pipeline.spec import Input
 
 _NAMED = 20  # of the columns that there are, in a complaint; tables of features have thousands
@@ -23,9 +23,9 @@ def check_columns(schema: pa.Schema, wanted: Input, uri: str) -> None:
     kind = schema.field(wanted.image_column).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
-    kind = plain_type(kind)
+    plain = plain_type(kind)
     # A column of nulls alone has the type null where whoever wrote it was not told another.
-    if not (pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind) or pa.types.is_null(kind)):
+    if not (pa.types.is_binary(plain) or pa.types.is_fixed_size_binary(plain) or pa.types.is_null(plain)):
         need = "one encoded image a row, as binary or struct<bytes: binary, path: string>"
         do = "Name another image_column, or write the images so: bytes, no text, no list, no pixels"
         raise JobError(f"{uri}: column {wanted.image_column} is {kind}", need=need, do=do)
@@ -34,8 +34,9 @@ def check_columns(schema: pa.Schema, wanted: Input, uri: str) -> None:
 def unreadable(uri: str, reason: str, head: bytes) -> ShardError:
     """What is said of a file that begins with `head` and that Arrow does not read, for `reason`."""
     need, do = "an intact Parquet file", "Write the file again"
-    # By its magic the footer is, else, by Arrow's words, columns are.
-    if head.startswith(b"PARE") or "decrypt" in reason:
+    if head.startswith(LFS_POINTER):
+        reason, need, do = "a Git LFS pointer in place of the file", "the Parquet file itself", FETCH_LFS
+    elif head.startswith(b"PARE") or "decrypt" in reason:  # the footer by its magic, columns alone by Arrow's words
         reason, need, do = "it is encrypted", "plain Parquet: nightlabel reads no encrypted one", "Write it without encryption"
     return ShardError(UnitError.PARQUET_CORRUPT, f"{uri}: {reason}", need=need, do=do)
 

@@ -27,7 +27,7 @@ import simplejpeg
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from pipeline.orientation import EXIF_ORIENTATION, TURNED, jpeg_orientation, upright
-from pipeline.rows import Failure
+from pipeline.rows import FETCH_LFS, LFS_POINTER, Failure
 
 # Image.open registers BMP, GIF, JPEG and PNG itself; to look for these two it would import all of its forty plugins.
 _PLUGINS: Final = (TiffImagePlugin, WebPImagePlugin)
@@ -101,6 +101,8 @@ def decode(data: bytes | memoryview, *, max_pixels: int) -> np.ndarray:
 def _refuse(head: bytes) -> NoReturn:
     if not head:
         raise BadImage(Failure.NOT_AN_IMAGE, "0 bytes")
+    if head.startswith(LFS_POINTER):
+        raise BadImage(Failure.NOT_AN_IMAGE, f"a Git LFS pointer in place of the image. {FETCH_LFS}")
     match = _REFUSED.match(head)
     if match is None or match.lastgroup is None:
         raise BadImage(Failure.NOT_AN_IMAGE, f"starts like no image format: {head[:16]!r}")

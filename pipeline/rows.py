@@ -86,6 +86,10 @@ class UnitError(enum.StrEnum):
     INPUT_MISSING = "INPUT_MISSING"
 
 
+#: How the text begins that Git LFS has in the place of a file that nobody has fetched yet.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+FETCH_LFS = "Fetch the object with git lfs pull"
+
 #: Seconds that a row took in each stage, on its way to the driver only.
 TIMINGS = {seam: f"_{seam}_s" for seam in ("read", "preprocess", "predict")}
 #: bool, on its way to the driver only: does the image keep its label when it is decoded the other way? Null where that was not

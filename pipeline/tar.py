@@ -15,7 +15,7 @@ from functools import partial
 
 from pipeline.errors import ShardError
 from pipeline.names import spelt
-from pipeline.rows import UnitError
+from pipeline.rows import FETCH_LFS, LFS_POINTER, UnitError
 from pipeline.storage import Object, Store
 
 # One S3 connection carries about 87 MB/s and its first byte takes 100-200 ms: an 8 MiB range spends most of its time waiting, so
@@ -148,18 +148,14 @@ def _header(stream: Stream, count: int) -> _Header | None:
     block = bytes(stream.take(_BLOCK))
     if 0 < len(block) < _BLOCK:
         if count == 0:
-            raise _corrupt(uri, "not a tar")
+            raise _no_tar(uri, block)
         got = f"{uri}: ends inside the header of member {count + 1}"
         raise ShardError(UnitError.TAR_TRUNCATED, got, need="a whole tar", do="Upload the shard again")
     if block and any(block):
         try:
             return _parsed(block)
         except tarfile.HeaderError as error:
-            packed = next((name for start, name in _PACKED.items() if block.startswith(start)), None) if not count else None
-            if packed:
-                raise _corrupt(uri, f"packed with {packed}", do="Decompress it first") from error
-            what = f"damaged header after {count} members" if count else "not a tar"
-            raise _corrupt(uri, what) from error
+            raise (_corrupt(uri, f"damaged header after {count} members") if count else _no_tar(uri, block)) from error
     if block and bytes(stream.take(_BLOCK)) == bytes(_BLOCK):
         _check_end(stream, count)
         return None
@@ -192,6 +188,14 @@ def _parsed(block: bytes) -> _Header:
     if prefix and kind not in tarfile.GNU_TYPES and block[257:265] != tarfile.GNU_MAGIC:  # which has times in its place
         name = f"{prefix}/{name}"
     return _Header(name, kind, _number(block[124:136]))
+
+
+def _no_tar(uri: str, block: bytes) -> ShardError:
+    """What is said of a file that begins with `block`."""
+    if block.startswith(LFS_POINTER):
+        return _corrupt(uri, "a Git LFS pointer in place of the shard", do=FETCH_LFS)
+    packed = next((name for start, name in _PACKED.items() if block.startswith(start)), None)
+    return _corrupt(uri, f"packed with {packed}", do="Decompress it first") if packed else _corrupt(uri, "not a tar")
 
 
 def _corrupt(uri: str, what: str, *, do: str = "Replace the shard") -> ShardError:

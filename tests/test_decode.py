@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image, ImageOps
+from shards import LFS_POINTER
 
 from pipeline import decode as module
 from pipeline.decode import BadImage, decode, decode_small
@@ -147,6 +148,11 @@ def test_first_frame_of_several(kind):
 )
 def test_not_an_image(data):
     assert failure(data)[0] == "NOT_AN_IMAGE"
+
+
+def test_an_image_that_git_lfs_has_not_fetched_is_told():
+    said = ("NOT_AN_IMAGE", "a Git LFS pointer in place of the image. Fetch the object with git lfs pull")
+    assert failure(LFS_POINTER) == said
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyarrow.parquet import encryption
-from shards import picture, tar_bytes, write_parquet
+from shards import LFS_POINTER, picture, tar_bytes, write_parquet
 
 from pipeline.cut import BUNDLE, UNIT_BYTES, check_inputs, count_suffixes, cut, kept_fields, list_inputs
 from pipeline.disk import Disk
@@ -699,6 +699,22 @@ def test_a_packed_tar_that_is_called_a_tar_is_told(tmp_path, codec):
     assert end["error"].endswith(
         f"a.tar: packed with {codec.replace('bz', 'bzip')}; required: an uncompressed POSIX or GNU tar. Decompress it first."
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "error_class", "said"),
+    [
+        ("a.tar", "webdataset", "TAR_CORRUPT", "of the shard; required: an uncompressed POSIX or GNU tar"),
+        ("a.parquet", "parquet", "PARQUET_CORRUPT", "of the file; required: the Parquet file itself"),
+    ],
+)
+def test_a_shard_that_git_lfs_has_not_fetched_is_told(tmp_path, name, kind, error_class, said):
+    pointer = f"{tmp_path}/{name}: a Git LFS pointer in place {said}"
+    for more in (b"", b"ext-0-foo sha256:00\n" * 40):  # shorter and longer than a tar's block
+        (tmp_path / name).write_bytes(LFS_POINTER + more)
+        rows, end = rows_of(tmp_path, format=kind)
+        assert (rows, end["error_class"]) == ([], error_class)
+        assert end["error"] == f"{pointer}. Fetch the object with git lfs pull."
 
 
 @pytest.mark.parametrize("uri", ["shard-{000..099}.tar", "{a,b}/", "{a,b}/*.tar"])
