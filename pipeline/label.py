@@ -144,7 +144,11 @@ class Driver:
         """Units of several inputs that will not come through as they are, by the fault of an input: not of a store that is away,
         full or not ours to read, which must not cost every unit its shape, nor of workers that lose whatever they get. Where that
         is open and nothing has come through since they were last tried, one is split for a probe: when a piece of it does, so
-        may those of the others."""
+        may those of the others.
+
+        Of the units {a, b}, TAR_CORRUPT, {c, d} and {e, f}, both UNFIT, and {g}, broken: {a, b}, and {c, d} and {e, f} where
+        another unit was committed since they were tried; where none was, of these two {c, d}, once an attempt. {g} is one input.
+        """
         joined = [unit for unit in plan.todo if len(unit.parts) > 1 and unit.id not in committer.refused]
         sure, unsure = list[Unit](), list[Unit]()
         for unit in joined:

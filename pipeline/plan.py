@@ -127,7 +127,10 @@ def _adopt(
 
 def _new_units(wanted: dict[Pin, Object], adopted: dict[str, Unit], known: dict[str, Unit], cut: Cut) -> Iterator[Unit]:
     """Units for the inputs that have none: pieces of a unit that was split although its inputs are all there, so that one bad
-    shard holds nothing else back; for all other inputs what `cut` says."""
+    shard holds nothing else back; for all other inputs what `cut` says.
+
+    Wanted are a to f; {a} is adopted, {b, c} was split, {d, x} too, and x is gone: {b}, {c}, and what `cut` makes of d, e, f.
+    """
     taken = {part.pin for unit in adopted.values() for part in unit.parts}
     free = {key: item for key, item in wanted.items() if key not in taken}
     tombs = known.keys() - adopted.keys()
