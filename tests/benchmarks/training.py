@@ -3,7 +3,7 @@
     .venv/bin/python tests/benchmarks/training.py cifar10 [--epochs 8] [--out FOLDER]
     .venv/bin/python tests/benchmarks/training.py transfer --start FOLDER/cifar10 [--seeds 3]
     .venv/bin/python tests/benchmarks/training.py distill [--seeds 3] [--shards 1]
-    .venv/bin/python tests/benchmarks/training.py amp [--device cuda]
+    .venv/bin/python tests/benchmarks/training.py amp [--device cuda] [--batch 64] [--size 32]
 
 With a GPU: `cifar10 --gpus 1`, `distill --gpus 1 --parallel 4 --shards 1 --teacher-shards 6`, `amp --device cuda`. On one
 H100 with 16 cores `cifar10` takes 2.7 minutes by itself. What has not been tried there yet, and takes about 5: `cifar10 --gpus 1
@@ -13,7 +13,7 @@ cifar10: ResNet-18 with the small-image stem from a random start, measured on th
 transfer: cats and dogs at 32 pixels, from a random start and from the model of `cifar10`.
 distill: a ResNet-50 trained the same way, then ResNet-18 without and with it; gain in points on the test images. The teacher may
 have seen more images than its students, as one does that is worth asking: --teacher-shards.
-amp: images a second and memory of training at 224 pixels, by precision.
+amp: images a second and memory of training, by precision, at 224 pixels or those of --size.
 
 Data lies where --data says. Writes tests/benchmarks/results/training-<what>.json, with a GPU training-<what>-gpu.json, anew with
 every model that is done; logs lie beside the models. A signal ends what runs, and the same command goes on.
@@ -188,7 +188,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--start", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, help="8; with a GPU 75 of cifar10, 24 of a student")
-    parser.add_argument("--batch", type=int, help="128; with a GPU 256 of cifar10")
+    parser.add_argument("--batch", type=int, help="128; with a GPU 256 of cifar10; of amp 32, with a GPU 256")
     parser.add_argument("--rate", type=float, help="highest learning rate: 0.1; with a GPU 0.2 of cifar10")
     parser.add_argument("--mixup", type=float, help="0; with a GPU 0.2 of cifar10")
     parser.add_argument("--training", type=json.loads, default={}, help="more of a job's training, as JSON")
@@ -204,6 +204,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--parallel", type=int, default=1, help="trainings of distill side by side")
     parser.add_argument("--device", default="cpu", help="of amp")
+    parser.add_argument("--size", type=int, default=224, help="pixels of an edge, of amp")
     args = parser.parse_args()
     if args.what != "amp" and not args.data.is_dir():
         sys.exit(f"{args.data} is absent: say where cifar10/ and cats_dogs/ lie with --data")
@@ -218,7 +219,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what there is gets written
     try:
         if args.what == "amp":
-            for row in amp(args.device, args.steps):
+            for row in amp(args.device, args.steps, batch=args.batch, size=args.size):
                 bench.note(row["precision"], **row)
         else:
             {"cifar10": cifar10, "transfer": transfer, "distill": distill}[args.what](bench, args)
