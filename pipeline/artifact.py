@@ -30,6 +30,7 @@ from pipeline.model.huggingface import (
     write_preprocessor,
 )
 from pipeline.model.preprocessing import Preprocessing
+from pipeline.rows import FETCH_LFS, LFS_POINTER
 from pipeline.spec import S3
 from pipeline.storage import Store, head_if_there, join, open_store, read_if_there
 
@@ -87,6 +88,7 @@ def load_artifact(uri: str, s3: S3 | None = None, *, weights: bool = True) -> Ar
         if weights or record is None or name in (CONFIG, PREPROCESSOR):
             data = read_if_there(store, join(uri, name))
             if data is not None:
+                check_fetched(data, join(uri, name))
                 files[name], sums[name] = data, _sha256(data)
         elif head_if_there(store, join(uri, name)):
             sums[name] = record["files"].get(name, "")
@@ -151,6 +153,12 @@ def save_artifact(artifact: Artifact, uri: str, s3: S3 | None = None, *, card: b
         store.create(join(uri, CARD), card)
     store.create(join(uri, RECORD), (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
     return load_artifact(uri, s3)
+
+
+def check_fetched(data: bytes, where: str) -> None:
+    """Raises ModelError for what Git LFS has in the place of a file, as a clone of Hugging Face's repositories does."""
+    if data.startswith(LFS_POINTER):
+        raise ModelError(f"{where}: a Git LFS pointer in place of the file", need="the file itself", do=FETCH_LFS)
 
 
 def build(artifact: Artifact) -> ResNet:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shards import LFS_POINTER
 from torch import nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -427,6 +428,22 @@ def test_what_is_no_resnet_is_not_imported(tmp_path: Path, source: str, sentence
     torch.save({**state, "resnet.encoder.stages.0.layers.0.attention.weight": torch.ones(4)}, tmp_path / "attention.pt")
     with pytest.raises(ModelError, match=sentence):
         import_model(source if "_Weights" in source else str(tmp_path / source), str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["an artifact", "a Hugging Face folder"])
+def test_a_model_that_git_lfs_has_not_fetched_is_told(tmp_path: Path, recorded: bool) -> None:
+    folder = tmp_path / "model"
+    save_artifact(made(), str(folder))
+    (folder / "model.safetensors").write_bytes(LFS_POINTER)
+    if not recorded:
+        (folder / "artifact.json").unlink()
+    said = f"^{folder}/model.safetensors: a Git LFS pointer .*; required: the file itself. Fetch the object with git lfs pull.$"
+    with pytest.raises(ModelError, match=said):
+        load_artifact(str(folder))
+    for source in (folder, folder / "model.safetensors"):
+        with pytest.raises(ModelError, match=said):
+            import_model(str(source), str(tmp_path / "imported"))
+    assert not (tmp_path / "imported").exists()
 
 
 def test_half_precision_weights_become_float32() -> None:

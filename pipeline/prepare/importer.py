@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from pipeline.artifact import CONFIG, PREPROCESSOR, WEIGHTS, Artifact, Origin, make_artifact, save_artifact
+from pipeline.artifact import CONFIG, PREPROCESSOR, WEIGHTS, Artifact, Origin, check_fetched, make_artifact, save_artifact
 from pipeline.errors import InputMissing, ModelError, Temporary, first_line
 from pipeline.model.huggingface import Architecture, read_config, read_preprocessor
 from pipeline.model.preprocessing import Preprocessing
@@ -205,6 +205,7 @@ def _fetch(uri: str, do: str = _GIVE) -> bytes:
 
 def _parameters(data: bytes, where: str) -> dict[str, Tensor]:
     """The tensors of a file, of the innermost state dict when it is nested."""
+    check_fetched(data, where)
     try:
         if where.endswith(".safetensors"):
             return load(data)
