@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.columns import check_columns, plain_type
+from pipeline.columns import UNREADABLE, check_columns
 from pipeline.errors import InputError, InputMissing, JobError, NightlabelError, PermissionDenied, Temporary, Unidentified
 from pipeline.job.uris import absolute, absolute_input
 from pipeline.names import WILDCARD, glob_prefix
@@ -35,8 +34,6 @@ IMAGE_SUFFIXES = frozenset(
         *("dng", "cr2", "cr3", "crw", "nef", "arw", "orf", "rw2", "raf", "pef", "srw"),
     }
 )
-#: What reading a Parquet file may raise; a ValueError also where the footer names a column in bytes that are not UTF-8.
-UNREADABLE = (pa.ArrowException, OSError, ValueError)
 _BRACES = re.compile(r"\{[^{}]*(?:,|\.\.)[^{}]*\}")
 _REMEDIES = {
     **dict.fromkeys(("gz", "tgz", "bz2", "xz", "zst"), "decompress them first: a tar is read as it is"),
@@ -235,14 +232,3 @@ def group_sizes(footer: pq.FileMetaData) -> list[int]:
     if sum(sizes) != footer.num_rows or min(sizes, default=0) < 0:
         raise ValueError(f"{footer.num_rows} rows in row groups of {sum(sizes)}")
     return sizes
-
-
-def kept_fields(store: Store, wanted: Input, inputs: Iterable[Object]) -> list[pa.Field]:
-    """Name and type of the kept columns, as the first of the Parquet files that can be read has them; text in tars."""
-    for item in inputs if wanted.format == "parquet" and wanted.keep else ():
-        try:
-            schema = pq.read_schema(RangeFile(store, item))
-            return [pa.field(name, plain_type(schema.field(name).type)) for name in wanted.keep]
-        except (NightlabelError, *UNREADABLE, KeyError):
-            continue  # it may be the broken one
-    return [pa.field(name, pa.string()) for name in wanted.keep]

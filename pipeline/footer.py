@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
@@ -100,6 +100,13 @@ def read_rows(store: Store, key: str, columns: list[str] | None = None) -> pa.Ta
     with reading(key):
         rows = pq.read_table(BytesIO(data), columns=columns, page_checksum_verification=True)
     return rows.replace_schema_metadata(None)
+
+
+def read_types(store: Store, key: str, names: Sequence[str]) -> pa.Schema:
+    """The types of these columns of a unit's object. Raises what `read_rows` raises."""
+    with reading(key):
+        schema = pq.read_schema(RangeFile(store, store.head(key)))
+        return pa.schema([(name, schema.field(name).type) for name in names])
 
 
 def check_rows(store: Store, key: str, footer: Footer) -> None:

@@ -19,7 +19,7 @@ from pipeline.errors import Conflict, StoreError
 from pipeline.footer import TOMBSTONE_BYTES, Footer, read_footer
 from pipeline.job.uris import absolute
 from pipeline.storage import Object, Store, below, join, side_by_side
-from pipeline.unit import Part, Pin, Unit
+from pipeline.unit import Part, Pin, Unit, dump_types, parse_types
 
 _PLAN = pa.schema(
     [
@@ -31,17 +31,20 @@ _PLAN = pa.schema(
         ("stop", pa.int64()),
     ]
 )
+_KEPT = b"nightlabel.kept"  # in a plan's metadata: the types of its kept columns
 
 
 @dataclass(frozen=True)
 class Run:
     """One entry of the log: a table of the parts of its units, and whether its manifest says that they are all there.
-    `whole` is the number of its units, also where the table holds only some of them."""
+    `whole` is the number of its units, also where the table holds only some of them. `kept`: the types of its kept columns; None
+    in a plan of before 2026-11-27, and where there are none but sidecars of tars."""
 
     id: str
     parts: pa.Table
     whole: int
     finished: bool
+    kept: pa.Schema | None = None
 
     @property
     def inputs(self) -> set[Pin]:
@@ -54,7 +57,7 @@ class Run:
         for unit, *fields in zip(*(self.parts.column(name).to_pylist() for name in _PLAN.names), strict=True):
             parts.setdefault(unit, []).append(Part(*fields))
         # Of equal parts one: plans of before 2026-11-25 name a unit twice that lies between two empty row groups of a file.
-        units = [Unit(tuple(dict.fromkeys(items))) for items in parts.values()]
+        units = [Unit(tuple(dict.fromkeys(items)), self.kept) for items in parts.values()]
         if any(unit.id != name for unit, name in zip(units, parts, strict=True)):
             raise StoreError(f"plan {self.id}: unit ids do not follow from the inputs", need="an intact plan", do="Restore it")
         return units
@@ -116,8 +119,8 @@ class Log:
 
         def load(key: str) -> Run:
             run_id = key.split("/")[-2]
-            parts, whole = _load(self.store.read(key), uri=key, uris=uris, span=(span.get("min"), span.get("max")))
-            return Run(run_id, parts, whole, run_id in finished)
+            parts, whole, kept = _load(self.store.read(key), uri=key, uris=uris, span=(span.get("min"), span.get("max")))
+            return Run(run_id, parts, whole, run_id in finished, kept)
 
         return list(side_by_side(load, plans))
 
@@ -140,39 +143,46 @@ class Log:
 
     def append(self, units: Collection[Unit], *, after: list[Run]) -> str | None:
         """A new plan as the next entry; its run id, or None when another driver was faster (read the log again).
-        Raises AssertionError when a unit is in it twice."""
+        Raises AssertionError when a unit is in it twice, or the types of their kept columns differ."""
         if len({unit.id for unit in units}) != len(units):
             raise AssertionError("a unit is in the plan twice")
+        kept = {dump_types(kept) for kept in {id(unit.kept): unit.kept for unit in units}.values()}  # a million units share one
+        if len(kept) > 1:
+            raise AssertionError("a kept column has two types in the plan")
         run_id = f"{int(after[-1].id) + 1 if after else 1:06d}"
-        return run_id if self.store.create(self.run_key(run_id, "plan.parquet"), _dump(units)) else None
+        return run_id if self.store.create(self.run_key(run_id, "plan.parquet"), _dump(units, *kept)) else None
 
 
-def _dump(units: Iterable[Unit]) -> bytes:
+def _dump(units: Iterable[Unit], kept: str | None = None) -> bytes:
     rows = [(unit.id, part.uri, part.etag, part.size, part.start, part.stop) for unit in units for part in unit.parts]
     columns = zip(*rows, strict=True) if rows else ([] for _ in _PLAN)
+    schema = _PLAN if kept is None else _PLAN.with_metadata({_KEPT: kept})
     sink = BytesIO()
     pq.write_table(
-        pa.table([list(column) for column in columns], schema=_PLAN), sink, compression="zstd", write_page_checksum=True
+        pa.table([list(column) for column in columns], schema=schema), sink, compression="zstd", write_page_checksum=True
     )
     return sink.getvalue()
 
 
-def _load(data: bytes, *, uri: str, uris: pa.Array | None, span: tuple[str | None, str | None]) -> tuple[pa.Table, int]:
-    """(parts of the units that hold one of `uris`, which lie within `span`; number of all units)."""
+def _load(
+    data: bytes, *, uri: str, uris: pa.Array | None, span: tuple[str | None, str | None]
+) -> tuple[pa.Table, int, pa.Schema | None]:
+    """(parts of the units that hold one of `uris`, which lie within `span`; number of all units; types of kept columns)."""
     try:
         file = pq.ParquetFile(BytesIO(data), page_checksum_verification=True)
+        kept = parse_types((file.metadata.metadata or {}).get(_KEPT))
         if uris is not None and not _may_hold(file.metadata, span):
-            return _PLAN.empty_table(), 0
+            return _PLAN.empty_table(), 0, kept
         table = file.read(_PLAN.names)
         whole = pc.count_distinct(table.column("unit")).as_py()
         if uris is not None:
             held = table.filter(pc.is_in(table.column("uri"), value_set=uris)).column("unit")
             table = table.filter(pc.is_in(table.column("unit"), value_set=held.unique()))
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise StoreError(
             f"{uri}: not a plan ({error})", need="an intact plan", do="Restore it, or label into another output"
         ) from error
-    return table, whole
+    return table, whole, kept
 
 
 def _may_hold(metadata: pq.FileMetaData, span: tuple[str | None, str | None]) -> bool:

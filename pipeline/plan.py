@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipeline.errors import Conflict, InputMissing, Temporary
-from pipeline.log import Log, Standing
+from pipeline.log import Log, Run, Standing
 from pipeline.storage import Object, side_by_side
 from pipeline.unit import Part, Pin, Unit
 
@@ -43,9 +43,10 @@ Retire = Callable[[Unit], bool]
 def make_plan(
     log: Log, listing: list[Object], cut: Cut, *, present: Callable[[Part], bool], retire: Retire, write: bool = True
 ) -> Plan:
-    """The plan for what was listed. `cut` turns inputs that no unit has into units; `present` says whether an input that was not
-    listed (by this job, at its time) is there as it was; `retire` puts a tombstone in the place of a unit, or says False: it was
-    committed. Writes at most one new plan, or with `write` off none: a plan that would be new then has the run id "new".
+    """The plan for what was listed. `cut` turns inputs that no unit has into units, with the types that their kept columns have
+    where no plan says others; `present` says whether an input that was not listed (by this job, at its time) is there as it was;
+    `retire` puts a tombstone in the place of a unit, or says False: it was committed. Writes at most one new plan, or with
+    `write` off none: a plan that would be new then has the run id "new".
 
     Raises Temporary when other drivers keep taking the next entry of the log, Conflict when one of these inputs is labelled and
     the plan that says so is gone.
@@ -67,7 +68,7 @@ def make_plan(
         adopted = _adopt(known, standing, wanted, present, retire)
         if adopted is None:
             continue
-        units = [*adopted.values(), *_new_units(wanted, adopted, known, cut)]
+        units = _of_one_type([*adopted.values(), *_new_units(wanted, adopted, known, cut)], runs, known)
         if not units:
             return Plan(None, (), frozenset())
         ids = frozenset(unit.id for unit in units)
@@ -144,6 +145,16 @@ def _new_units(wanted: dict[Pin, Object], adopted: dict[str, Unit], known: dict[
     if free:
         for unit in cut(list(free.values())):
             yield from _split(unit, tombs)
+
+
+def _of_one_type(units: list[Unit], runs: Collection[Run], known: Collection[str]) -> list[Unit]:
+    """The units with the types of kept columns that all of the output has, since its objects are one table: those in the first of
+    its plans that says any. Where none does they have those that `cut` found, unless some are of runs that were begun without:
+    these go on without."""
+    kept = next((run.kept for run in runs if run.kept is not None), None)
+    if kept is None and not known:
+        return units
+    return [unit if unit.kept is kept or unit.kept == kept else Unit(unit.parts, kept) for unit in units]
 
 
 def _split(unit: Unit, tombs: Collection[str]) -> Iterator[Unit]:

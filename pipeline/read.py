@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.columns import check_columns, plain_type, unreadable
-from pipeline.cut import UNREADABLE, group_sizes, root_of
+from pipeline.columns import UNREADABLE, check_columns, plain_type, unreadable, with_kept
+from pipeline.cut import group_sizes, root_of
 from pipeline.errors import (
     InputError,
     JobError,
@@ -46,8 +46,7 @@ def read_unit(
     store: Store, unit: Unit, *, wanted: Input, only: list[int] | None = None, max_bytes: int = MAX_BYTES
 ) -> Iterator[pa.Table]:
     """Tables of rows.IMAGE plus the kept columns, at most BATCH_ROWS or about BATCH_BYTES each; the last holds the end row. With
-    `only`, of the rows with these numbers, ascending; of loose images no others are fetched. An image of more than `max_bytes` is
-    a TOO_LARGE row without its bytes.
+    `only`, of these rows, ascending; no other loose images are fetched. More than `max_bytes` is a TOO_LARGE row without bytes.
 
     Raises nothing a user could act on: such an error becomes the end row's `error_class` and `error`. An `error` without a class
     is JSON: `empty`, the inputs in which there is no row, and `imageless`, how many samples have no image, by suffix.
@@ -63,7 +62,8 @@ def read_unit(
                 rows += table.num_rows
             rows = len(unit.parts)
         else:
-            read = partial(_read_tar, imageless=imageless) if wanted.format == "webdataset" else _read_parquet
+            tar, parquet = partial(_read_tar, imageless=imageless), partial(_read_parquet, kept=unit.kept)
+            read = tar if wanted.format == "webdataset" else parquet
             for part in unit.parts:
                 before = rows
                 for table in read(store, part, wanted, max_bytes):
@@ -145,7 +145,7 @@ def _read_tar(store: Store, part: Part, wanted: Input, max_bytes: int, *, imagel
         yield from _batches(image_rows(stream, wanted.keep, max_bytes, imageless), wanted.keep)
 
 
-def _read_parquet(store: Store, part: Part, wanted: Input, max_bytes: int) -> Iterator[pa.Table]:
+def _read_parquet(store: Store, part: Part, wanted: Input, max_bytes: int, *, kept: pa.Schema | None) -> Iterator[pa.Table]:
     """A key that comes twice is seen within the part: for the keys before it, each part would read the file from its start."""
     columns = [wanted.image_column, *((wanted.key_column,) if wanted.key_column else ()), *wanted.keep]
     try:
@@ -153,9 +153,10 @@ def _read_parquet(store: Store, part: Part, wanted: Input, max_bytes: int) -> It
         check_columns(file.schema_arrow, wanted, part.uri)
         first, groups = _row_groups(file.metadata, part)
         image_table = partial(_image_table, uri=part.uri, wanted=wanted, seen=set(), max_bytes=max_bytes)
-        yield image_table(file.schema_arrow.empty_table(), first=first)
+        beside = partial(with_kept, keep=wanted.keep, kept=kept, uri=part.uri)
+        yield beside(image_table(table := file.schema_arrow.empty_table(), first=first), table)
         for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(dict.fromkeys(columns))):
-            yield image_table(pa.Table.from_batches([batch]), first=first)
+            yield beside(image_table(table := pa.Table.from_batches([batch]), first=first), table)
             first += batch.num_rows
         if first != (stop := file.metadata.num_rows if part.stop is None else part.stop):
             raise ValueError(f"row {first} is its last, the footer says {stop}")
@@ -197,8 +198,7 @@ def _image_table(table: pa.Table, *, uri: str, wanted: Input, first: int, seen: 
         pc.if_else(pa.array([bool(row) for row in failed], pa.bool_()), None, images) if any(failed) else images,
         *(pa.array([row.get(name) for row in failed], pa.string()) for name in ("error_class", "error")),
     ]
-    kept = [column.cast(plain_type(column.type)) for column in map(table.column, wanted.keep)]
-    return pa.table([*fixed, *kept], names=[*IMAGE.names, *wanted.keep])
+    return pa.table(fixed, names=IMAGE.names)
 
 
 def _texts(column: pa.ChunkedArray) -> list[str | None]:

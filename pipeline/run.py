@@ -31,7 +31,7 @@ from pipeline.rows import TIMINGS
 from pipeline.spec import Input, Job
 from pipeline.stages import make_predict, make_preprocess
 from pipeline.storage import open_input
-from pipeline.unit import Part, Unit
+from pipeline.unit import Part, Unit, dump_types, parse_types
 from pipeline.watch import losses, watched
 
 Seam = tuple[str, Callable[[], Stage]]
@@ -95,7 +95,7 @@ def _actors(pool: Pool, calls: int = 1) -> dict[str, Any]:
 
 def _item(unit: Unit, only: Only | None) -> dict[str, str]:
     rows = None if only is None else sorted(only[unit.id])
-    return {"unit": json.dumps([[astuple(part) for part in unit.parts], rows])}
+    return {"unit": json.dumps([[astuple(part) for part in unit.parts], rows, dump_types(unit.kept)])}
 
 
 def _block_bytes(job: Job, artifact: Artifact, careful: bool) -> int:
@@ -109,8 +109,8 @@ def _read(batch: pa.Table, *, wanted: Input, max_bytes: int) -> Iterator[pa.Tabl
     from pipeline.read import read_unit
 
     for item in batch.column("unit").to_pylist():
-        parts, only = json.loads(item)
-        unit = Unit(tuple(Part(*fields) for fields in parts))
+        parts, only, kept = json.loads(item)
+        unit = Unit(tuple(Part(*fields) for fields in parts), parse_types(kept))
         since = time.perf_counter()
         for table in read_unit(_store(wanted), unit, wanted=wanted, only=only, max_bytes=max_bytes):
             yield _with_seconds(table, "read", time.perf_counter() - since)

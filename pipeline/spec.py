@@ -66,7 +66,9 @@ class Input(Model):
     """Parquet: the column that names an image; null numbers the rows instead. A name that comes twice is a DUPLICATE_KEY row. A
     large file is cut into several units, and there only names within one unit are compared."""
     keep: tuple[Word, ...] = ()
-    """Sidecars of a tar (`cls`, `json`) or columns of a Parquet file to copy into the output; loose images have none."""
+    """Sidecars of a tar (`cls`, `json`), as text, or columns of a Parquet file to copy into the output; loose images have none. A
+    column has one type in all of an output, which the first file with rows decides, by name. Of others the values are cast, and a
+    file with one that would change is UNFIT: the run names it and labels the rest."""
     s3: S3 = S3()
     """How to reach `uri` when it is on S3."""
 

@@ -6,11 +6,14 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+
+import pyarrow as pa
 
 from pipeline.artifact import Artifact, load_artifact
+from pipeline.columns import kept_types
 from pipeline.commit import Provenance, retire_unit
-from pipeline.cut import Listing, check_inputs, count_suffixes, cut, kept_fields, list_inputs
+from pipeline.cut import Listing, check_inputs, count_suffixes, cut, list_inputs
 from pipeline.engines.onnx_engine import check_int8
 from pipeline.errors import InputMissing, ModelError, PermissionDenied, StoreError, Temporary, Unidentified
 from pipeline.job.jobfile import dump_job
@@ -69,10 +72,15 @@ def plan_job(
         tell("ignored", suffixes=dict(listing.ignored), text=count_suffixes(listing.ignored))
     tell_missing(listing, tell)
 
+    @cache
+    def types() -> pa.Schema | None:  # of what was listed, whatever of it is new
+        return kept_types(store, job.input, listing.inputs)
+
     def cutter(inputs: list[Object]) -> list[Unit]:
         if len(inputs) == len(listing.inputs):  # else other units are there, which these files must not hold back
             check_inputs(store, job.input, inputs)
-        return cut(store, job.input, inputs, tasks=job.resources.read.tasks)
+        units, kept = cut(store, job.input, inputs, tasks=job.resources.read.tasks), types()
+        return units if kept is None else [Unit(unit.parts, kept) for unit in units]
 
     def retire(unit: Unit) -> bool:
         return not write or split_unit(log, unit, job, artifact, why="one of its inputs was replaced or is gone")
@@ -89,12 +97,14 @@ def tell_missing(listing: Listing, tell: Callable[..., None]) -> None:
 
 def split_unit(log: Log, unit: Unit, job: Job, artifact: Artifact, *, why: str) -> bool:
     """Gives the inputs of a unit free for other units, for good. False: it was committed before."""
-    store = open_input(job.input)
     output, architecture = job.output, artifact.architecture
+    kept = unit.kept
+    if kept is None:
+        kept = kept_types(open_input(job.input), job.input, [part.object for part in unit.parts])
     schema = output_schema(
         embedding=architecture.features if output.embeddings else None,
         probabilities=architecture.classes if output.probabilities else None,
-        kept=kept_fields(store, job.input, [part.object for part in unit.parts]),
+        kept=kept if kept is not None else [pa.field(name, pa.string()) for name in job.input.keep],
     )
     return retire_unit(log, unit, schema=schema, why=why, provenance=Provenance(log.fingerprint, "", CODE_VERSION))
 

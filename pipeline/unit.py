@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+
+import pyarrow as pa
 
 from pipeline.storage import Object
 
@@ -41,9 +44,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Unit:
-    """What commits as one object; its id follows from its parts alone."""
+    """What commits as one object; its id follows from its parts alone. `kept`: names and types of its kept columns, which its
+    plan says; None: each is as its file has it."""
 
     parts: tuple[Part, ...]
+    kept: pa.Schema | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def id(self) -> str:
@@ -54,7 +59,17 @@ class Unit:
     def pieces(self) -> list[Unit]:
         """The units that this one is split into: at most PIECES, of one part each where it has no more parts than that."""
         step = -(-len(self.parts) // PIECES)
-        return [Unit(self.parts[at : at + step]) for at in range(0, len(self.parts), step)]
+        return [Unit(self.parts[at : at + step], self.kept) for at in range(0, len(self.parts), step)]
+
+
+def dump_types(kept: pa.Schema | None) -> str | None:
+    """Names and types as text: Arrow's own bytes of a schema, in base64."""
+    return None if kept is None else b64encode(kept.serialize()).decode()
+
+
+def parse_types(text: str | bytes | None) -> pa.Schema | None:
+    """The inverse of `dump_types`. Raises ValueError or pa.ArrowException."""
+    return None if text is None else pa.ipc.read_schema(pa.py_buffer(b64decode(text, validate=True)))
 
 
 def bytes_of(units: Iterable[Unit]) -> int:

@@ -23,7 +23,7 @@ from pipeline.committer import Committer
 from pipeline.cut import list_inputs
 from pipeline.environment import set_ray_environment
 from pipeline.errors import Conflict, JobError
-from pipeline.footer import Footer, Totals, read_rows, totals
+from pipeline.footer import Footer, Totals, read_rows, read_types, totals
 from pipeline.label import TRIES, Driver
 from pipeline.log import Log
 from pipeline.nights.generation import RUN, Generation, newest, read_footers, to_plan
@@ -148,7 +148,8 @@ class Retry(Driver):
         tasks = list(side_by_side(lambda unit: self._task(unit, versions[unit.id].uri, is_there), units))
         if not planned:
             tasks = [task for task in tasks if task.only]
-            if tasks and not generation.begin(self.classes, [task.unit for task in tasks]):
+            # Without the types of kept columns, which each unit's object says.
+            if tasks and not generation.begin(self.classes, [Unit(task.unit.parts) for task in tasks]):
                 return self._plan()  # another one was faster
         self._tasks = {task.unit.id: task for task in tasks}
         return generation
@@ -161,6 +162,8 @@ class Retry(Driver):
 
     def _task(self, unit: Unit, uri: str, is_there: Callable[[Part], bool]) -> _Task:
         rows = read_rows(self.log.store, uri, columns=["index", "source", "status", "error_class"])
+        if self.job.input.format == "parquet" and self.job.input.keep:  # of the types that the rows have which stay
+            unit = Unit(unit.parts, read_types(self.log.store, uri, self.job.input.keep))
         failed = rows.filter(pc.is_in(rows.column("error_class"), value_set=pa.array(self.classes)))
         sources = set(failed.column("source").to_pylist())
         whole = self.job.input.format != "images"

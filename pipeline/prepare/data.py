@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cut import UNREADABLE, check_inputs, cut, list_inputs
+from pipeline.columns import UNREADABLE
+from pipeline.cut import check_inputs, cut, list_inputs
 from pipeline.errors import JobError, kind_of
 from pipeline.read import read_unit
 from pipeline.spec import Input, Limits

@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pyarrow as pa
 from deltalake import DeltaTable, Schema
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
+from pipeline.columns import leaves
 from pipeline.errors import StoreError, Temporary, first_line
 from pipeline.spec import S3
 from pipeline.storage import join
@@ -126,16 +127,7 @@ def lacks(field: pa.Field) -> bool:
         _converted(File("", 0, 0, pa.schema([field])))
     except StoreError:
         return True
-    return any(pa.types.is_unsigned_integer(kind) for kind in _leaves(field.type))
-
-
-def _leaves(kind: pa.DataType) -> Iterator[pa.DataType]:
-    """The types of the values in it: those of a list's items, a struct's fields, a map's keys and values."""
-    if not pa.types.is_nested(kind):
-        yield kind
-        return
-    for number in range(kind.num_fields):
-        yield from _leaves(kind.field(number).type)
+    return any(pa.types.is_unsigned_integer(kind) for kind in leaves(field.type))
 
 
 def _converted(file: File) -> Schema:

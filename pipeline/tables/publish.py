@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cut import kept_fields, list_inputs
+from pipeline.columns import kept_types
+from pipeline.cut import list_inputs
 from pipeline.errors import JobError, StoreError, Temporary, first_line
 from pipeline.extras import check_installed
 from pipeline.footer import reading
@@ -30,7 +30,6 @@ from pipeline.tables.published import Changed, File, Table
 
 ATTEMPTS = 5
 _OURS = re.compile(r"[/=]([0-9a-f]{12})/(generations/\d+/)?data/[0-9a-f]{32}\.parquet$")
-_LOOKED_AT = 16
 #: What deltalake (1.6) makes another path of, and finds no table there, for ever: it reads paths as URLs, and does so twice. On
 #: S3 it and pyiceberg leave out what stands behind a `#`.
 _MISREAD = r"%[0-9A-Fa-f]{2}|\\|[\x00-\x1f\x7f]"
@@ -67,7 +66,7 @@ def check_publisher(job: Job) -> None:
 
 
 def check_columns(job: Job) -> None:
-    """Raises JobError for a kept column that the job's table has no type for, by the first file of the input that can be read."""
+    """Raises JobError for a kept column that the job's table has no type for, by the types that a new output would have."""
     if job.publish is None or job.input.format != "parquet" or not job.input.keep:
         return
     if job.publish.format == "delta":
@@ -75,9 +74,8 @@ def check_columns(job: Job) -> None:
     else:
         from pipeline.tables.iceberg import lacks
     store = open_input(job.input)
-    # Not through thousands of footers when the column is in none, which the run says.
-    for field in kept_fields(store, job.input, list_inputs(store, job.input, some=True).inputs[:_LOOKED_AT]):
-        if not pa.types.is_null(field.type) and lacks(field):  # a column without values may have some in another file
+    for field in kept_types(store, job.input, list_inputs(store, job.input, some=True).inputs) or ():
+        if lacks(field):
             got = f"publish: column {field.name} of {job.input.uris[0]} is {field.type}, which {job.publish.format} has not"
             need = "columns that go into the table as they are"
             raise JobError(got, need=need, do="Leave it out of input.keep, or write it as another type")
