@@ -7,13 +7,11 @@ import time
 STARTED = time.perf_counter()  # before the imports below: "first prediction after" counts from the command
 
 import shlex
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -22,6 +20,7 @@ from pipeline.commands import cluster as cli_cluster
 from pipeline.commands import kube as cli_kube
 from pipeline.commands import model as cli_model
 from pipeline.commands import nightly as cli_nightly
+from pipeline.commands.interrupt import end_by_signals
 from pipeline.commands.options import Again, AsJson, Date, Dates, IfRunning, JobPath, Version
 from pipeline.commands.printing import outlive_readers, print_json, put, say
 from pipeline.errors import ExitCode, Interrupted, NightlabelError
@@ -224,16 +223,9 @@ app.add_typer(cli_model.prepare, name="prepare")
 app.add_typer(cli_model.model, name="model")
 
 
-def _interrupt(number: int, _: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once; even that loses nothing
-    do = "What is committed stays; the same command goes on from there"
-    raise Interrupted(f"stopped by {signal.Signals(number).name}", signal_number=number, do=do)
-
-
 def main() -> None:
     """Entry point of `nightlabel`: exit codes as in the README, one sentence for what a user can act on."""
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
+    end_by_signals()
     if "logs" not in sys.argv[1:2]:  # which has nothing else to do
         outlive_readers()
     try:

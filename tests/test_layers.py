@@ -33,7 +33,7 @@ prepare.workers prepare.dataset prepare.resume prepare.finetune prepare.distill 
 prepare.calibrate prepare.gate prepare.quantize
 kube.types kube.pods kube.kuberay kube.cronjob kube.render kube.follow kube.apiserver kube.apply
 demo screen prometheus
-commands.options commands.printing commands.model commands.nightly commands.cluster commands.kube cli __main__
+commands.interrupt commands.options commands.printing commands.model commands.nightly commands.cluster commands.kube cli __main__
 """
 LADDER = ROWS.split()
 
