@@ -25,8 +25,9 @@ from inprocess import without_ray
 from models import small_artifact
 from shards import picture, tar_bytes, write_parquet
 
-from pipeline import cli, label, run, start
+from pipeline import label, run, start
 from pipeline.attempt import Attempt
+from pipeline.commands import interrupt
 from pipeline.commit import Provenance, UnitBuffer, commit_unit
 from pipeline.committer import Committer
 from pipeline.disk import Disk
@@ -511,14 +512,14 @@ def test_a_signal_while_creates_are_waited_for_ends_the_run_and_is_no_units_trou
                 heard.wait(30)
             return super().create(uri, data)
 
-    def interrupt(number: int, frame: object) -> None:
+    def once(number: int, frame: object) -> None:
         if not heard.is_set():
             heard.set()
-            cli._interrupt(number, None)
+            interrupt.interrupt(number, None)
 
     monkeypatch.setattr(Committer, "settle", watched)
     log.store = Signalling()
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, once)
     try:
         with pytest.raises(Interrupted, match="stopped by SIGTERM") as caught:
             finish(driver, log, plan, Passes())

@@ -90,7 +90,9 @@ def test_memory_that_runs_out_is_not_taken_for_a_missing_kernel(monkeypatch: pyt
     assert fused.stem.fused
 
 
-@pytest.mark.parametrize(("batch_size", "counts"), [(16, [16, 8]), (10, [10, 3]), (64, [32]), (3, [3] * 7 + [2])])
+@pytest.mark.parametrize(
+    ("batch_size", "counts"), [(16, [16, 8]), (10, [10, 3]), (64, [32]), (256, [32]), (512, [32]), (3, [3] * 7 + [2])]
+)
 def test_a_batch_of_an_odd_size_is_padded_and_the_scores_are_the_same(batch_size: int, counts: list[int]) -> None:
     model, seen = network(NETWORKS["small stem"]), []
 

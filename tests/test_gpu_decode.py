@@ -22,6 +22,7 @@ from shards import is_decoded, picture
 from test_preprocess import MAX_PIXELS, PREPROCESSINGS, encode, noise
 
 from pipeline.engines import gpu_decode
+from pipeline.errors import ModelError
 from pipeline.lanes import plain
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.preprocess import Prepare
@@ -293,3 +294,22 @@ def test_threads_share_a_gpu(on_gpu: gpu_decode.GpuDecoder) -> None:
         together = [pixels.cpu().numpy() for pixels, _ in pool.map(lambda block: on_gpu(*block), blocks)]
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_gpu_whose_memory_runs_out_decodes_fewer_at_a_time(on_gpu: gpu_decode.GpuDecoder) -> None:
+    import cupy
+
+    images = [encode(Image.fromarray(noise(400, 304, row)), "JPEG") for row in range(40)]
+    block = pa.chunked_array([images], pa.large_binary()), np.array([[400, 304]] * 40)
+    expected, pool, before = on_gpu(*block)[0].cpu().numpy(), cupy.get_default_memory_pool(), on_gpu._most
+    pool.free_all_blocks()
+    try:
+        pool.set_limit(size=pool.used_bytes() + 30 * 400 * 304 * 9)
+        np.testing.assert_array_equal(on_gpu(*block)[0].cpu().numpy(), expected)
+        assert on_gpu._most < 40 * 400 * 304
+        pool.set_limit(size=pool.used_bytes() + 2**16)
+        with pytest.raises(ModelError, match="no memory for an image of 400 × 304"):
+            on_gpu(block[0].slice(0, 1), block[1][:1])
+    finally:
+        pool.set_limit(size=0)
+        on_gpu._most = before

@@ -21,10 +21,11 @@ _PATIENCE = 400  # times: 20 s of one import on end
 def end_by_signals() -> None:
     """From now on SIGINT and SIGTERM raise Interrupted in the main thread, once."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+        signal.signal(number, interrupt)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """The handler. Raises Interrupted, or has itself asked again."""
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once; even that loses nothing
     _end(number, _PATIENCE, signal.SIGALRM, frame)
 

@@ -60,11 +60,23 @@ class GpuDecoder:
 
     def __call__(self, encoded: pa.ChunkedArray, sizes: np.ndarray) -> tuple[Any, np.ndarray]:
         """(pixels uint8 [K, 3, S, S], a tensor on the GPU; which of the images these are, bool [N]) of N JPEGs of int64 [N, 2]
-        width and height, as `lanes.plain` takes them. Those left out are for the CPU to decode: damaged, or odd."""
+        width and height, as `lanes.plain` takes them. Those left out are for the CPU to decode: damaged, or odd. Raises
+        ModelError where not even one image fits into the GPU's memory."""
         groups = _groups(np.maximum(_padded(sizes), self._most // _IMAGES), self._most)
-        done: list[tuple[Any, np.ndarray]] = [self._some(encoded.slice(at, end - at), sizes[at:end]) for at, end in groups]
-        pixels = [part for part, _ in done]
-        return pixels[0] if len(pixels) == 1 else self._torch.cat(pixels), np.concatenate([ok for _, ok in done])
+        try:
+            done: list[tuple[Any, np.ndarray]] = [self._some(encoded.slice(at, end - at), sizes[at:end]) for at, end in groups]
+        except self._cupy.cuda.memory.OutOfMemoryError:
+            if len(groups) == len(sizes):
+                width, height = sizes[_padded(sizes).argmax()]
+                do = "Give predict a GPU of its own, one with more memory, or set decode_lane to cpu"
+                raise ModelError(f"the GPU has no memory for an image of {width} × {height} pixels", do=do) from None
+        else:
+            pixels = [part for part, _ in done]
+            return pixels[0] if len(pixels) == 1 else self._torch.cat(pixels), np.concatenate([ok for _, ok in done])
+        # For good: the next block would fail the same way.
+        self._most = min(self._most, int(_padded(sizes).sum())) // 2
+        self._cupy.get_default_memory_pool().free_all_blocks()
+        return self(encoded, sizes)
 
     def _some(self, encoded: pa.ChunkedArray, sizes: np.ndarray) -> tuple[Any, np.ndarray]:
         cupy, torch, size = self._cupy, self._torch, self.preprocessing.size

@@ -145,7 +145,7 @@ class TorchEngine:
         if not self.fused:
             return count
         quarter = -(-self.batch_size // 4)
-        return min(self.batch_size, _FEW if count <= _FEW else -(-count // quarter) * quarter)
+        return _FEW if count <= _FEW < quarter else min(self.batch_size, -(-count // quarter) * quarter)
 
 
 def _check(precision: str, device: str) -> torch.dtype:
