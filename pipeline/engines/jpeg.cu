@@ -368,12 +368,10 @@ static __device__ int walk_intervals(int *counts, const Scan *scan, const Huffma
     for (int i = threadIdx.x; i < PIECES; i += blockDim.x) {
         i64 number = 0;
         for (int before = 0; before < i; before++) number += counts[before];
-        // A marker stands before each interval but the first one.
-        for (const u8 *at = part(scan, i) - (i == 0 ? 2 : 0); at < part(scan, i + 1); at++) {
-            if (at >= scan->first) {
-                if (!is_restart(at)) continue;
-                number += 1;
-            } else if (at > scan->first - 2) continue;
+        for (const u8 *at = i ? part(scan, i) : scan->first - 2; at < part(scan, i + 1); at++) {
+            bool begins = at == scan->first - 2;  // the one interval before which no marker stands
+            if (!begins && (at < scan->first || !is_restart(at))) continue;
+            number += !begins;
             i64 done, behind = number * scan->interval, left = scan->left - behind;
             i64 most = left < scan->interval ? left : scan->interval;
             int dc[3] = {0, 0, 0}, block = 0;
