@@ -122,6 +122,14 @@ def check_kept(kept: Sequence[str], *, hive: bool, delta: bool) -> None:
             )
 
 
+def joined(array: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
+    """(the values one behind the other, uint8, nulls as nothing; where each begins and the last one ends, int64): views."""
+    if not len(array):
+        return np.empty(0, np.uint8), np.zeros(1, np.int64)
+    starts = np.frombuffer(array.buffers()[1], np.int64, len(array) + 1, 8 * array.offset)
+    return np.frombuffer(array.buffers()[2] or b"", np.uint8)[starts[0] : starts[-1]], starts - starts[0]
+
+
 def pixels_array(pixels: np.ndarray, valid: Sequence[bool] | np.ndarray) -> pa.Array:
     """uint8 [K, 3, S, S], of the K rows that are true in `valid` [N], as one Arrow column of N, without copying the pixels."""
     pixels, mask = np.ascontiguousarray(pixels, dtype=np.uint8), np.asarray(valid, dtype=bool)

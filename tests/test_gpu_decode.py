@@ -229,6 +229,7 @@ def test_crops_have_the_bytes_of_the_cpu(built: ctypes.CDLL, name: str, subsampl
         (375, 500),
         (333, 501),
         (224, 224),
+        (340, 256),
         (257, 255),
         (17, 20),
         (16, 16),

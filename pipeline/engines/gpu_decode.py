@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from pipeline.errors import ModelError, first_line
 from pipeline.model.preprocessing import Preprocessing
+from pipeline.rows import joined
 
 _PIXELS: Final = 2**28  # decoded at a time, at most; a pixel takes 9 bytes, 2.4 GB
 _SHARE: Final = 64  # a pixel for so many bytes that the GPU has: three threads take 0.4 of its memory
@@ -85,7 +86,7 @@ class GpuDecoder:
         if not hasattr(self._own, "stream"):  # of each thread
             self._own.stream, self._own.pinned = cupy.cuda.Stream(non_blocking=True), np.empty(0, np.uint8)
             self._own.done = cupy.cuda.Event(block=True, disable_timing=True)
-        pieces = [_bytes_of(chunk) for chunk in encoded.chunks if len(chunk)]
+        pieces = [joined(chunk) for chunk in encoded.chunks if len(chunk)]
         ends = np.cumsum([0, *(len(data) for data, _ in pieces)])
         starts = np.concatenate([[0], *(end + starts[1:] for end, (_, starts) in zip(ends, pieces, strict=False))])
         with self._own.stream:
@@ -130,12 +131,6 @@ class GpuDecoder:
         ):
             kernel((-(-int(items) // _THREADS), count), (_THREADS,), arguments)
         return out, verdicts
-
-
-def _bytes_of(array: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:
-    """(the values of an array without nulls, one behind the other; where each begins and the last one ends), views."""
-    starts = np.frombuffer(array.buffers()[1], np.int64, len(array) + 1, 8 * array.offset)
-    return np.frombuffer(array.buffers()[2], np.uint8)[starts[0] : starts[-1]], starts - starts[0]
 
 
 def _padded(sizes: np.ndarray) -> np.ndarray:

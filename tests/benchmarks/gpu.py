@@ -234,7 +234,7 @@ def limit(bench: Bench, precision: str, which: str) -> float | None:
     engine = [rate for name, rate in bench.rates.items() if name.startswith(f"engine: {precision}") and "device" not in name]
     whole = [rate for name, rate in bench.rates.items() if name.startswith(WHOLE)]
     own = {"cpu": [cores], "gpu": [max(whole, default=None)], "both": [cores, max(whole, default=None)]}[which]
-    if None in own or not engine:
+    if None in own or (which == "cpu" and not engine):
         return None
     return min(max(engine), sum(own)) if which == "cpu" else sum(own)
 
