@@ -32,12 +32,12 @@ Share = Callable[[Measurements], float]
 
 START: Final = 0.5  # of the plain JPEGs, before anything is measured
 _MEMORY: Final = 5_000.0  # images after which a measurement counts half as much
-_LONGEST: Final = 2**23  # bytes: a block waits for its longest, which 64 threads read in pieces
+_LONGEST: Final = 2**23  # bytes: a block waits for its longest, which 128 threads read in pieces
 _COMPARED_EVERY: Final = 512  # both lanes have the same bytes, so what this would tell of is a GPU that computes wrongly
 _APP1: Final = 0xE1
 _SOF: Final = (0xC0, 0xC1)  # sequential, Huffman
 _SKIPPED: Final = frozenset({0xC4, 0xDB, 0xDD, 0xEE, 0xFE, *range(0xE0, 0xF0)})
-_SAMPLINGS: Final = ((1, 1), (2, 1), (2, 2))  # of the first component, the others are 1 × 1: 4:4:4, 4:2:2, 4:2:0
+_SAMPLINGS: Final = (b"\x11\x11\x11", b"\x21\x11\x11", b"\x22\x11\x11")  # across and down, by component: 4:4:4, 4:2:2, 4:2:0
 _SLICES: Final = 32  # of a table; each is a chunk of every column, some 20 us for Ray
 _LEAST: Final = 0.02  # of the plain JPEGs for the GPU, or a slow first block would leave nothing to measure it by again
 
@@ -83,9 +83,8 @@ def _frame(segment: bytes) -> tuple[int, int] | None:
     """Width and height of a frame of three components, 8 bits each, in a usual subsampling."""
     if len(segment) != 15 or segment[0] != 8 or segment[5] != 3 or segment[6::3] != b"\1\2\3":
         return None
-    first, *others = ((byte >> 4, byte & 15) for byte in segment[7::3])
     width, height = int.from_bytes(segment[3:5], "big"), int.from_bytes(segment[1:3], "big")
-    return (width, height) if first in _SAMPLINGS and others == [(1, 1)] * 2 and width and height else None
+    return (width, height) if segment[7::3] in _SAMPLINGS and width and height else None
 
 
 class Lanes:

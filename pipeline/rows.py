@@ -100,6 +100,7 @@ CAUTION = "_caution"
 COMPARED_EVERY = 64  # where decoding may differ, one image of so many is decoded both ways: 1.5 % of the work
 #: Columns that `preprocess` takes or adds: no column of labels can be named after one.
 PREPARED = frozenset({*IMAGE.names, "pixels", "exact", "room", "width", "height"})
+_IMAGES = frozenset({"bytes", "pixels", "room"})
 #: Columns between the stages that `predict` uses up; it hands on all others, kept columns and seconds.
 USED_UP = PREPARED | {*PREDICTION.names}
 #: What a kept column cannot be named.
@@ -120,6 +121,12 @@ def check_kept(kept: Sequence[str], *, hive: bool, delta: bool) -> None:
                 f"publish: input.keep names {name}, and {other} is there too; required: names that differ by more than case, "
                 "for Delta. Rename or drop it"
             )
+
+
+def handed_on(table: pa.Table) -> pa.Table:
+    """The same rows for another process: each chunk of a column costs Ray 20 us and more, so what is small is in one piece."""
+    small = table.drop_columns(_IMAGES.intersection(table.column_names)).combine_chunks()
+    return pa.table([(table if name in _IMAGES else small)[name] for name in table.column_names], schema=table.schema)
 
 
 def joined(array: pa.LargeBinaryArray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import astuple
 from functools import cache, partial
@@ -26,15 +25,12 @@ from pipeline.artifact import Artifact
 from pipeline.cluster import connect
 from pipeline.errors import NightlabelError, Stalled, Temporary, first_line
 from pipeline.job.resources import Pool
-from pipeline.lanes import START, Measurements, Share, Split, Stage, all_on_gpu
-from pipeline.rows import TIMINGS
+from pipeline.lanes import START, Measurements, Share, Split, all_on_gpu
 from pipeline.spec import Input, Job
-from pipeline.stages import make_predict, make_preprocess
+from pipeline.stages import Seam, Timed, clocked, gathered, make_predict, make_preprocess
 from pipeline.storage import open_input
 from pipeline.unit import Part, Unit, dump_types, parse_types
 from pipeline.watch import losses, watched
-
-Seam = tuple[str, Callable[[], Stage]]
 
 _LEAVE_S = 30.0  # for Ray to kill the workers of a pass
 STALL_S = 600.0  # no block for so long means a hung pool (ray#62746); a 128 MiB block takes 50 s at 18 img/s
@@ -54,36 +50,39 @@ def chain(
     """read → preprocess → predict over units: a lazy dataset of prediction rows, every unit closed by its end row. With `only`,
     of some of their rows. Raises Temporary when there is no Ray, in whose place Ray Data would start another.
 
-    The last two are one stage where the job has no actors of preprocess: without a GPU to keep busy, two stages only cost.
+    Where the job has no actors of preprocess, that stage is one with predict; and with read, where the GPU decodes what is plain:
+    a block costs as much to hand on as to tell that.
     """
     if not ray.is_initialized():
         raise Temporary("Ray is gone, and did not come up again", do="Run again; what is committed stays")
     read, preprocess, predict = job.resources.pools()
+    apart = preprocess.size > 0
     rows = _block_bytes(job, artifact, careful) // (3 * artifact.preprocessing.size**2)
     if not careful:
         rows = rows * 4 // 3  # what comes out is one block then, in one piece: Ray cuts them only from one and a half on
     share = None if careful else _share(job)  # what the GPU decodes cannot be killed
     decoding: Seam = "preprocess", partial(make_preprocess, job, artifact.preprocessing, careful, share)
     labelling: Seam = "predict", partial(make_predict, job, artifact.digest, share)
+    beside = ([decoding], rows, _block_bytes(job, artifact, careful)) if share and not apart else None
     items = [_item(unit, only) for unit in units]
     with warnings.catch_warnings():
         # Finite retries have no other way in than the keyword arguments that 2.60 deprecates (2.61 is not admitted).
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            partial(_read, wanted=job.input, max_bytes=job.limits.max_bytes),
+            partial(_read, wanted=job.input, max_bytes=job.limits.max_bytes, beside=beside),
             **_BLOCKS,
             compute=TaskPoolStrategy(size=read.size),
             max_retries=1,
             **read.options,
         )
-        if preprocess.size:
-            dataset = dataset.map_batches(_Timed, fn_constructor_args=([decoding], rows), **_BLOCKS, **_actors(preprocess))
+        if apart:
+            dataset = dataset.map_batches(Timed, fn_constructor_args=([decoding], rows), **_BLOCKS, **_actors(preprocess))
         # What comes encoded to a GPU lane may be thumbnails, whose pixels are many times as large.
-        stages = ([labelling], 2 * rows if share else None) if preprocess.size else ([decoding, labelling], rows)
+        stages = ([labelling], 2 * rows if share else None) if apart or beside else ([decoding, labelling], rows)
         # Not map_batches, which wants a number of rows for a GPU: Ray cut blocks to it by copies, a fifth of what an actor with a
         # GPU lane did, and left it crumbs.
         return dataset.map_batches_internal(
-            _Timed, fn_constructor_args=stages, **_BLOCKS, **_actors(predict, _CALLS if share else 1)
+            Timed, fn_constructor_args=stages, **_BLOCKS, **_actors(predict, _CALLS if share else 1)
         )
 
 
@@ -105,16 +104,18 @@ def _block_bytes(job: Job, artifact: Artifact, careful: bool) -> int:
     return max(2**22, min(2**27, job.resources.predict.batch_size * 3 * artifact.preprocessing.size**2))
 
 
-def _read(batch: pa.Table, *, wanted: Input, max_bytes: int) -> Iterator[pa.Table]:
+def _read(batch: pa.Table, *, wanted: Input, max_bytes: int, beside: tuple[list[Seam], int, int] | None) -> Iterator[pa.Table]:
+    """Rows of the units in `batch`. `beside`: stages that they go through too, rows of a call at most, and bytes, about."""
     from pipeline.read import read_unit
 
+    seams, most, size = beside or ([], None, 0)
+    stages = Timed(seams, most)
     for item in batch.column("unit").to_pylist():
         parts, only, kept = json.loads(item)
         unit = Unit(tuple(Part(*fields) for fields in parts), parse_types(kept))
-        since = time.perf_counter()
-        for table in read_unit(_store(wanted), unit, wanted=wanted, only=only, max_bytes=max_bytes):
-            yield _with_seconds(table, "read", time.perf_counter() - since)
-            since = time.perf_counter()
+        tables = clocked(read_unit(_store(wanted), unit, wanted=wanted, only=only, max_bytes=max_bytes))
+        for table in gathered(tables, size):
+            yield from stages(table) if seams else [table]
 
 
 _store = cache(open_input)  # one a worker process: an S3 client takes 0.1 s to make
@@ -137,30 +138,6 @@ def _ask(split: Any, measured: Measurements) -> float:
     except ray.exceptions.RayError:  # it only steers: no block is lost for it
         return START
     return share
-
-
-class _Timed:
-    """Stages, one after the other, whose seconds travel with the rows, in columns of rows.TIMINGS that the driver takes off.
-
-    They get at most `most` rows at a time: a block of encoded thumbnails holds 15,000 images, whose pixels are 2.3 GB.
-    """
-
-    def __init__(self, seams: list[Seam], most: int | None) -> None:
-        self.stages, self.most = [(seam, make()) for seam, make in seams], most
-
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        most = self.most or max(1, batch.num_rows)
-        for at in range(0, max(1, batch.num_rows), most):
-            table = batch.slice(at, most)
-            for seam, stage in self.stages:
-                since = time.perf_counter()
-                table = _with_seconds(stage(table), seam, time.perf_counter() - since)
-            yield table
-
-
-def _with_seconds(table: pa.Table, seam: str, seconds: float) -> pa.Table:
-    share = pa.array([seconds / max(1, table.num_rows)] * table.num_rows, pa.float32())
-    return table.append_column(TIMINGS[seam], share)
 
 
 def run_pass(

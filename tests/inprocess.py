@@ -14,10 +14,10 @@ from pipeline import cluster, run
 def run_pass(units, job, artifact, *, careful=False, lost=None, only=None):
     """Stands in for `run.run_pass`."""
     preprocess = partial(run.make_preprocess, job, artifact.preprocessing, careful, None)
-    stages = run._Timed([("preprocess", preprocess), ("predict", partial(run.make_predict, job, artifact.digest, None))], None)
+    stages = run.Timed([("preprocess", preprocess), ("predict", partial(run.make_predict, job, artifact.digest, None))], None)
     for unit in units:
         item = pa.Table.from_pylist([run._item(unit, only)])
-        for table in run._read(item, wanted=job.input, max_bytes=job.limits.max_bytes):
+        for table in run._read(item, wanted=job.input, max_bytes=job.limits.max_bytes, beside=None):
             yield from stages(table)
 
 

@@ -21,8 +21,9 @@ from pipeline.lanes import GpuLane, Lanes, Split, all_on_gpu, plain
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.predict import Predict
 from pipeline.preprocess import Preprocess
-from pipeline.rows import SAME_LABEL
+from pipeline.rows import SAME_LABEL, handed_on
 from pipeline.spec import ModelSource, Output
+from pipeline.stages import gathered
 
 SMALL = Preprocessing(size=32)
 
@@ -151,3 +152,20 @@ def test_the_strip_is_pillows() -> None:
     assert not SMALL.is_strip(4000, 1000)
     with Image.open(io.BytesIO(picture(1))) as image:
         assert SMALL.placement(*image.size) == (48, 36, 8, 2)
+
+
+def test_what_goes_to_another_process_is_in_one_piece_but_for_images() -> None:
+    rows = pa.concat_tables([table([picture(number)], cls=pa.array([number])) for number in range(5)])
+    passed = handed_on(rows)
+    assert passed.equals(rows)
+    assert {name: passed[name].num_chunks for name in passed.column_names} == dict.fromkeys(rows.column_names, 1) | {"bytes": 5}
+    assert handed_on(rows.slice(0, 0)).schema == rows.schema
+
+
+@pytest.mark.parametrize(("size", "rows"), [(0, [3, 2, 1, 4]), (1, [3, 2, 1, 4]), (40, [5, 5]), (10**9, [10])])
+def test_tables_are_gathered_by_their_bytes(size: int, rows: list[int]) -> None:
+    numbers = iter(range(10))
+    tables = [pa.table({"index": pa.array([next(numbers) for _ in range(count)])}) for count in (3, 2, 1, 4)]
+    found = list(gathered(iter(tables), size))
+    assert [part.num_rows for part in found] == rows
+    assert pa.concat_tables(found)["index"].to_pylist() == list(range(10))

@@ -350,8 +350,8 @@ def test_a_cpu_that_the_model_is_not_made_for_is_told_of(tmp_path, model, on_ray
     assert table(receipt.where).column_names == PREDICTION.names
 
 
-@pytest.mark.parametrize("lane", ["both", "gpu"])
-def test_images_that_take_two_lanes_are_rows_once(tmp_path, model, on_ray, monkeypatch, lane):
+@pytest.mark.parametrize("way", [("both", 1), ("gpu", 1), ("gpu", 0)])
+def test_images_that_take_two_lanes_are_rows_once(tmp_path, model, on_ray, monkeypatch, way):
     import standing
 
     keys = write_tars(tmp_path / "in", shards=3, images=70)
@@ -359,7 +359,9 @@ def test_images_that_take_two_lanes_are_rows_once(tmp_path, model, on_ray, monke
     (tmp_path / "in/odd.tar").write_bytes(tar_bytes(odd))
     one = label(job(tmp_path / "in", model, tmp_path / "one"))
     monkeypatch.setattr(run, "make_predict", standing.make_predict)
-    both = job(tmp_path / "in", model, tmp_path / "out", resources=APART)
+    lane, actors = way
+    resources = APART | {"preprocess": {"actors": actors, "cpus_per_actor": 0.2}}
+    both = job(tmp_path / "in", model, tmp_path / "out", resources=resources)
     there = both.model.model_copy(update={"engine": "torch"})  # as on a GPU; none is asked for, which a job file cannot say
     receipt = label(both.model_copy(update={"decode_lane": lane, "model": there}))
     assert (receipt.exit_code, receipt.rows_in, receipt.ok, receipt.passes) == (0, 213, 211, 1)

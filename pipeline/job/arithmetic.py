@@ -49,7 +49,5 @@ def check_lane(lane: Lane, *, gpus: float, actors: int) -> None:
     """Raises ValueError when the images cannot take this lane: `gpus` of an actor of predict, `actors` of preprocess."""
     if lane != "cpu" and gpus == 0:
         raise ValueError(f"decode_lane is {lane}, which needs a GPU. Set resources.predict.gpus_per_actor, or take cpu")
-    if lane != "cpu" and actors == 0:
-        raise ValueError(
-            f"decode_lane is {lane} and resources.preprocess.actors is 0; required: 1 or more, for some images need a CPU. Set it"
-        )
+    if lane == "both" and actors == 0:
+        raise ValueError("decode_lane is both and resources.preprocess.actors is 0; required: 1 or more, which decode. Set it")

@@ -1,7 +1,7 @@
 """Where is the limit on a machine with a GPU, and how near is the pipeline? All ceilings in one go, under 4 minutes on 16 cores.
 
     .venv/bin/python tests/benchmarks/gpu.py [--photos FOLDER] [--sections model,engine,decode,nvjpeg,lane,pipeline] [--seconds 2]
-                                             [--lanes cpu,gpu,both] [--copies N] [--precision float16] [--device cpu]
+                                             [--lanes cpu,gpu,apart,both] [--copies N] [--precision float16] [--device cpu]
 
 * model: ResNet-18 on crops that are on the device: the engine by precision and batch, its first batch of a new size, the same
   captured as a CUDA graph, and a half-precision network compiled. What wins here by far is what to build next.
@@ -11,7 +11,8 @@
   and how many of the damaged photographs that our decoder refuses come through.
 * lane: photographs → crops on the GPU as its lane makes them, its kernels one by one, and what a predict actor makes of them, by
   threads.
-* pipeline: `nightlabel run` on tars on the local disk for each of `--lanes`. Images for 12 s of the limit, or `--copies` of the
+* pipeline: `nightlabel run` on tars on the local disk for each of `--lanes`; `gpu` tells plain files apart where it reads them,
+  `apart` in actors of preprocess. Images for 12 s of the limit, or `--copies` of the
   photographs. R / R_limit is its steady rate over what there is with nothing between: the engine or all cores that decode,
   whichever is less; or the GPU's lane with its model; or the sum of both. It needs these sections in the same run.
 
@@ -49,7 +50,7 @@ from result import write_result  # noqa: E402
 from pipeline.model.preprocessing import Preprocessing  # noqa: E402
 
 SECTIONS = ("model", "engine", "decode", "nvjpeg", "lane", "pipeline")
-LANES = ("cpu", "gpu", "both")
+LANES = ("cpu", "gpu", "apart", "both")
 BLOCK = 891  # crops in a block of 128 MiB
 SHARD = 1000  # photographs of a tar, 50 to 110 MB
 STEADY_S = 12.0  # of the pipeline at the limit: 10 s and its ends
@@ -191,12 +192,13 @@ def shards(photos: Path, folder: Path, images: int) -> int:
 def resources(bench: Bench, which: str) -> dict[str, Any]:
     cores, cuda = len(os.sched_getaffinity(0)), bench.cuda
     half = max(1, cores // 2)
-    reading, decoding = {"cpu": (cores // 8, cores - 2), "gpu": (half, half), "both": (half - 2, half)}[which]
+    ways = {"cpu": (cores // 8, cores - 2), "gpu": (cores - 3, 0), "apart": (half, half), "both": (half - 2, half)}
+    reading, decoding = ways[which]
     batch = 896 if which != "cpu" else 512  # a block holds 891 crops
     predict: dict[str, Any] = {"actors": 1, "cpus_per_actor": 1 if cuda else 0.5, "batch_size": batch if cuda else 16}
     return {
         "read": {"tasks": max(1, reading), "cpus_per_task": 0.1},
-        "preprocess": {"actors": max(1, decoding), "cpus_per_actor": 0.9 if cuda else 0.5},
+        "preprocess": {"actors": decoding if which == "gpu" else max(1, decoding), "cpus_per_actor": 0.9 if cuda else 0.5},
         "predict": predict | ({"gpus_per_actor": 1} if cuda else {}),
         "object_store": "16GiB" if cuda else "1GiB",
     }
@@ -210,7 +212,7 @@ def pipeline(bench: Bench, folder: Path, model: str, precision: str, which: str)
         "model": {"uri": model, "precision": precision, "engine": "torch"},
         "input": {"uri": tars[: int(STEADY_S * ceiling / SHARD) + 1] if ceiling else tars},
         "output": {"uri": str(folder / f"out-{which}")},
-        "decode_lane": which,
+        "decode_lane": "gpu" if which == "apart" else which,
         "resources": resources(bench, which),
     }
     (folder / "job.yaml").write_text(json.dumps(job))
@@ -233,7 +235,8 @@ def limit(bench: Bench, precision: str, which: str) -> float | None:
     cores = bench.rates.get("decode: all cores")
     engine = [rate for name, rate in bench.rates.items() if name.startswith(f"engine: {precision}") and "device" not in name]
     whole = [rate for name, rate in bench.rates.items() if name.startswith(WHOLE)]
-    own = {"cpu": [cores], "gpu": [max(whole, default=None)], "both": [cores, max(whole, default=None)]}[which]
+    alone = max(whole, default=None)
+    own = {"cpu": [cores], "gpu": [alone], "apart": [alone], "both": [cores, alone]}[which]
     if None in own or (which == "cpu" and not engine):
         return None
     return min(max(engine), sum(own)) if which == "cpu" else sum(own)
