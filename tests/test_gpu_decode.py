@@ -28,8 +28,12 @@ from pipeline.model.preprocessing import Preprocessing
 from pipeline.preprocess import Prepare
 
 AROUND = """
+#ifndef LAUNCH
+#define LAUNCH(threads, call) call
+#endif
 extern "C" void judge(const u8 *data, const i64 *starts, const i64 *images, i16 *room, Frame *frames, u8 *verdicts, int count) {
-    for (blockIdx.x = 0; blockIdx.x < count; blockIdx.x++) read_scans(data, starts, images, room, frames, verdicts);
+    for (blockIdx.x = 0; blockIdx.x < count; blockIdx.x++)
+        LAUNCH(PIECES, read_scans(data, starts, images, room, frames, verdicts));
     blockIdx.x = 0;
 }
 extern "C" void finish(
@@ -37,12 +41,86 @@ extern "C" void finish(
     int count
 ) {
     for (blockIdx.y = 0; blockIdx.y < count; blockIdx.y++) {
-        transform_blocks(images, room, frames, planes, verdicts);
-        colour_pixels(images, planes, frames, verdicts, (u8 *)room);
-        resize_rows(images, axes, (u8 *)room, middle, size);
-        resize_columns(images, axes, middle, out, size);
+        LAUNCH(3, transform_blocks(images, room, frames, planes, verdicts));
+        LAUNCH(3, colour_pixels(images, planes, frames, verdicts, (u8 *)room));
+        LAUNCH(3, resize_rows(images, axes, (u8 *)room, middle, size));
+        LAUNCH(3, resize_columns(images, axes, middle, out, size));
     }
 }
+"""
+# A program that decodes batches from stdin. Each array has memory of its own, exactly as long as the GPU's and no zeros, so that
+# a byte beside it is seen, and one that nobody has written.
+PROGRAM = """
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+static std::vector<void *> all;
+template <class T> static T *held(i64 count, i64 read = 0) {
+    T *one = (T *)malloc(count * sizeof(T));
+    all.push_back(one);
+    memset(one, 0xA5, count * sizeof(T));
+    if ((i64)fread(one, sizeof(T), read, stdin) != read) exit(3);
+    return one;
+}
+int main() {
+    i64 of[6];  // images, bytes, numbers of the axes, pixels, bytes of `middle`, edge of a crop
+    while (fread(of, 8, 6, stdin) == 6) {
+        u8 *data = held<u8>(of[1] + 8, of[1]);
+        i64 *starts = held<i64>(of[0] + 1, of[0] + 1), *images = held<i64>(FIELDS * of[0], FIELDS * of[0]);
+        int *axes = held<int>(of[2], of[2]);
+        i16 *room = held<i16>(3 * of[3]);
+        Frame *frames = held<Frame>(of[0]);
+        u8 *verdicts = held<u8>(of[0]), *planes = held<u8>(3 * of[3]), *middle = held<u8>(of[4]);
+        u8 *out = held<u8>(of[0] * 3 * of[5] * of[5]);
+        judge(data, starts, images, room, frames, verdicts, (int)of[0]);
+        finish(images, room, frames, verdicts, axes, planes, middle, out, (int)of[5], (int)of[0]);
+        fwrite(verdicts, 1, of[0], stdout);
+        fwrite(out, 1, of[0] * 3 * of[5] * of[5], stdout);
+        for (void *each : all) free(each);
+        all.clear();
+    }
+}
+"""
+# What makes the threads of a block threads: in place of jpeg.cu's own lines for one after the other.
+THREADS = """
+#define __CUDACC__
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+#define __device__
+#define __global__
+#define __shared__ static
+#define __forceinline__ inline
+#define __noinline__
+struct Place { int x, y; };
+static Place blockIdx, blockDim = {1, 1}, gridDim = {1, 1};
+static thread_local Place threadIdx;
+static int __syncthreads_or(int one) {
+    static std::mutex lock;
+    static std::condition_variable all_there;
+    static int there, turn, any, last;
+    std::unique_lock<std::mutex> held(lock);
+    int now = turn;
+    any |= one;
+    if (++there == blockDim.x) {
+        last = any;
+        any = there = 0;
+        turn += 1;
+        all_there.notify_all();
+    }
+    all_there.wait(held, [&] { return turn != now; });
+    return last;
+}
+static void __syncthreads() { __syncthreads_or(0); }
+template <class Kernel> static void launch(int threads, Kernel kernel) {
+    std::vector<std::thread> all;
+    blockDim.x = threads;
+    for (int i = 0; i < threads; i++) all.emplace_back([=] { threadIdx = {i, 0}; kernel(); });
+    for (std::thread &each : all) each.join();
+}
+#define LAUNCH(threads, call) launch(threads, [=] { call; })
 """
 FRAME = re.compile(rb"\xff[\xc0-\xc2]\0\x11\x08(..)(..)", re.DOTALL)
 SOUND, ODD = 0, 1
@@ -68,6 +146,51 @@ def build(folder: Path, *flags: str) -> ctypes.CDLL:
     command = [compiler, "-O2", "-shared", "-fPIC", *flags, "-o", str(folder / "jpeg.so"), str(folder / "jpeg.cpp")]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(folder / "jpeg.so"))
+
+
+@pytest.fixture(scope="module")
+def careful(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program of them that ends at a byte beside an array, a number that overflows, or a word that is not aligned."""
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ftrivial-auto-var-init=pattern")
+    return sanitized(tmp_path_factory.mktemp("careful"), "", *flags)
+
+
+@pytest.fixture(scope="module")
+def threaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of them whose blocks have as many threads as on a GPU, that ends where two meet at a place without waiting."""
+    return sanitized(tmp_path_factory.mktemp("threaded"), THREADS, "-fsanitize=thread", "-DPIECES=16")
+
+
+def sanitized(folder: Path, before: str, *flags: str) -> Path:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    command = [compiler or "", "-O1", "-g", "-w", "-pthread", *flags, "-o"]
+    (folder / "nothing.cpp").write_text("int main() {}")
+    (folder / "jpeg.cpp").write_text(before + gpu_decode.source() + AROUND + PROGRAM)
+    if compiler is None or not comes_to_run(command, folder / "nothing"):
+        pytest.skip("no C++ compiler that has this sanitizer is installed")
+    assert comes_to_run(command, folder / "jpeg")
+    return folder / "jpeg"
+
+
+def comes_to_run(command: list[str], program: Path) -> bool:
+    steps = ([*command, str(program), f"{program}.cpp"], [str(program)])
+    return all(subprocess.run(step, stdin=subprocess.DEVNULL, check=False).returncode == 0 for step in steps)
+
+
+def decoded_by(
+    program: Path, images: list[bytes], sizes: list[tuple[int, int]], preprocessing: Preprocessing
+) -> list[bytes | None]:
+    """The crop of each of these that is sound; a batch for each."""
+    sent = b""
+    for image, size in zip(images, sizes, strict=True):
+        plan, axes, needed = gpu_decode.plan_crops(np.array([size]), preprocessing)
+        pixels = int(gpu_decode._padded(np.array([size])).sum())
+        numbers = np.array([1, len(image), len(axes), pixels, needed, preprocessing.size, 0, len(image)])
+        sent += numbers[:6].tobytes() + image + numbers[6:].tobytes() + plan.tobytes() + axes.tobytes()
+    done = subprocess.run([str(program)], input=sent, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    came = np.frombuffer(done.stdout, np.uint8).reshape(len(images), -1)
+    return [None if verdict else crop.tobytes() for verdict, crop in zip(came[:, 0], came[:, 1:], strict=True)]
 
 
 def addresses(*arrays: np.ndarray) -> list[ctypes.c_void_p]:
@@ -183,6 +306,89 @@ def test_what_is_not_plain_is_odd(built: ctypes.CDLL) -> None:
     for data in (encode(image, "JPEG", progressive=True), encode(grey, "JPEG"), encode(inks, "JPEG"), encode(image), b"\xff\xd8"):
         assert verdict(built, data) == 1
         assert plain(memoryview(data), Preprocessing(), MAX_PIXELS) is None
+
+
+def handmade(
+    scan: bytes, size: tuple[int, int] = (160, 160), restart: int = 0, quantizer: int = 1, **codes: dict[int, int]
+) -> bytes:
+    """A JPEG in 4:4:4 with a scan of one's own. `dc` and `ac`: of one code, the lowest of its length, its symbol, by length."""
+    tables = b""
+    for kind, name in ((0, "dc"), (16, "ac")):
+        of = codes[name]
+        body = bytes([kind, *(length in of for length in range(1, 17)), *(of[length] for length in sorted(of))])
+        tables += b"\xff\xc4" + (2 + len(body)).to_bytes(2, "big") + body
+    frame = b"".join(side.to_bytes(2, "big") for side in reversed(size)) + b"\3\1\x11\0\2\x11\0\3\x11\0"
+    head = b"\xff\xd8\xff\xdb\0\x43\0" + bytes([quantizer] * 64) + b"\xff\xc0\0\x11\x08" + frame + tables
+    head += b"\xff\xdd\0\4" + restart.to_bytes(2, "big") + b"\xff\xda\0\x0c\3\1\0\2\0\3\0\0\x3f\0"
+    return head + scan + b"\xff\xd9"
+
+
+#: What walks badly. Where nothing else is said each byte is a symbol and its value, so no reader falls in with the blocks.
+STEPS = np.random.default_rng(0).integers(0, 16, 400 * 3 * 64, dtype=np.uint8).tobytes()
+EVEN: dict[str, dict[int, int]] = {"dc": {4: 4}, "ac": {4: 4}}
+#: Blocks of the greatest numbers that there are codes for, of a bit each.
+GREATEST = int(("0" + "1" * 11 + ("0" + "1" * 10) * 63) * 1200, 2).to_bytes(105_750).replace(b"\xff", b"\xff\0")
+HANDMADE = {
+    "never in step": handmade(STEPS, **EVEN),
+    "never in step, and a byte short": handmade(STEPS[1:], **EVEN),
+    "never in step, and more": handmade(STEPS + STEPS[:64], **EVEN),
+    "a bad code is cut, and the next piece begins there": handmade(
+        bytes(4500) + b"\xff\xd3" + bytes(4500), dc={2: 0}, ac={1: 0x31}
+    ),
+    "no scan": handmade(b"", **EVEN),
+    "no scan, and restarts": handmade(b"", restart=3, **EVEN),
+    "markers alone": handmade(b"\xff\xd0" * 5000, **EVEN),
+    "restarts alone": handmade(b"".join(bytes([255, 0xD0 + i % 8]) for i in range(399)), restart=1, **EVEN),
+    "fill bytes alone": handmade(b"\xff" * 20_000, **EVEN),
+    "stuffed bytes alone": handmade(b"\xff\0" * 10_000, **EVEN),
+    "one interval of all": handmade(STEPS, restart=65535, **EVEN),
+    "the largest sums": handmade(GREATEST, quantizer=255, dc={1: 11}, ac={1: 10}),
+}
+
+
+def harmed() -> list[bytes]:
+    rng, sound = random.Random(0), photographs()
+    files = [make(data, rng) for data in sound[::4] for make in DAMAGE.values()] + sound[::3] + list(HANDMADE.values())
+    small = encode(Image.fromarray(noise(21, 18)), "JPEG", restart_marker_blocks=1)
+    files += [small[:end] for end in range(len(small))]
+    files += [small[:at] + bytes([at % 2 * 255]) + small[at + 1 :] for at in range(scan(small))]
+    return files
+
+
+def asked(data: bytes) -> tuple[int, int]:
+    """What the host would be told of its width and height, or anything."""
+    frame = FRAME.search(data)
+    height, width = (int.from_bytes(side, "big") for side in frame.groups()) if frame else (8, 8)
+    return (width, height) if 0 < width * height < 2**20 else (8, 8)
+
+
+def agree(program: Path, built: ctypes.CDLL, files: list[bytes]) -> None:
+    sizes, preprocessing = [asked(data) for data in files], Preprocessing(size=16)
+    for data, size, crop in zip(files, sizes, decoded_by(program, files, sizes, preprocessing), strict=True):
+        expected, verdicts = decoded(built, [data], np.array([size]), preprocessing)
+        assert crop == (None if verdicts[0] else expected[0].tobytes())
+
+
+def test_nothing_beside_an_array_is_touched(careful: Path, built: ctypes.CDLL) -> None:
+    agree(careful, built, harmed())
+
+
+def test_the_threads_of_a_block_wait_for_each_other(threaded: Path, built: ctypes.CDLL) -> None:
+    rng = random.Random(1)
+    rough = [encode(Image.fromarray(noise(130, 95, kind)), "JPEG", subsampling=kind) for kind in range(3)]
+    files = [*rough, encode(Image.fromarray(noise(60, 50)), "JPEG", restart_marker_blocks=3), *list(HANDMADE.values())[:4]]
+    files += [make(rough[row % 3], rng) for row, make in enumerate(DAMAGE.values())]
+    agree(threaded, built, files)
+
+
+@pytest.mark.parametrize("kind", HANDMADE)
+def test_a_scan_that_walks_badly_has_the_crop_of_the_cpu_or_none(built: ctypes.CDLL, kind: str) -> None:
+    data = HANDMADE[kind]
+    assert plain(memoryview(data), Preprocessing(), MAX_PIXELS) == (160, 160)
+    crops, verdicts = decoded(built, [data], np.array([[160, 160]]), Preprocessing())
+    assert (verdicts[0] == SOUND) == (kind in ("never in step", "one interval of all"))
+    if verdicts[0] == SOUND:
+        np.testing.assert_array_equal(crops[0], Prepare(Preprocessing(), MAX_PIXELS)(data)[0])
 
 
 def test_the_corpora(built: ctypes.CDLL, shared_data: Path) -> None:

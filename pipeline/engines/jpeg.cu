@@ -226,7 +226,7 @@ WALK int walk(
         blocks += 1;
     }
     *stream = copy;
-    *block = now;
+    *block = now < 0 ? 0 : now;  // the bad code was the last
     *done = blocks;
     return bad;
 }
@@ -335,7 +335,7 @@ static __device__ void write_pieces(Piece *pieces, bool many, const Scan *scan, 
             for (int i = 0, sum = 0; i <= PIECES; i++) {
                 int own = pieces[i].dc[c];
                 pieces[i].dc[c] = sum;
-                sum += own;
+                sum = (i16)(sum + own);  // as the coefficient is cut, which the sum of 8 MB could not hold
             }
     __syncthreads();
     for (int i = threadIdx.x; i <= PIECES; i += blockDim.x) {

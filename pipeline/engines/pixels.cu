@@ -72,9 +72,16 @@ extern "C" __global__ void transform_blocks(const i64 *images, const i16 *coeffi
             block[at] = (i16)(packed[place / 4] >> 16 * (place % 4)) * quantizer[place];
             most |= block[at] + MOST + 1;
         }
+        if (most & ~(2 * MOST + 1)) {  // whose sums may not fit into 32 bits
+            verdicts[blockIdx.y] = ODD;
+            continue;
+        }
         UNROLL for (int column = 0; column < 8; column++) transform(block + column, 8, 11);
         UNROLL for (int at = 0; at < 64; at++) most |= block[at] + MOST + 1;
-        if (most & ~(2 * MOST + 1)) verdicts[blockIdx.y] = ODD;
+        if (most & ~(2 * MOST + 1)) {
+            verdicts[blockIdx.y] = ODD;
+            continue;
+        }
         u8 *to = planes + 3 * image[PLACE] + plane.place + 8ll * y * plane.pitch + 8 * x;
         UNROLL for (int row = 0; row < 8; row++, to += plane.pitch) {
             transform(block + 8 * row, 1, 18);
