@@ -10,9 +10,12 @@ import re
 import shutil
 import subprocess
 import tarfile
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event, Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -489,6 +492,77 @@ def test_a_gpu_has_the_crops_of_the_cpu_and_vouches_for_nothing_broken(on_gpu: g
     prepare = Prepare(Preprocessing(), MAX_PIXELS)
     for row in range(30):
         np.testing.assert_array_equal(pixels[row], prepare(whole[row])[0])
+
+
+@pytest.fixture
+def without_gpu() -> gpu_decode.GpuDecoder:
+    """One whose `_some` is a test's, of 512 pixels at a time."""
+    import torch
+
+    decoder, pool = gpu_decode.GpuDecoder.__new__(gpu_decode.GpuDecoder), SimpleNamespace(free_all_blocks=lambda: None)
+    memory = SimpleNamespace(memory=SimpleNamespace(OutOfMemoryError=MemoryError))
+    decoder._cupy = SimpleNamespace(cuda=memory, get_default_memory_pool=lambda: pool)
+    decoder._torch, decoder._most = torch, 512
+    return decoder
+
+
+def test_what_a_group_is_copied_from_stays_until_all_are_there(without_gpu: gpu_decode.GpuDecoder) -> None:
+    import torch
+
+    seen = list[weakref.ref[torch.Tensor]]()
+
+    def some(_: pa.ChunkedArray, sizes: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        assert all(crops() is not None for crops in seen)  # else the next group's memory is theirs
+        crops = torch.full((len(sizes), 3, 2, 2), len(seen), dtype=torch.uint8)
+        seen.append(weakref.ref(crops))
+        return crops, np.arange(len(sizes)) != 1
+
+    without_gpu._some = some
+    pixels, ok = without_gpu(pa.chunked_array([[b"x"] * 5], pa.large_binary()), np.full((5, 2), 16))
+    assert pixels[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert ok.tolist() == [True, False, True, False, True]
+
+
+def test_memory_that_runs_out_for_torch_is_as_the_decoders_own(without_gpu: gpu_decode.GpuDecoder) -> None:
+    import torch
+
+    def some(_: pa.ChunkedArray, sizes: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        if len(sizes) > 1:
+            raise torch.OutOfMemoryError
+        return torch.zeros((1, 3, 2, 2), dtype=torch.uint8), np.ones(1, bool)
+
+    without_gpu._some = some
+    pixels, ok = without_gpu(pa.chunked_array([[b"x"] * 5], pa.large_binary()), np.full((5, 2), 16))
+    assert (len(pixels), ok.all(), without_gpu._most) == (5, True, 256)
+
+
+def test_a_gpu_keeps_the_crops_of_a_group_while_it_decodes_the_next(on_gpu: gpu_decode.GpuDecoder) -> None:
+    import torch
+
+    images = [encode(Image.fromarray(noise(400, 304, row)), "JPEG") for row in range(24)]
+    broken = [data if row % 3 else replaced(data, bytes(64)) for row, data in enumerate(images)]
+    block = pa.chunked_array([broken], pa.large_binary()), np.array([[400, 304]] * 24)
+    before, done = on_gpu._most, Event()
+
+    def busy() -> None:  # as the model is in another thread, on the stream that torch copies on
+        while not done.is_set():
+            torch.cuda._sleep(10**7)
+            torch.cuda.synchronize()
+
+    other = Thread(target=busy)
+    other.start()
+    try:
+        on_gpu._most = 4 * 400 * 304
+        there, vouched = on_gpu(*block)
+        pixels = there.cpu().numpy()
+    finally:
+        done.set()
+        other.join()
+        on_gpu._most = before
+    prepare, rows = Prepare(Preprocessing(), MAX_PIXELS), np.flatnonzero(vouched).tolist()
+    assert set(rows) >= {row for row in range(24) if row % 3}
+    for crop, row in zip(pixels, rows, strict=True):
+        np.testing.assert_array_equal(crop, prepare(broken[row])[0])
 
 
 def test_threads_share_a_gpu(on_gpu: gpu_decode.GpuDecoder) -> None:

@@ -62,24 +62,30 @@ class GpuDecoder:
     def __call__(self, encoded: pa.ChunkedArray, sizes: np.ndarray) -> tuple[Any, np.ndarray]:
         """(pixels uint8 [K, 3, S, S], a tensor on the GPU; which of the images these are, bool [N]) of N JPEGs of int64 [N, 2]
         width and height, as `lanes.plain` takes them. Those left out are for the CPU to decode: damaged, or odd. Raises
-        ModelError where not even one image fits into the GPU's memory."""
+        ModelError where not even one image fits into the GPU's memory. A thread that calls again has waited for what reads these
+        pixels: theirs and what they were copied from is memory that it may write over."""
         groups = _groups(np.maximum(_padded(sizes), self._most // _IMAGES), self._most)
         try:
-            done: list[tuple[Any, np.ndarray]] = [self._some(encoded.slice(at, end - at), sizes[at:end]) for at, end in groups]
-        except self._cupy.cuda.memory.OutOfMemoryError:
+            return self._all(encoded, sizes, groups)
+        except (self._cupy.cuda.memory.OutOfMemoryError, self._torch.OutOfMemoryError):
             if len(groups) == len(sizes):
                 width, height = sizes[_padded(sizes).argmax()]
                 do = "Give predict a GPU of its own, one with more memory, or set decode_lane to cpu"
                 raise ModelError(f"the GPU has no memory for an image of {width} × {height} pixels", do=do) from None
-        else:
-            pixels = [part for part, _ in done]
-            return pixels[0] if len(pixels) == 1 else self._torch.cat(pixels), np.concatenate([ok for _, ok in done])
         # For good: the next block would fail the same way.
         self._most = min(self._most, int(_padded(sizes).sum())) // 2
         self._cupy.get_default_memory_pool().free_all_blocks()
+        self._torch.cuda.empty_cache()
         return self(encoded, sizes)
 
+    def _all(self, encoded: pa.ChunkedArray, sizes: np.ndarray, groups: list[tuple[int, int]]) -> tuple[Any, np.ndarray]:
+        done = [self._some(encoded.slice(at, end - at), sizes[at:end]) for at, end in groups]
+        # Not group by group: torch copies on a stream of its own, and what a group sets free the next one may write over.
+        pixels = [crops if ok.all() else crops[self._torch.from_numpy(np.flatnonzero(ok)).to(crops.device)] for crops, ok in done]
+        return pixels[0] if len(pixels) == 1 else self._torch.cat(pixels), np.concatenate([ok for _, ok in done])
+
     def _some(self, encoded: pa.ChunkedArray, sizes: np.ndarray) -> tuple[Any, np.ndarray]:
+        """(crops of them all, which are to be looked at)."""
         cupy, torch, size = self._cupy, self._torch, self.preprocessing.size
         if not len(sizes):
             return torch.empty((0, 3, size, size), dtype=torch.uint8, device="cuda"), np.empty(0, bool)
@@ -97,8 +103,7 @@ class GpuDecoder:
             self._own.done.record()
             self._own.done.synchronize()
             ok = verdicts.get() == SOUND
-        pixels = torch.as_tensor(out, device="cuda")
-        return pixels if ok.all() else pixels[torch.from_numpy(np.flatnonzero(ok)).to("cuda")], ok
+        return torch.as_tensor(out, device="cuda"), ok
 
     def _upload(self, pieces: list[np.ndarray], count: int) -> Any:
         """These bytes on the GPU, one behind the other, and eight more, for whole words are read. By way of pinned memory: else
