@@ -28,6 +28,8 @@ class Disk:
             return
         matches, folder = (anything, path) if base == path else (glob_matcher(path), os.path.dirname(base))
         with _explained(folder):
+            if not glob:
+                _check_room(folder)
             found = sorted((item for item in _walk(folder, ()) if matches(item.uri)), key=lambda item: item.uri)
         for one, other in pairwise(found):
             if one.uri == other.uri:
@@ -90,6 +92,15 @@ def _path(uri: str) -> str:
 def _at_once(path: str, flags: int) -> int:
     """What has become a pipe since it was listed is opened without waiting for who writes into it, for ever."""
     return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _check_room(folder: str) -> None:
+    """Raises StoreError where a file stands in the place of a folder of ours, or above it: such a one is not just absent."""
+    there = folder
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if os.path.isfile(there):
+        raise StoreError(f"{spelt(there)} is a file", need="a folder, or nothing yet", do="Name another place, or move it away")
 
 
 def _object(path: str, stat: os.stat_result) -> Object:

@@ -124,6 +124,13 @@ class Log:
 
         return list(side_by_side(load, plans))
 
+    def kept(self) -> pa.Schema | None:
+        """The types of kept columns that all objects have: those in the first plan that says any. Others are not read."""
+        for key in self._entries()[0]:
+            if (kept := _load(self.store.read(key), uri=key, uris=pa.array([], pa.string()), span=(None, None))[2]) is not None:
+                return kept
+        return None
+
     def finished(self) -> set[str]:
         """Ids of the runs that have a manifest."""
         return self._entries()[1]

@@ -162,6 +162,14 @@ def test_a_size_without_its_crop_is_one_sentence():
     assert "tim" in refused("w.pth", "m", "--preprocessing", "tim")
 
 
+@pytest.mark.parametrize(("name", "what"), [("job.yaml", "a job file"), ("names.txt", "a file")])
+def test_a_file_that_is_no_model_is_called_one(tmp_path: Path, name: str, what: str):
+    (tmp_path / name).write_text("name: n")
+    assert refused(f"{tmp_path}/{name}", "m").startswith(
+        f"nightlabel: {tmp_path}/{name} is {what}; required: a model: a folder of"
+    )
+
+
 def test_names_of_folders():
     assert [folder_name(uri) for uri in ("a/b/", "s3://x/y", "m", "/")] == ["b", "y", "m", "model"]
 

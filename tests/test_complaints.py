@@ -32,7 +32,7 @@ def complaint(kind: str, lines: str) -> str:
     ("lines", "told"),
     [
         ("notify: {}", "j:5: notify: it names nobody; required: command or webhook. Give one."),
-        ("notify: 5", "j:5: notify is 5; required: a mapping. Change it."),
+        ("notify: 5", "j:5: notify is 5; required: a mapping. It holds when, command, webhook."),
         ("notify: {command: x}", "j:5: notify.command is 'x'; required: a list. Change it."),
         ("notify: {command: [a, '']}", "j:5: notify.command.1 is ''; required: one character or more. Change it."),
         (
@@ -75,7 +75,13 @@ def complaint(kind: str, lines: str) -> str:
         ("name: ''", f"j:1: name is ''; required: {NAME}"),
         ("name: 5", "j:1: name is 5; required: text. Change it."),
         ("name: [a]", "j:1: name is ['a']; required: text. Change it."),
-        ("input: in/", "j:2: input is 'in/'; required: a mapping. Change it."),
+        ("input: in/", "j:2: input is 'in/'; required: a mapping. Write input: {uri: 'in/'}."),
+        ("model: ' '", "j:3: model is ' '; required: a mapping. Write model: {uri: ' '}."),
+        ("model: {uri: ' '}", "j:3: model.uri is ' '; required: a path or a URI that is not blank. Change it."),
+        (
+            "resources: {read: two}",
+            "j:5: resources.read is 'two'; required: a mapping. It holds tasks, cpus_per_task, memory_per_task, labels.",
+        ),
         ("input: {uri: []}", "j:2: input.uri is []; required: a URI, or a list of one or more. Change it."),
         ("input: {uri: [5]}", "j:2: input.uri.0 is 5; required: text. Change it."),
         ("input: {uri: [a, '']}", "j:2: input.uri.1 is ''; required: one character or more. Change it."),

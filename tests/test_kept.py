@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from decimal import Decimal
@@ -30,7 +31,7 @@ from pipeline.nights.retry import Retry
 from pipeline.plan import Plan
 from pipeline.spec import Input, Job
 from pipeline.start import load_model, open_log, plan_job, split_unit
-from pipeline.tables.publish import publish
+from pipeline.tables.publish import check_columns, publish
 from pipeline.unit import Unit
 
 STORE = Disk()
@@ -370,6 +371,30 @@ def test_a_type_that_the_table_has_not_is_refused_whichever_file_has_it(tmp_path
     done = CliRunner().invoke(app, ["plan", str(path)])
     assert "is uint64, which delta has not" in str(done.exception)
     assert isinstance(done.exception, JobError)
+
+
+@pytest.mark.parametrize("command", [["run"], ["plan"], ["retry-failed", "--class", "CORRUPT"]], ids=lambda command: command[0])
+def test_a_type_that_the_output_has_is_held_against_the_table_and_not_what_its_inputs_are_since(
+    tmp_path, model, monkeypatch, command
+):
+    without_ray(monkeypatch)
+    path = tmp_path / "job.yaml"
+    wanted = kept_job(tmp_path, model, publish={"format": "delta"})
+    path.write_text(wanted.model_dump_json(exclude_unset=True))
+    for there, since in ((pa.int64(), pa.uint64()), (pa.uint64(), pa.int64())):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shard(tmp_path / "in/a.parquet", pa.array([1], there))
+        assert label(wanted).exit_code == 0
+        shard(tmp_path / "in/a.parquet", pa.array([1], since), first=1)
+        done = CliRunner().invoke(app, [*command, str(path)])
+        if there == pa.int64():
+            assert done.exit_code == 0, done.exception
+        else:
+            assert f"column extra of {log_of(wanted).root} is uint64, which delta has not" in str(done.exception)
+            assert isinstance(done.exception, JobError)
+    shutil.rmtree(tmp_path / "in")
+    with pytest.raises(JobError, match="is uint64, which delta has not"):
+        check_columns(wanted)
 
 
 def test_a_damaged_note_of_types_is_a_damaged_plan(tmp_path, model):

@@ -653,11 +653,11 @@ KEPT = {
 
 @pytest.mark.parametrize("kind", ["delta", "iceberg"])
 @pytest.mark.parametrize("name", KEPT)
-def test_kept_columns_are_refused_at_once_if_the_table_could_not_have_them(tmp_path, iceberg, kind, name):
+def test_kept_columns_are_refused_at_once_if_the_table_could_not_have_them(tmp_path, model, iceberg, kind, name):
     column = KEPT[name]
     wanted = {"format": kind} | ({"catalog": "night", "table": iceberg} if kind == "iceberg" else {})
     source = {"format": "parquet", "keep": ["extra"]}
-    labels = Labels(job(tmp_path / "in", "model", tmp_path / "out", input=source, publish=wanted), str(tmp_path / FINGERPRINT))
+    labels = Labels(job(tmp_path / "in", model, tmp_path / "out", input=source, publish=wanted), str(tmp_path / FINGERPRINT))
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table({"key": ["1"], "image": [b"x"], "extra": column}), tmp_path / "in/a.parquet")
     labels.put("a", parquet(["1"], extra=column))

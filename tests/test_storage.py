@@ -35,7 +35,7 @@ from pipeline.read import read_unit
 from pipeline.s3 import ATTEMPTS, S3Store
 from pipeline.s3_fetch import Fetch
 from pipeline.spec import S3, Input
-from pipeline.storage import Object, RangeFile, Store, join, open_store
+from pipeline.storage import Object, RangeFile, Store, below, join, open_store
 from pipeline.unit import Part, Unit
 
 TREE = ("a/1.tar", "a/2.tar", "a/b/3.tar", "a-b/4.tar", "a.txt", "z/ü [1].jpg")
@@ -579,6 +579,14 @@ def test_a_disk_without_hard_links_is_said(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(StoreError, match="required: a file system with hard links"):
         open_store("x").create(str(tmp_path / "x"), b"")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["labels", "labels/0123456789ab", "labels/0123456789ab/runs"])
+def test_a_file_is_no_folder_of_ours_that_is_not_there_yet(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(StoreError, match=rf"^{tmp_path}/{name} is a file; required: a folder"):
+        below(open_store(str(tmp_path)), f"{tmp_path}/labels/0123456789ab", "runs")
 
 
 def test_hidden_files_are_not_listed(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import typer
 
 from pipeline.commands.options import AsJson
 from pipeline.commands.printing import print_json, put
-from pipeline.errors import JobError
+from pipeline.errors import JobError, ModelError
 from pipeline.model.preprocessing import PRESETS, Preprocessing, Preset
 
 if TYPE_CHECKING:
@@ -68,16 +68,16 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Import a ResNet as an artifact: one folder with weights, preprocessing and labels, named by its digest."""
-    wanted = _preprocessing(preprocessing, size)
     from pipeline.model.describe import architecture_name, millions, numbers, preprocessing_text
     from pipeline.prepare.importer import WEIGHTS_FILES, import_model
 
+    wanted = _preprocessing(preprocessing, size)
+    _check_source(source, WEIGHTS_FILES)
     words = ["nightlabel", "prepare", "import", source, out]
     for name, value in (("labels", labels), ("preprocessing", preprocessing), ("size", size)):
         words += [f"--{name}", str(value)] if value is not None else []
-    artifact = import_model(
-        source, out, labels=tuple(_labels(labels)) if labels else None, preprocessing=wanted, command=shlex.join(words)
-    )
+    names = tuple(_labels(labels)) if labels else None
+    artifact = import_model(source, out, labels=names, preprocessing=wanted, command=shlex.join(words))
     if as_json:
         print_json({"uri": out, "digest": artifact.digest, "classes": len(artifact.labels)})
         return
@@ -89,6 +89,14 @@ def import_(
     for line in _assumed(artifact, named=labels is not None) if source.endswith(WEIGHTS_FILES) else ():
         put(line)
     put(f"next    nightlabel model show {shlex.quote(out)}")
+
+
+def _check_source(source: str, weights: tuple[str, ...]) -> None:
+    """Raises ModelError for a file that is none of `weights`, which would be looked into as if it were a folder."""
+    if not source.endswith(weights) and Path(source).is_file():
+        got = f"{source} is {'a job file' if source.endswith(('.yaml', '.yml')) else 'a file'}"
+        need = f"a model: a folder of Hugging Face's or timm's, or a file of weights ({', '.join(weights)})"
+        raise ModelError(got, need=need, do="Give one of these, or a name such as ResNet18_Weights.IMAGENET1K_V1")
 
 
 def _assumed(artifact: Artifact, *, named: bool) -> Iterator[str]:

@@ -28,7 +28,6 @@ _NEEDS = {
     "int_type": "a whole number",
     "less_than": "less than {lt:.10g}",
     "less_than_equal": "{le:.10g} or less",
-    "model_type": "a mapping",
     "string_too_short": "one character or more",
     "string_type": "text",
     "too_long": "a list of at most {max_length}",
@@ -57,8 +56,18 @@ def _sentence(item: ErrorDetails, loc: list[int | str], field: str, model: type[
         return f"{field} is missing, it is required. Add it; jobs/README.md says what it holds."
     if kind == "value_error" and isinstance(got, dict):  # a cross-check of ours, of several fields: it says it all
         return f"{field}: {context['error']}." if field else f"{context['error']}."
+    if kind == "model_type":
+        return f"{field} is {shown(got)}; required: a mapping. {_mapping(loc, got, model)}."
     need = context["error"] if kind == "value_error" else item["msg"].removeprefix("Input should be ")
     return f"{field} is {shown(got)}; required: {_NEEDS[kind].format(**context) if kind in _NEEDS else need}. Change it."
+
+
+def _mapping(loc: list[int | str], got: object, model: type[BaseModel]) -> str:
+    """What to write where a mapping belongs: of one that holds a place, what was meant, `input: photos/`."""
+    names = _fields_at(loc, model)
+    return (
+        f"Write {loc[-1]}: {{uri: {shown(got)}}}" if isinstance(got, str) and "uri" in names else f"It holds {', '.join(names)}"
+    )
 
 
 def _place(loc: tuple[int | str, ...]) -> list[int | str]:

@@ -26,6 +26,8 @@ _LONGEST = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)  # days of the month
 
 
 def _uri(value: str) -> str:
+    if not value.strip():  # would be the working folder, or one whose name nobody sees
+        raise ValueError("a path or a URI that is not blank")
     scheme, colon, rest = value.partition(":")
     if scheme in ("s3", "file") and colon and not rest.startswith("//"):
         raise ValueError(f"two slashes after {scheme}:")

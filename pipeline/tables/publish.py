@@ -25,6 +25,7 @@ from pipeline.log import Log
 from pipeline.names import spelt
 from pipeline.nights.generation import newest
 from pipeline.spec import Job, Publish
+from pipeline.start import load_model, open_log
 from pipeline.storage import Object, RangeFile, Store, below, open_input, side_by_side
 from pipeline.tables.published import Changed, File, Table
 
@@ -66,19 +67,24 @@ def check_publisher(job: Job) -> None:
 
 
 def check_columns(job: Job) -> None:
-    """Raises JobError for a kept column that the job's table has no type for, by the types that a new output would have."""
+    """Raises JobError for a kept column that the job's table has no type for. What the output has counts, whatever has become of
+    the inputs since; a new output would have the types of these."""
     if job.publish is None or job.input.format != "parquet" or not job.input.keep:
         return
     if job.publish.format == "delta":
         from pipeline.tables.delta import lacks
     else:
         from pipeline.tables.iceberg import lacks
-    store = open_input(job.input)
-    for field in kept_types(store, job.input, list_inputs(store, job.input, some=True).inputs) or ():
+    log = open_log(job, load_model(job, weights=False))
+    kept, where, way = log.kept(), log.root, "label into another output"
+    if kept is None:
+        store, where, way = open_input(job.input), job.input.uris[0], "write it as another type"
+        kept = kept_types(store, job.input, list_inputs(store, job.input, some=True).inputs)
+    for field in kept or ():
         if lacks(field):
-            got = f"publish: column {field.name} of {job.input.uris[0]} is {field.type}, which {job.publish.format} has not"
+            got = f"publish: column {field.name} of {where} is {field.type}, which {job.publish.format} has not"
             need = "columns that go into the table as they are"
-            raise JobError(got, need=need, do="Leave it out of input.keep, or write it as another type")
+            raise JobError(got, need=need, do=f"Leave it out of input.keep, or {way}")
 
 
 def publish(job: Job, log: Log) -> Published | None:
