@@ -7,12 +7,13 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -26,6 +27,7 @@ from pipeline.spec import Job
 KNOCK_S = 10.0  # for a head to answer
 FREE_S = 5.0  # for Ray to find room where there is some
 BUSY_WAIT_S = 600.0  # for other jobs to end
+_ROOM = 2**20  # bytes for Ray's files; with 64 KB it does not come up, with 200 KB it does
 TELL_S = 60  # a run that waits says so again, lest it look hung, and sees whether another takes over
 
 Tell = Callable[..., None]
@@ -162,9 +164,22 @@ def _failure(error: Exception, address: str | None) -> NightlabelError:
             "resources: object_store is more than this machine's memory", need="room beside it for the workers", do=do
         )
     got = f"{theirs} did not come up ({first_line(error).rstrip('.')})"
-    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES):
-        return UnfitError(got, need="a folder for temporary files", do="Make /tmp one that can be written")
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # as Ray takes it
+    if not address and (need := _needs(folder, error)):
+        return UnfitError(got, need=need, do=f"Set RAY_TMPDIR to such a folder, in place of {folder}")
     return Temporary(got, do="Run again; what is committed stays")
+
+
+def _needs(folder: str, error: Exception) -> str:
+    """What the folder lacks that Ray has its sockets and logs in, if it did not come up for that; to run again mends none."""
+    if "AF_UNIX" in str(error):
+        return "a folder for temporary files with a shorter path, which those of sockets begin with"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES):
+        return "a folder for temporary files that can be written"
+    with suppress(OSError):
+        if shutil.disk_usage(folder).free < _ROOM:  # Ray itself says no more than that it waited
+            return "room in the folder for temporary files"
+    return ""
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from pipeline.errors import JobError, UnfitError
@@ -41,7 +40,8 @@ def has_token() -> bool:
     """Is there a token where Ray looks for one: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return True
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser().is_file()
+    # Not Path.expanduser, which raises where there is no home: a container's user that no passwd knows.
+    return os.path.isfile(os.path.expanduser(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -188,6 +189,10 @@ def test_another_machine_wants_a_token(monkeypatch, tmp_path):
         cluster_address("head:8265")
     assert not cluster_address("head:8265", insecure=True).loopback
     assert cluster_address("127.0.0.1:8265").loopback
+    with monkeypatch.context() as patch:
+        patch.delenv("HOME")
+        patch.setattr(os, "getuid", lambda: 2**31 - 7)  # in no passwd, so that there is no home either
+        assert cluster_address("127.0.0.1:8265").loopback
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray/auth_token").write_text("secret")
     assert not cluster_address("head:8265").loopback
