@@ -204,7 +204,7 @@ def demo(
 
     with Screen() as screen:
         outcome = run_demo(out, say=tell, observe=screen.observe)
-    cli_nightly.print_receipt(outcome.receipt, as_json=as_json, job=str(out / "job.yaml"))
+    cli_nightly.print_receipt(outcome.receipt, as_json=as_json, job=shlex.quote(str(out / "job.yaml")))
     for line in outcome.lines():
         tell(line)
     sys.exit(outcome.exit_code)

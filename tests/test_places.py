@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 import threading
@@ -75,14 +74,16 @@ def test_a_working_folder_of_any_name(tmp_path: Path, model: str, monkeypatch: p
 
 
 def test_a_run_with_failed_images_says_how_to_see_which(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    (folder := tmp_path / 'the "$5" `x` of a job\'s').mkdir()
+    monkeypatch.chdir(folder)
     Path("in").mkdir()
     Path("in/x.tar").write_bytes(tar_bytes({"a.jpg": picture(1), "b.jpg": b"no image"}))
     job(model, limits={"max_failed": "100%"})
     _, said = nightlabel("run")
-    queries = [shlex.split(line)[2] for line in said.splitlines() if line.strip().startswith("duckdb -c")]
-    found = duckdb.sql(queries[1]).fetchall()
-    assert found == [(f"{tmp_path}/in/x.tar", "b", "NOT_AN_IMAGE", "starts like no image format: b'no image'")]
+    commands = [line.strip() for line in said.splitlines() if line.strip().startswith("duckdb -c")]
+    query = subprocess.run(["sh", "-c", commands[1].replace("duckdb -c", "printf %s")], stdout=subprocess.PIPE, check=True).stdout
+    found = duckdb.sql(query.decode()).fetchall()
+    assert found == [(f"{folder}/in/x.tar", "b", "NOT_AN_IMAGE", "starts like no image format: b'no image'")]
 
 
 def test_keys_are_relative_to_a_folder_that_is_not_utf8(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -138,7 +140,7 @@ def _print_night(night: Night, *, as_json: bool, path: Path) -> None:
     if as_json:
         print_json(night.outcome.as_dict() | with_table(night.outcome.exit_code, night.table))
         return
-    print_receipt(night.outcome, as_json=False, job=f"{path}{f' --date {night.date}' if night.date else ''}")
+    print_receipt(night.outcome, as_json=False, job=f"{shlex.quote(str(path))}{f' --date {night.date}' if night.date else ''}")
     _print_table(night.table)
 
 
@@ -161,7 +163,14 @@ def print_receipt(receipt: Receipt, *, as_json: bool, job: str) -> None:
         put(f"next    mend what is named above, then again: nightlabel run {job}")
         return
     put(f"next    nightlabel validate {job}")
-    rows = f"from '{receipt.where}/data/*.parquet'"
-    put(f'        duckdb -c "select label, count(*) {rows} group by label"')
+    place = receipt.where.replace("'", "''")
+    rows = f"from '{place}/data/*.parquet'"
+    put(_in_duckdb(f"select label, count(*) {rows} group by label"))
     if receipt.failed:
-        put(f"""        duckdb -c "select source, key, error_class, error {rows} where status = 'failed'\"""")
+        put(_in_duckdb(f"select source, key, error_class, error {rows} where status = 'failed'"))
+
+
+def _in_duckdb(query: str) -> str:
+    """For a shell, whatever the name of the output holds."""
+    escaped = re.sub(r'([\\$`"])', r"\\\1", query)
+    return f'        duckdb -c "{escaped}"'
