@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import poison
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,6 +26,7 @@ from shards import picture, tar_bytes, write_parquet
 from test_metrics import predictions
 
 from pipeline.artifact import build, load_artifact, make_artifact, save_artifact
+from pipeline.careful import CarefulLimits
 from pipeline.decode import decode
 from pipeline.engines import cpu
 from pipeline.errors import JobError, ModelError, NightlabelError, StoreError, UnfitError
@@ -132,6 +134,18 @@ def test_figures_that_are_known_beforehand(tmp_path: Path, model: str, other: st
     ):
         assert words in text
     assert re.search(r"img/s   [\d,.]+ decode, [\d,.]+ predict; each alone, in one process", text)
+
+
+def test_an_image_that_kills_or_hangs_its_decoder_is_a_failed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str):
+    """The process that measures never sees it."""
+    monkeypatch.setattr("pipeline.prepare.data.see", poison.see)
+    monkeypatch.setattr("pipeline.prepare.data._PATIENCE", CarefulLimits(2.0, 2**28))
+    data = shard(tmp_path / "in", [*LABELS, None], broken={"bad": b"abort", "slow": b"hang", "odd": b"hog"})
+    outcome = evaluate(job(model, data, tmp_path / "out"))
+    failed = {"DECODER_CRASH": 2, "DECODE_TIMEOUT": 1}
+    assert outcome.facts["images"] == {"read": 12, "measured": 8, "unlabelled": 1, "failed": failed}
+    assert outcome.facts["left_out_images"] == {"NO_LABEL": ["p8"], "DECODER_CRASH": ["bad", "odd"], "DECODE_TIMEOUT": ["slow"]}
+    assert outcome.facts["top1"] == RIGHT / 8
 
 
 @pytest.mark.parametrize(("batch_size", "shown"), [(6, SHOWN), (20, 3)])

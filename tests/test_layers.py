@@ -25,9 +25,9 @@ attempt committer start watch cluster stages run keep label
 nights.generation tables.published tables.delta tables.iceberg tables.publish nights.lease nights.notify nights.nightly
 nights.retried nights.retry
 ship submit
-prepare.outcome prepare.data prepare.metrics prepare.card
+prepare.outcome prepare.look prepare.data prepare.metrics prepare.card
 prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate prepare.timm_config
-prepare.importer prepare.augment prepare.checkpoint prepare.afar prepare.room prepare.shelf prepare.look prepare.images
+prepare.importer prepare.augment prepare.checkpoint prepare.afar prepare.room prepare.shelf prepare.images
 prepare.learner prepare.epochs prepare.train
 prepare.workers prepare.dataset prepare.resume prepare.finetune prepare.distill prepare.digits
 prepare.calibrate prepare.gate prepare.quantize

@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import onnx
+import poison
 import pytest
 from PIL import Image
 from shards import picture, tar_bytes
@@ -25,6 +26,7 @@ from test_run import job as label_job
 from test_run import label, table
 
 from pipeline.artifact import INT8, Artifact, load_artifact, save_artifact
+from pipeline.careful import CarefulLimits
 from pipeline.decode import decode
 from pipeline.engines.onnx_engine import OnnxEngine
 from pipeline.engines.onnx_graph import to_onnx
@@ -155,6 +157,22 @@ def test_int8_says_what_float32_says_within_its_steps(done: tuple[Outcome, Path]
     length, expected = (np.linalg.norm(scores.embeddings, axis=1) for scores in (got, want))
     cosines = (got.embeddings * want.embeddings).sum(axis=1) / length / expected
     assert cosines.min() > 0.9, cosines  # 0.96; of the photographs at 224 pixels, whose noise averages out, 0.999
+
+
+def test_an_image_that_kills_or_hangs_its_decoder_is_left_out(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch):
+    """Of those to calibrate with, and of those to measure with."""
+    monkeypatch.setattr("pipeline.prepare.data.see", poison.see)
+    monkeypatch.setattr("pipeline.prepare.data._PATIENCE", CarefulLimits(2.0, 2**28))
+    sound = {f"k{number}": picture(number) for number in range(CLASSES)}
+    truth = {f"k{number}": str(number) for number in range(CLASSES)} | {"slow": "1"}
+    places = {
+        "some": write(tmp_path / "some.tar", {"bad": b"abort"} | sound),
+        "data": write(tmp_path / "data.tar", sound | {"slow": b"hang"}, truth),
+    }
+    run(quantize_job(model, places, tmp_path / "out"))
+    facts = load_artifact(str(tmp_path / "out")).origin.data
+    assert (facts["calibration"]["images"], facts["measured"]["images"]) == (CLASSES, CLASSES)
+    assert facts["left_out_images"] == {"DECODER_CRASH": ["bad"], "DECODE_TIMEOUT": ["slow"]}
 
 
 def test_again_is_the_same_and_nothing_is_overwritten(done: tuple[Outcome, Path], model: str, shards: dict[str, str]) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.careful import CarefulLimits
 from pipeline.columns import UNREADABLE
 from pipeline.cut import check_inputs, cut, list_inputs
 from pipeline.errors import JobError, kind_of
+from pipeline.prepare.look import looked_at, see
 from pipeline.read import read_unit
 from pipeline.spec import Input, Limits
 from pipeline.storage import Object, RangeFile, Store, open_input
 
 NO_LABEL = -1
 MAX_PIXELS = Limits().max_pixels  # as in labelling
+_PATIENCE = CarefulLimits(Limits().decode_timeout, Limits().decode_memory)  # as in labelling
 SPREAD = 16  # shards that a number of images comes from: of each one a first range of 8 MB is fetched
 _LISTED, _SHOWN = 50, 3  # keys of images left out, of each reason: those that are recorded, and those on a screen
 
@@ -82,6 +86,11 @@ def image_rows(
             yield images
             if not share:
                 break
+
+
+def judged(tables: Iterable[pa.Table], *, processes: int) -> Iterator[pa.Table]:
+    """Tables of `image_rows` with the failure of each image that cannot be decoded, as so many processes beside this one find."""
+    return looked_at(tables, partial(see, max_pixels=MAX_PIXELS), _PATIENCE, processes=processes)
 
 
 def listing(wanted: Input) -> list[list[Any]]:

@@ -2,7 +2,7 @@
 
 Images without a label are counted and left out, images that cannot be decoded are counted by failure class: neither says anything
 about the model. A label that is no class of the model is an error, because a wrong list of classes would look like a bad model.
-The price: one process, and no careful mode, so an image that kills its decoder ends the job.
+The price: one process decodes and asks, when others have looked at each image, so that none ends or holds up the job.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.errors import JobError, ModelError, UnfitError
 from pipeline.job.arithmetic import engine_for
 from pipeline.job.recipe import EvaluateJob, Measured
 from pipeline.prepare.answer import TRUTH, Evaluator, Mistake, mistakes
-from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, image_rows, label_texts, listing
+from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, image_rows, judged, label_texts, listing
 from pipeline.prepare.evaluation import (
     VERSION,
     Images,
@@ -91,7 +91,8 @@ class Evaluation:
         for one in filter(None, (self._model, self._other)):
             if one.caution is not None:
                 say(f"caution: {one.artifact.digest}: {one.caution}")
-        for block in _blocks(self._labelled(where), self._job.batch_size):
+        seen = judged(self._labelled(where), processes=torch.get_num_threads())
+        for block in _blocks(seen, self._job.batch_size):
             self._ask(block)
             if time.monotonic() - told > EVERY_S:
                 told = time.monotonic()

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
 
 import numpy as np
@@ -20,19 +19,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, TensorDataset
 
-from pipeline.careful import CarefulLimits
 from pipeline.decode import decode
 from pipeline.errors import JobError
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Augmentation
-from pipeline.prepare.data import MAX_PIXELS, NO_LABEL, LeftOut, class_index, has_labels, image_rows, label_texts
-from pipeline.prepare.look import looked_at, see
+from pipeline.prepare.data import MAX_PIXELS, NO_LABEL, LeftOut, class_index, has_labels, image_rows, judged, label_texts
 from pipeline.prepare.shelf import IN_MEMORY, Found, Place, Shelf
 from pipeline.preprocess import Prepare
-from pipeline.spec import Input, Limits
+from pipeline.spec import Input
 
 _PRIME = 1_000_003
-_PATIENCE = CarefulLimits(Limits().decode_timeout, Limits().decode_memory)  # as in labelling
 
 
 @dataclass(frozen=True)
@@ -90,8 +86,7 @@ def _put(wanted: Input, place: Place, *, label: str | None, label_key: str | Non
     if label is not None and unlabelled and not has_labels(wanted, label):
         label = None
     left_out = LeftOut()
-    tables = image_rows(wanted, label=label, label_key=label_key)
-    for table in looked_at(tables, partial(see, max_pixels=MAX_PIXELS), _PATIENCE, processes=torch.get_num_threads()):
+    for table in judged(image_rows(wanted, label=label, label_key=label_key), processes=torch.get_num_threads()):
         left_out.add_failed(table)
         keep = pc.is_null(table["error_class"]).to_numpy()
         named = label_texts(table[label]) if label else [None] * table.num_rows

@@ -1,4 +1,4 @@
-"""The first look at the images of a training: which of them can be decoded, by several processes, none of them this one.
+"""The first look at images to train on or to measure with: which can be decoded, by several processes, none of them this one.
 
 A block of images is looked at in a child that can be killed, as in careful mode; where that dies or is not done in time, each
 image of the block alone. So an image that hangs or kills its decoder is one that is left out. The price is a copy of the bytes

@@ -30,7 +30,7 @@ from pipeline.model.describe import file_sizes
 from pipeline.model.preprocessing import PREPROCESSING_VERSION
 from pipeline.prepare.calibrate import calibrate, quantize, schemes
 from pipeline.prepare.card import folder_name, model_card
-from pipeline.prepare.data import MAX_PIXELS, NO_LABEL, LeftOut, class_index, image_rows, label_texts, listing
+from pipeline.prepare.data import MAX_PIXELS, NO_LABEL, LeftOut, class_index, image_rows, judged, label_texts, listing
 from pipeline.prepare.gate import BATCH, FLOAT32, Batch, Measurement, best_of, measure
 from pipeline.prepare.outcome import Outcome, Say
 from pipeline.preprocess import Preprocess
@@ -169,7 +169,7 @@ class _Images:
     def _sound(self, wanted: Input, **which: Any) -> Iterator[pa.Table]:
         """Images of `image_rows`, prepared, BATCH at most at a time."""
         prepare = Preprocess(self.source.preprocessing, max_pixels=MAX_PIXELS, threads=self.threads)
-        for table in map(prepare, image_rows(wanted, **which)):
+        for table in map(prepare, judged(image_rows(wanted, **which), processes=self.threads)):
             self.left_out.add_failed(table)
             sound = table.filter(pc.is_valid(table["pixels"]))
             yield from (sound.slice(at, BATCH) for at in range(0, sound.num_rows, BATCH))
