@@ -20,7 +20,7 @@ from test_run import cli
 from trainings import SIDES, SMALL, accuracy, loss_of, picture, tiny_artifact, write_shards
 
 from pipeline.artifact import Artifact, build, load_artifact, save_artifact
-from pipeline.errors import InputMissing, JobError, ModelError, StoreError
+from pipeline.errors import InputMissing, JobError, ModelError, PermissionDenied, StoreError
 from pipeline.job.recipe import EvaluateJob
 from pipeline.job.training import DistillJob, FinetuneJob, RandomNetwork, Training
 from pipeline.model.huggingface import Architecture
@@ -204,6 +204,19 @@ def test_a_finished_job_does_nothing_and_another_one_is_refused(tmp_path: Path, 
     write_shards(tmp_path / "in", 8, first=400)
     with pytest.raises(JobError, match="holds another artifact"):
         make(job(train, tmp_path / "out", model={"uri": start}))
+
+
+def test_no_place_for_a_model_is_found_before_the_training(tmp_path: Path, start: str, monkeypatch: pytest.MonkeyPatch):
+    train, said = write_shards(tmp_path / "in", 40), []
+    (tmp_path / "file").write_bytes(b"somebody's")
+    for out in ("file", "file/model"):
+        with pytest.raises(StoreError, match=r"file is no folder; required: a folder, or none\. Give another output\.uri"):
+            make(job(train, tmp_path / out, model={"uri": start}), said)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # who runs as root may write everywhere
+    with pytest.raises(PermissionDenied, match=r"cannot be written; required: the right to write there\."):
+        make(job(train, tmp_path / "out", model={"uri": start}), said)
+    assert said == []
+    assert not list(tmp_path.glob("*.training"))
 
 
 def test_a_folder_that_is_taken_is_found_before_the_training(tmp_path: Path, start: str):

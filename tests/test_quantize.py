@@ -31,7 +31,7 @@ from pipeline.decode import decode
 from pipeline.engines.onnx_engine import OnnxEngine
 from pipeline.engines.onnx_graph import to_onnx
 from pipeline.engines.scores import Scores, Wanted
-from pipeline.errors import InputMissing, JobError, ModelError
+from pipeline.errors import InputMissing, JobError, ModelError, StoreError
 from pipeline.job.recipe import Gate, QuantizeJob
 from pipeline.prepare import calibrate, gate
 from pipeline.prepare.gate import FLOAT32, Measurement, best_of, passes
@@ -199,6 +199,8 @@ def test_what_stands_in_the_folder_is_found_before_the_work(model: str, shards: 
     said: list[str] = []
     with pytest.raises(ModelError, match=r"taken: holds another config\.json; required: nothing, or sha256:.* quantized"):
         run_job(quantize_job(model, shards, taken), say=said.append, command="")
+    with pytest.raises(StoreError, match=r"config\.json is no folder; required: a folder, or none\. Give another output\.uri"):
+        run_job(quantize_job(model, shards, taken / "config.json"), say=said.append, command="")
     assert said == []
     run_job(quantize_job(model, shards, half), say=said.append, command="")
     assert "left out: 1 NOT_AN_IMAGE (broken), 1 NO_LABEL (u0)" in said

@@ -18,6 +18,7 @@ from pipeline.errors import StoreError
 from pipeline.job.recipe import Folder
 from pipeline.prepare.data import LeftOut
 from pipeline.prepare.metrics import Metrics
+from pipeline.prepare.outcome import check_place
 from pipeline.storage import head_if_there, join, open_store, read_if_there
 
 VERSION = 1
@@ -134,6 +135,7 @@ def standing(folder: Folder, subject: Record) -> Record | None:
         if head_if_there(store, join(folder.uri, PAGE)):
             need = "an empty folder, for nothing is overwritten"
             raise StoreError(f"{folder.uri}: holds {PAGE} without {RECORD}", need=need, do="Name another output.uri")
+        check_place(folder)
         return None
     try:
         record = json.loads(data)
