@@ -99,6 +99,23 @@ def test_nothing_recorded_is_said():
     assert "trust_remote_code=True" in small
 
 
+def test_classes_and_globs_are_no_markup():
+    artifact = made(origin=Origin(data={"uris": ["s3://b/*/a_b_*.tar"]}))
+    artifact = replace(artifact, labels=("<unk>", "__background__", "[x](y) `c`", "n01_tench"))
+    card = model_card(artifact, name="_x_").decode()
+    for line in (r"# \_x\_", r"classes: \<unk>, \_\_background\_\_, \[x](y) \`c\`, n01_tench.", r"* uris: s3://b/\*/a_b\_\*.tar"):
+        assert line in card
+
+
+def test_the_lines_for_transformers_run_as_they_stand(tmp_path: Path):
+    artifact = made()
+    save_artifact(artifact, str(tmp_path), card=model_card(artifact, name="x"))
+    code = (tmp_path / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    found: dict[str, object] = {}
+    exec(code.replace("path/to/this/folder", str(tmp_path)), found)
+    assert found["model"].config.num_labels == 3
+
+
 def test_transformers_opens_a_folder_with_a_card_and_nothing_is_overwritten(tmp_path: Path):
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 

@@ -19,6 +19,8 @@ from pipeline.model.describe import giga, millions, numbers, plain, preprocessin
 #: like a name on a hub.
 LIBRARY_NAME = re.compile(r"ResNet\d+_Weights\.\w+")
 _ACCURACIES = ("accuracy", "top1")
+#: What Markdown or HTML would take for markup in a class or a glob; a `_` between letters is none.
+_MARKUP = re.compile(r"[\\`*<\[~]|(?<![^\W_])_|_(?![^\W_])")
 _WIDEST = 300  # characters of one fact: settings of a training are 400 and would take a quarter of the page
 
 
@@ -56,8 +58,8 @@ def _front_matter(artifact: Artifact) -> dict[str, Any]:
 def _what(artifact: Artifact, name: str) -> Iterator[str]:
     known = numbers(artifact)
     size = sum(len(data) for data in artifact.files.values())
-    shown = ", ".join(artifact.labels[:10]) + (", …" if len(artifact.labels) > 10 else ".")
-    yield f"# {name}"
+    shown = _literal(", ".join(artifact.labels[:10])) + (", …" if len(artifact.labels) > 10 else ".")
+    yield f"# {_literal(name)}"
     yield ""
     yield f"A {known['architecture']} that puts images into {known['classes']:,} classes: {shown}"
     yield ""
@@ -75,6 +77,8 @@ def _use(artifact: Artifact) -> Iterator[str]:
     yield "In a job file of nightlabel, `model: {uri: path/to/this/folder}`; or, with transformers:"
     yield ""
     yield "```python"
+    yield "from transformers import AutoImageProcessor, AutoModelForImageClassification"
+    yield ""
     yield f"processor = AutoImageProcessor.from_pretrained({folder})"
     yield f"model = AutoModelForImageClassification.from_pretrained({folder}{trust})"
     yield "```"
@@ -122,7 +126,11 @@ def _facts(facts: Any, nothing: str) -> Iterator[str]:
         yield nothing
     for name, value in facts.items():
         text = plain(value)
-        yield f"* {name}: {text if len(text) <= _WIDEST else text[: _WIDEST - 1] + '…'}"
+        yield f"* {name}: {_literal(text if len(text) <= _WIDEST else text[: _WIDEST - 1] + '…')}"
+
+
+def _literal(text: str) -> str:
+    return _MARKUP.sub(r"\\\g<0>", text)
 
 
 def _cell(text: str) -> str:
