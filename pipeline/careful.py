@@ -122,7 +122,10 @@ class _Child:
             command = [sys.executable, "-c", _CHILD, str(theirs.fileno())]
             # One image at a time; a thread pool would only count against the memory limit.
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
+            # A group of its own: Ctrl-C in a terminal is for the parent, who ends the child; that would print a traceback.
+            self.process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment, process_group=0
+            )
         self.stop = weakref.finalize(self, _stop, self.process, self.pipe)
         try:
             self.pipe.send(sys.path)

@@ -137,6 +137,24 @@ print(decoder(b"pid"), flush=True)
         parent.kill()
 
 
+def test_ctrl_c_in_a_terminal_is_for_the_parent_alone():
+    code = """
+import functools, poison, signal
+from pipeline.careful import CarefulDecoder, CarefulLimits
+signal.signal(signal.SIGINT, lambda *_: None)
+decoder = CarefulDecoder(functools.partial(poison.decode, max_pixels=1), CarefulLimits(timeout_s=60, memory_bytes=2**28))
+print(decoder(b"pid"), flush=True)
+input()
+print(decoder(b"pid"))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True, **pipes) as parent:
+        first = parent.stdout.readline()
+        os.killpg(parent.pid, signal.SIGINT)  # as a terminal does
+        assert parent.communicate(b"\n", timeout=60) == (first, b""), "the same child, and no traceback"
+
+
 def test_a_child_that_cannot_start_is_our_users_error():
     module = type(poison)("only_here")
     exec("def decode(data): return data", module.__dict__)
