@@ -101,9 +101,13 @@ def test_nothing_recorded_is_said():
 
 def test_classes_and_globs_are_no_markup():
     artifact = made(origin=Origin(data={"uris": ["s3://b/*/a_b_*.tar"]}))
-    artifact = replace(artifact, labels=("<unk>", "__background__", "[x](y) `c`", "n01_tench"))
+    artifact = replace(artifact, labels=("<unk>", "__background__", "[x](y) `c`", "n01\n_tench"))
     card = model_card(artifact, name="_x_").decode()
-    for line in (r"# \_x\_", r"classes: \<unk>, \_\_background\_\_, \[x](y) \`c\`, n01_tench.", r"* uris: s3://b/\*/a_b\_\*.tar"):
+    for line in (
+        r"# \_x\_",
+        r"classes: \<unk>, \_\_background\_\_, \[x](y) \`c\`, n01\\n_tench.",
+        r"* uris: s3://b/\*/a_b\_\*.tar",
+    ):
         assert line in card
 
 

@@ -130,7 +130,7 @@ def test_figures_that_are_known_beforehand(tmp_path: Path, model: str, other: st
         "images  8 measured of 12; left out: 2 NO_LABEL (p8, p9), 1 NOT_AN_IMAGE (text), 1 TRUNCATED (cut)",
         "agrees  100.00% with sha256:",
         "class 0     50.0%     100.0%        2",
-        "and 1 more classes;",
+        "and 1 more class;",
     ):
         assert words in text
     assert re.search(r"img/s   [\d,.]+ decode, [\d,.]+ predict; each alone, in one process", text)

@@ -203,6 +203,7 @@ def test_what_stands_in_the_folder_is_found_before_the_work(model: str, shards: 
         run_job(quantize_job(model, shards, taken / "config.json"), say=said.append, command="")
     assert said == []
     run_job(quantize_job(model, shards, half), say=said.append, command="")
+    assert said[1].endswith(" with 1 thread")
     assert "left out: 1 NOT_AN_IMAGE (broken), 1 NO_LABEL (u0)" in said
     assert load_artifact(str(half)).quantized
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from pipeline.artifact import INT8, Artifact
+from pipeline.errors import one_line
 from pipeline.model.describe import giga, millions, numbers, plain, preprocessing_text
 
 #: Weights by torchvision's name, the only one that a parent has: all others are digests and paths, and a relative path looks
@@ -130,7 +131,7 @@ def _facts(facts: Any, nothing: str) -> Iterator[str]:
 
 
 def _literal(text: str) -> str:
-    return _MARKUP.sub(r"\\\g<0>", text)
+    return _MARKUP.sub(r"\\\g<0>", one_line(text))
 
 
 def _cell(text: str) -> str:

@@ -109,7 +109,7 @@ def _worst(classes: list[dict[str, Any]]) -> Iterator[str]:
     for one in shown:
         yield f"{one['label'][:30]:<{width}}  {percent(one['recall']):>8}  {percent(one['precision']):>9}  {one['images']:>7,}"
     if more:
-        yield f"and {more:,} more classes; the lowest recall is on top"
+        yield f"and {more:,} more {'class' if more == 1 else 'classes'}; the lowest recall is on top"
 
 
 def percent(share: float | None) -> str:

@@ -56,7 +56,7 @@ def run_job(job: QuantizeJob, *, say: Say, command: str) -> Outcome:
     say(f"calibrating on up to {job.calibration_images} images")
     ranges = calibrate(float32, images.calibration())
     candidates = {str(scheme): quantize(float32, ranges, scheme) for scheme in schemes(saturates=saturates)}
-    say(f"measuring float32 and {', '.join(candidates)} with {threads} threads")
+    say(f"measuring float32 and {', '.join(candidates)} with {threads} {'thread' if threads == 1 else 'threads'}")
     measured = measure({FLOAT32: float32, **candidates}, images.labelled(), job.gate, threads=threads)
     if not measured:
         raise JobError(f"{job.data.where}: no sound image has a label", need="some, to measure with", do="Check the label's name")
