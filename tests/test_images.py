@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from raylets import below
 from seaweed import Seaweed
 from shards import tar_bytes
+from test_preprocess import table
 from trainings import SMALL, picture, write_shards
 
 from pipeline.careful import CarefulLimits
@@ -37,7 +39,7 @@ from pipeline.errors import (
 from pipeline.job.training import Augment, Data
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Augmentation
-from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, has_labels, image_rows
+from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, has_labels, image_rows, judged
 from pipeline.prepare.dataset import read_data, read_taught
 from pipeline.prepare.images import (
     EpochDataset,
@@ -481,3 +483,17 @@ def test_workers_share_an_epoch_without_overlap(count: int, batch: int, world: i
     assert len(set(together)) == len(together)
     assert {epoch for epoch, _ in together} <= {2}
     assert count - len(together) < batch * world
+
+
+@pytest.mark.parametrize(("quiet", "taken"), [(False, [5, 5, 5, 5, 5]), (True, [2, 2, 4, 4, 5])])
+def test_nobody_looks_while_somebody_takes_the_time(*, quiet: bool, taken: list[int]) -> None:
+    drawn = 0
+
+    def tables() -> Iterator[pa.Table]:
+        nonlocal drawn
+        for number in range(5):
+            drawn += 1
+            yield table([picture(number), b"no image"])
+
+    found = [(drawn, seen["error_class"].to_pylist()) for seen in judged(tables(), processes=2, quiet=quiet)]
+    assert found == [(count, [None, "NOT_AN_IMAGE"]) for count in taken]

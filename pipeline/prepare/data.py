@@ -88,9 +88,10 @@ def image_rows(
                 break
 
 
-def judged(tables: Iterable[pa.Table], *, processes: int) -> Iterator[pa.Table]:
-    """Tables of `image_rows` with the failure of each image that cannot be decoded, as so many processes beside this one find."""
-    return looked_at(tables, partial(see, max_pixels=MAX_PIXELS), _PATIENCE, processes=processes)
+def judged(tables: Iterable[pa.Table], *, processes: int, quiet: bool = False) -> Iterator[pa.Table]:
+    """Tables of `image_rows` with the failure of each image that cannot be decoded, as so many processes beside this one find;
+    `quiet` as in `looked_at`."""
+    return looked_at(tables, partial(see, max_pixels=MAX_PIXELS), _PATIENCE, processes=processes, quiet=quiet)
 
 
 def listing(wanted: Input) -> list[list[Any]]:

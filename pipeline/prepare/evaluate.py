@@ -91,7 +91,7 @@ class Evaluation:
         for one in filter(None, (self._model, self._other)):
             if one.caution is not None:
                 say(f"caution: {one.artifact.digest}: {one.caution}")
-        seen = judged(self._labelled(where), processes=torch.get_num_threads())
+        seen = judged(self._labelled(where), processes=torch.get_num_threads(), quiet=True)
         for block in _blocks(seen, self._job.batch_size):
             self._ask(block)
             if time.monotonic() - told > EVERY_S:

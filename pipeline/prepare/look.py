@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from queue import SimpleQueue
 
@@ -40,9 +40,12 @@ def _see(image: pa.Scalar, max_pixels: int) -> Seen:
     return None, None
 
 
-def looked_at(tables: Iterable[pa.Table], look: Look, limits: CarefulLimits, *, processes: int) -> Iterator[pa.Table]:
-    """Tables of rows.IMAGE as they come, with `error_class` and `error` as `look`, which is pickled, finds them. Raises
-    UnfitError when no process can be started."""
+def looked_at(
+    tables: Iterable[pa.Table], look: Look, limits: CarefulLimits, *, processes: int, quiet: bool = False
+) -> Iterator[pa.Table]:
+    """Tables of rows.IMAGE as they come, with `error_class` and `error` as `look`, which is pickled, finds them. With `quiet` no
+    process works while the caller has a table: somebody takes the time. Raises UnfitError when none can be started."""
+    most = processes if quiet else 2 * processes + 1
     with ExitStack() as stack:
         free: SimpleQueue[CarefulDecoder[list[Seen]]] = SimpleQueue()
         for _ in range(processes):
@@ -52,8 +55,12 @@ def looked_at(tables: Iterable[pa.Table], look: Look, limits: CarefulLimits, *, 
         waiting: deque[tuple[pa.Table, Future[list[Seen]]]] = deque()
         for table in tables:
             waiting.append((table, pool.submit(_seen, table.select(["bytes"]), free)))
-            if len(waiting) > 2 * processes:
-                yield _told(*waiting.popleft())
+            if len(waiting) == most:
+                if quiet:
+                    wait([seen for _, seen in waiting])
+                yield from (_told(*waiting.popleft()) for _ in range(most if quiet else 1))
+        if quiet:
+            wait([seen for _, seen in waiting])
         while waiting:
             yield _told(*waiting.popleft())
 

@@ -170,7 +170,7 @@ class _Images:
     def _sound(self, wanted: Input, **which: Any) -> Iterator[pa.Table]:
         """Images of `image_rows`, prepared, BATCH at most at a time."""
         prepare = Preprocess(self.source.preprocessing, max_pixels=MAX_PIXELS, threads=self.threads)
-        for table in map(prepare, judged(image_rows(wanted, **which), processes=self.threads)):
+        for table in map(prepare, judged(image_rows(wanted, **which), processes=self.threads, quiet=True)):
             self.left_out.add_failed(table)
             sound = table.filter(pc.is_valid(table["pixels"]))
             yield from (sound.slice(at, BATCH) for at in range(0, sound.num_rows, BATCH))

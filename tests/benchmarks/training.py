@@ -6,7 +6,7 @@
     .venv/bin/python tests/benchmarks/training.py amp [--device cuda] [--batch 64] [--size 32]
 
 With a GPU: `cifar10 --gpus 1`, `distill --gpus 1 --parallel 4 --shards 1 --teacher-shards 6`, `amp --device cuda`. On one
-H100 with 16 cores `cifar10` takes 2.7 minutes by itself. What has not been tried there to its end, and takes 5 alone on the machine:
+H100 with 16 cores `cifar10` takes 2.7 minutes by itself. Not yet tried there to its end, 5 minutes alone on the machine:
 `cifar10 --gpus 1 --epochs 200 --training '{"mixup": 0, "cutmix": 1, "augment": {"crop": [1, 1], "shift": 4, "trivial": true}}'`.
 
 cifar10: ResNet-18 with the small-image stem from a random start, measured on the 5,000 test images, which chose nothing.
