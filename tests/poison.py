@@ -44,10 +44,12 @@ def see(block, *, max_pixels: int):
 def make_preprocess(job, preprocessing, careful, share):
     """Stands in for `stages.make_preprocess` with this module's decoder."""
     from pipeline.careful import CarefulLimits
+    from pipeline.lanes import Lanes
     from pipeline.preprocess import Preprocess  # not above: it would bring torch, seconds, into each child of test_careful
 
     limits = CarefulLimits(job.limits.decode_timeout, job.limits.decode_memory) if careful else None
-    return Preprocess(preprocessing, max_pixels=job.limits.max_pixels, careful=limits, decode=decode)
+    preprocess = Preprocess(preprocessing, max_pixels=job.limits.max_pixels, careful=limits, decode=decode)
+    return preprocess if share is None else Lanes(preprocess, preprocessing, job.limits.max_pixels, share)
 
 
 def make_predict_elsewhere(job, digest, share):

@@ -40,9 +40,12 @@ class Standing:
 
 
 def make_predict(job, digest, share):
-    """Stands in for `stages.make_predict`: the lane is a GPU's by name only, and vouches for all but the last of a batch."""
+    """Stands in for `stages.make_predict`: the lane is a GPU's by name only, and vouches for all but the last of a batch. In
+    careful mode there is none."""
     from pipeline import stages
     from pipeline.lanes import GpuLane
 
     predict = stages.make_predict(job, digest, None)
+    if share is None:
+        return predict
     return GpuLane(Standing(slice(-1, None)), stages.make_preprocess(job, SMALL, False, None), predict, share)

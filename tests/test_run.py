@@ -427,6 +427,24 @@ def test_an_image_that_hangs_costs_one_row(tmp_path, model, on_ray, monkeypatch)
     assert max(blocks) <= 8, "a thousand hanging images in one block would look like a pass that hangs"
 
 
+def test_an_image_that_kills_what_reads_costs_one_row(tmp_path, model, on_ray, monkeypatch):
+    import poison
+    import standing
+
+    monkeypatch.setattr(run, "make_preprocess", poison.make_preprocess)
+    monkeypatch.setattr(run, "make_predict", standing.make_predict)
+    keys = write_tars(tmp_path / "in", shards=1, images=4)
+    sound = {f"{number}.jpg": picture(number) for number in range(3)}
+    (tmp_path / "in/poison.tar").write_bytes(tar_bytes({"abort.png": b"abort\n", **sound}))
+    resources = APART | {"preprocess": {"actors": 0}}  # with the GPU's lane what reads decodes what is no plain JPEG
+    wanted = job(tmp_path / "in", model, tmp_path / "out", limits={"max_failed": "100%"}, resources=resources)
+    there = wanted.model.model_copy(update={"engine": "torch"})
+    receipt = label(wanted.model_copy(update={"decode_lane": "gpu", "model": there}))
+    assert (receipt.exit_code, receipt.rows_in, receipt.failures) == (0, 8, {"DECODER_CRASH": 1})
+    assert receipt.passes >= 2
+    assert sorted(table(receipt.where)["key"].to_pylist()) == sorted([*keys, "abort", "0", "1", "2"])
+
+
 def test_what_ray_lost_a_unit_to_is_told(tmp_path, model, on_ray, monkeypatch):
     import poison
 
