@@ -165,21 +165,30 @@ def _failure(error: Exception, address: str | None) -> NightlabelError:
         )
     got = f"{theirs} did not come up ({first_line(error).rstrip('.')})"
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # as Ray takes it
-    if not address and (need := _needs(folder, error)):
+    if not address and (need := _needs(error)):
         return UnfitError(got, need=need, do=f"Set RAY_TMPDIR to such a folder, in place of {folder}")
+    if not address and _is_full(folder):  # Ray itself often says no more than that it waited
+        need, do = (
+            "room in the folder for temporary files",
+            f"Make some in {folder}, or set RAY_TMPDIR to another; then run again",
+        )
+        return Temporary(got, need=need, do=do)
     return Temporary(got, do="Run again; what is committed stays")
 
 
-def _needs(folder: str, error: Exception) -> str:
+def _needs(error: Exception) -> str:
     """What the folder lacks that Ray has its sockets and logs in, if it did not come up for that; to run again mends none."""
     if "AF_UNIX" in str(error):
         return "a folder for temporary files with a shorter path, which those of sockets begin with"
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES):
         return "a folder for temporary files that can be written"
-    with suppress(OSError):
-        if shutil.disk_usage(folder).free < _ROOM:  # Ray itself says no more than that it waited
-            return "room in the folder for temporary files"
     return ""
+
+
+def _is_full(folder: str) -> bool:
+    with suppress(OSError):
+        return shutil.disk_usage(folder).free < _ROOM
+    return False
 
 
 @contextmanager
