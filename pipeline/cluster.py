@@ -168,11 +168,8 @@ def _failure(error: Exception, address: str | None) -> NightlabelError:
     if not address and (need := _needs(error)):
         return UnfitError(got, need=need, do=f"Set RAY_TMPDIR to such a folder, in place of {folder}")
     if not address and _is_full(folder):  # Ray itself often says no more than that it waited
-        need, do = (
-            "room in the folder for temporary files",
-            f"Make some in {folder}, or set RAY_TMPDIR to another; then run again",
-        )
-        return Temporary(got, need=need, do=do)
+        do = f"Make some in {folder}, or set RAY_TMPDIR to another; then run again"
+        return Temporary(got, need="room in the folder for temporary files", do=do)
     return Temporary(got, do="Run again; what is committed stays")
 
 

@@ -29,7 +29,7 @@ class Disk:
         matches, folder = (anything, path) if base == path else (glob_matcher(path), os.path.dirname(base))
         with _explained(folder):
             if not glob:
-                _check_room(folder)
+                _nearest(folder)
             found = sorted((item for item in _walk(folder, ()) if matches(item.uri)), key=lambda item: item.uri)
         for one, other in pairwise(found):
             if one.uri == other.uri:
@@ -94,13 +94,22 @@ def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _check_room(folder: str) -> None:
-    """Raises StoreError where a file stands in the place of a folder of ours, or above it: such a one is not just absent."""
+def check_writable(uri: str) -> None:
+    """Raises StoreError where a file is in the way of the folder, PermissionDenied where nothing may be made in it."""
+    there = _nearest(_path(uri).rstrip("/") or "/")
+    if not os.access(there, os.W_OK | os.X_OK):
+        got = f"{spelt(there)} cannot be written"
+        raise PermissionDenied(got, need="the right to write there", do="Change the rights, or name another place")
+
+
+def _nearest(folder: str) -> str:
+    """The folder, or what there is above it. Raises StoreError where that is a file: such a folder is not just absent."""
     there = folder
     while not os.path.lexists(there):
         there = os.path.dirname(there)
     if os.path.isfile(there):
         raise StoreError(f"{spelt(there)} is a file", need="a folder, or nothing yet", do="Name another place, or move it away")
+    return there
 
 
 def _object(path: str, stat: os.stat_result) -> Object:

@@ -38,7 +38,7 @@ _APP1: Final = 0xE1
 _SOF: Final = (0xC0, 0xC1)  # sequential, Huffman
 _SKIPPED: Final = frozenset({0xC4, 0xDB, 0xDD, 0xEE, 0xFE, *range(0xE0, 0xF0)})
 _SAMPLINGS: Final = (b"\x11\x11\x11", b"\x21\x11\x11", b"\x22\x11\x11")  # across and down, by component: 4:4:4, 4:2:2, 4:2:0
-_SLICES: Final = 32  # of a table; each is a chunk of every column, some 20 us for Ray
+_SLICES: Final = 32  # of a table; each is a chunk of the images, and copying instead would be 100 MB
 _LEAST: Final = 0.02  # of the plain JPEGs for the GPU, or a slow first block would leave nothing to measure it by again
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import warnings
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import astuple
 from functools import cache, partial
@@ -63,7 +63,7 @@ def chain(
     share = None if careful else _share(job)  # what the GPU decodes cannot be killed
     decoding: Seam = "preprocess", partial(make_preprocess, job, artifact.preprocessing, careful, share)
     labelling: Seam = "predict", partial(make_predict, job, artifact.digest, share)
-    beside = ([decoding], rows, _block_bytes(job, artifact, careful)) if share and not apart else None
+    beside = partial(Timed, [decoding], rows) if share and not apart else None
     items = [_item(unit, only) for unit in units]
     with warnings.catch_warnings():
         # Finite retries have no other way in than the keyword arguments that 2.60 deprecates (2.61 is not admitted).
@@ -104,18 +104,20 @@ def _block_bytes(job: Job, artifact: Artifact, careful: bool) -> int:
     return max(2**22, min(2**27, job.resources.predict.batch_size * 3 * artifact.preprocessing.size**2))
 
 
-def _read(batch: pa.Table, *, wanted: Input, max_bytes: int, beside: tuple[list[Seam], int, int] | None) -> Iterator[pa.Table]:
-    """Rows of the units in `batch`. `beside`: stages that they go through too, rows of a call at most, and bytes, about."""
+def _read(batch: pa.Table, *, wanted: Input, max_bytes: int, beside: Callable[[], Timed] | None) -> Iterator[pa.Table]:
+    """Rows of the units in `batch`. `beside` makes the stages that they go through here too, a block at a time."""
     from pipeline.read import read_unit
 
-    seams, most, size = beside or ([], None, 0)
-    stages = Timed(seams, most)
+    stages, size = beside and beside(), DataContext.get_current().target_max_block_size or 0  # the driver's, as Ray hands it on
     for item in batch.column("unit").to_pylist():
         parts, only, kept = json.loads(item)
         unit = Unit(tuple(Part(*fields) for fields in parts), parse_types(kept))
         tables = clocked(read_unit(_store(wanted), unit, wanted=wanted, only=only, max_bytes=max_bytes))
+        if stages is None:
+            yield from tables
+            continue
         for table in gathered(tables, size):
-            yield from stages(table) if seams else [table]
+            yield from stages(table)
 
 
 _store = cache(open_input)  # one a worker process: an S3 client takes 0.1 s to make

@@ -68,6 +68,15 @@ def open_store(uri: str, s3: S3 | None = None, *, silence: float = 60.0) -> Stor
     return Disk()
 
 
+def check_writable(uri: str) -> None:
+    """Before hours of work, not after them: raises StoreError where a file on disk is in the way of the folder `uri`,
+    PermissionDenied where it cannot be written. What a bucket allows is seen when something is written there."""
+    if not uri.startswith("s3://"):
+        from pipeline import disk
+
+        disk.check_writable(uri)
+
+
 def open_input(wanted: Input) -> Store:
     """The store that has the inputs, all of which are in one."""
     return open_store(wanted.uris[0], wanted.s3)

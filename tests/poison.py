@@ -1,13 +1,15 @@
 """A decoder that does on command what a poison image does to a real one; give it to `Preprocess` as `decode`.
 
 No file of the corpora kills Pillow 13 or libjpeg-turbo 3, so the tests bring their own poison. The first line of the data is the
-command (abort, hang, hog, exit, pid); a second line, when there is one, is a file to create first: it tells a test that it began.
+command (abort, hang, hog, exit, pid, slow); a second line, when there is one, is a file to create first, which tells a test that
+it began, or at the end of what is slow.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,9 @@ from pipeline import decode as real
 def decode(data, *, max_pixels: int) -> np.ndarray:
     command, _, rest = bytes(data[:4096]).partition(b"\n")
     if command in (b"abort", b"hang", b"hog", b"exit") and rest:
+        Path(os.fsdecode(rest.strip())).touch()
+    if command == b"slow":
+        time.sleep(0.3)
         Path(os.fsdecode(rest.strip())).touch()
     if command == b"abort":
         os.abort()

@@ -337,7 +337,7 @@ def test_another_engine_or_column_finds_the_folder_taken(tmp_path: Path, model: 
 def test_a_file_in_the_place_of_the_folder_is_found_before_the_images_are_read(tmp_path: Path, model: str):
     (tmp_path / "out").write_bytes(b"somebody's")
     unlabelled = job(model, shard(tmp_path / "none", [None]), tmp_path / "out")
-    assert f"{tmp_path}/out is no folder; required: a folder, or none." in refused(StoreError, unlabelled)
+    assert f"{tmp_path}/out is a file; required: a folder, or nothing yet." in refused(StoreError, unlabelled)
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path, model: str):

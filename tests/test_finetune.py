@@ -210,7 +210,7 @@ def test_no_place_for_a_model_is_found_before_the_training(tmp_path: Path, start
     train, said = write_shards(tmp_path / "in", 40), []
     (tmp_path / "file").write_bytes(b"somebody's")
     for out in ("file", "file/model"):
-        with pytest.raises(StoreError, match=r"file is no folder; required: a folder, or none\. Give another output\.uri"):
+        with pytest.raises(StoreError, match=r"file is a file; required: a folder, or nothing yet\. Name another place"):
             make(job(train, tmp_path / out, model={"uri": start}), said)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # who runs as root may write everywhere
     with pytest.raises(PermissionDenied, match=r"cannot be written; required: the right to write there\."):

@@ -199,7 +199,7 @@ def test_what_stands_in_the_folder_is_found_before_the_work(model: str, shards: 
     said: list[str] = []
     with pytest.raises(ModelError, match=r"taken: holds another config\.json; required: nothing, or sha256:.* quantized"):
         run_job(quantize_job(model, shards, taken), say=said.append, command="")
-    with pytest.raises(StoreError, match=r"config\.json is no folder; required: a folder, or none\. Give another output\.uri"):
+    with pytest.raises(StoreError, match=r"config\.json is a file; required: a folder, or nothing yet\. Name another place"):
         run_job(quantize_job(model, shards, taken / "config.json"), say=said.append, command="")
     assert said == []
     run_job(quantize_job(model, shards, half), say=said.append, command="")

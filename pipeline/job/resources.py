@@ -70,7 +70,7 @@ class PreprocessPool(Model):
 
     actors: Annotated[int, Field(strict=True, ge=0, lt=2**31)] = 1
     """Size of the pool; 0: the actors of the model decode too, which is faster where there is no GPU to keep busy. With
-    `decode_lane: gpu` it is what reads that decodes the rest: fastest of all where nearly all images are plain JPEGs."""
+    `decode_lane: gpu` the tasks that read decode what is not for the GPU, which wants more of them: less for the CPUs to do."""
     cpus_per_actor: Cpus = 0.5
     """CPUs one actor reserves; it has as many threads, rounded, at least one."""
     memory_per_actor: Bytes | None = None

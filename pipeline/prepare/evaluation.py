@@ -18,8 +18,7 @@ from pipeline.errors import StoreError
 from pipeline.job.recipe import Folder
 from pipeline.prepare.data import LeftOut
 from pipeline.prepare.metrics import Metrics
-from pipeline.prepare.outcome import check_place
-from pipeline.storage import head_if_there, join, open_store, read_if_there
+from pipeline.storage import check_writable, head_if_there, join, open_store, read_if_there
 
 VERSION = 1
 RECORD, PAGE = "evaluation.json", "evaluation.html"
@@ -135,7 +134,7 @@ def standing(folder: Folder, subject: Record) -> Record | None:
         if head_if_there(store, join(folder.uri, PAGE)):
             need = "an empty folder, for nothing is overwritten"
             raise StoreError(f"{folder.uri}: holds {PAGE} without {RECORD}", need=need, do="Name another output.uri")
-        check_place(folder)
+        check_writable(folder.uri)
         return None
     try:
         record = json.loads(data)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from queue import SimpleQueue
 
@@ -56,13 +56,8 @@ def looked_at(
         for table in tables:
             waiting.append((table, pool.submit(_seen, table.select(["bytes"]), free)))
             if len(waiting) == most:
-                if quiet:
-                    wait([seen for _, seen in waiting])
-                yield from (_told(*waiting.popleft()) for _ in range(most if quiet else 1))
-        if quiet:
-            wait([seen for _, seen in waiting])
-        while waiting:
-            yield _told(*waiting.popleft())
+                yield from [_told(*waiting.popleft()) for _ in range(most if quiet else 1)]
+        yield from [_told(*waiting.popleft()) for _ in range(len(waiting))]
 
 
 def _seen(images: pa.Table, free: SimpleQueue[CarefulDecoder[list[Seen]]]) -> list[Seen]:

@@ -32,12 +32,12 @@ from pipeline.prepare.calibrate import calibrate, quantize, schemes
 from pipeline.prepare.card import folder_name, model_card
 from pipeline.prepare.data import MAX_PIXELS, NO_LABEL, LeftOut, class_index, image_rows, judged, label_texts, listing
 from pipeline.prepare.gate import BATCH, FLOAT32, Batch, Measurement, best_of, measure
-from pipeline.prepare.outcome import Outcome, Say, check_place
+from pipeline.prepare.outcome import Outcome, Say
 from pipeline.preprocess import Preprocess
 from pipeline.rows import pixels_view
 from pipeline.spec import Input
 from pipeline.start import load_source
-from pipeline.storage import head_if_there, join, open_store
+from pipeline.storage import check_writable, head_if_there, join, open_store
 
 _LIMIT = "Accuracy and speed at int8 are those of one kind of CPU: without VNNI, 8-bit weights overflow in silence."
 
@@ -99,7 +99,7 @@ def _standing(job: QuantizeJob, source: Artifact) -> Artifact | None:
             if name != INT8 and store.read(join(job.output.uri, name)) != source.files.get(name):
                 got = f"{job.output.uri}: holds another {name}"
                 raise ModelError(got, need=f"nothing, or {source.digest} quantized", do="Take an empty folder")
-        check_place(job.output)
+        check_writable(job.output.uri)
         return None
     standing = load_artifact(job.output.uri, job.output.s3, weights=False)
     if not standing.quantized or standing.origin.parents != (source.digest,):

@@ -21,9 +21,9 @@ from pipeline.prepare.afar import EVERY_S, Checkpoints
 from pipeline.prepare.card import folder_name, model_card
 from pipeline.prepare.data import listing
 from pipeline.prepare.epochs import TABLE
-from pipeline.prepare.outcome import Outcome, check_place
+from pipeline.prepare.outcome import Outcome
 from pipeline.prepare.train import Worker
-from pipeline.storage import head_if_there, join, open_store
+from pipeline.storage import check_writable, head_if_there, join, open_store
 
 
 def job_key(job: TrainingJob, parents: list[str]) -> str:
@@ -41,7 +41,7 @@ def job_key(job: TrainingJob, parents: list[str]) -> str:
 def finished(job: TrainingJob, key: str, worker: Worker) -> Outcome | None:
     """What to say when this very job is done already. The first worker looks, for all: they must not find different things.
 
-    Raises JobError when something else stands in the artifact's place, and what `check_place` does.
+    Raises JobError when something else stands in the artifact's place, and what `check_writable` does.
     """
     there = _standing(job, key) if worker.rank == 0 else None
     if not worker.broadcast(there is not None):
@@ -59,7 +59,7 @@ def _standing(job: TrainingJob, key: str) -> Artifact | None:
         if names and not checkpoints(job, key).stand():  # else a kill while saving may have left them; saving compares
             got = f"output.uri {uri} holds {', '.join(names)} without {RECORD}"
             raise JobError(got, need="an empty folder, or the artifact of this very job", do="Give another output.uri")
-        check_place(job.output)
+        check_writable(uri)
         return None
     found = load_artifact(uri, s3, weights=False)
     if found.origin.data.get("job") != key:

@@ -192,13 +192,13 @@ def shards(photos: Path, folder: Path, images: int) -> int:
 def resources(bench: Bench, which: str) -> dict[str, Any]:
     cores, cuda = len(os.sched_getaffinity(0)), bench.cuda
     half = max(1, cores // 2)
-    ways = {"cpu": (cores // 8, cores - 2), "gpu": (cores - 3, 0), "apart": (half, half), "both": (half - 2, half)}
+    ways = {"cpu": (cores // 8, max(1, cores - 2)), "gpu": (cores - 3, 0), "apart": (half, half), "both": (half - 2, half)}
     reading, decoding = ways[which]
     batch = 896 if which != "cpu" else 512  # a block holds 891 crops
     predict: dict[str, Any] = {"actors": 1, "cpus_per_actor": 1 if cuda else 0.5, "batch_size": batch if cuda else 16}
     return {
         "read": {"tasks": max(1, reading), "cpus_per_task": 0.1},
-        "preprocess": {"actors": decoding if which == "gpu" else max(1, decoding), "cpus_per_actor": 0.9 if cuda else 0.5},
+        "preprocess": {"actors": decoding, "cpus_per_actor": 0.9 if cuda else 0.5},
         "predict": predict | ({"gpus_per_actor": 1} if cuda else {}),
         "object_store": "16GiB" if cuda else "1GiB",
     }
