@@ -49,7 +49,7 @@ class Decoder(Protocol):
 
 
 class Predicting(Protocol):
-    """What `predict.Predict` is."""
+    """What `predict.Predict` is; for several threads."""
 
     def __call__(self, batch: pa.Table, on_device: Any = None) -> pa.Table: ...
 
@@ -139,7 +139,7 @@ class GpuLane:
 
     def __init__(self, decoder: Decoder, preprocess: Stage, predict: Predicting, share: Share) -> None:
         self.decoder, self.preprocess, self.predict, self.share = decoder, preprocess, predict, share
-        self._labelling, self._repairing, self._timing = Lock(), Lock(), Lock()
+        self._repairing, self._timing = Lock(), Lock()
         self._decoded_at = 0.0
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -156,8 +156,7 @@ class GpuLane:
                 measured["gpu"] = waiting.num_rows, now - max(since, self._decoded_at)
                 self._decoded_at = now
             rows = pa.concat_tables([done, ready, *repaired])
-        with self._labelling:
-            table = self.predict(rows, pixels)
+        table = self.predict(rows, pixels)
         self.share(measured)
         return table
 

@@ -7,6 +7,7 @@ The arithmetic is in `torch_engine`, `onnx_engine` and `openvino_engine`; only t
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ _NONFINITE = "the model's scores of this image are not finite numbers"
 
 
 class Predict:
-    """A callable on the tables that `preprocess` puts out. `source` says precision and engine, `threads` are of the CPU.
+    """A callable on the tables that `preprocess` puts out. `source` says precision and engine, `threads` are of the CPU. For
+    several threads of its own process, of which one has the engine while others put their columns together.
 
     Raises ModelError when the model, its precision and the device do not go together.
     """
@@ -40,6 +42,7 @@ class Predict:
         wanted = Wanted(self.top_k, output.embeddings, output.probabilities)
         self.engine = _engine(artifact, source, wanted, device=device, batch_size=batch_size, threads=threads)
         self.caution = caution(artifact, source) if device == "cpu" else None
+        self._computing = Lock()
 
     def __call__(self, batch: pa.Table, on_device: Any = None) -> pa.Table:
         """`unit`, the columns of rows.PREDICTION (status null in rows that end a unit), `embedding` and `probabilities` when the
@@ -74,14 +77,17 @@ class Predict:
         first = 0 if on_device is None else len(on_device)
         column = batch.column("pixels").slice(first)
         at = np.concatenate([np.arange(first), first + np.flatnonzero(np.asarray(column.is_valid()))])
-        pixels, exact = rows.pixels_view(column, self.size), self._exact(batch)
+        exact = self._exact(batch)
         if on_device is None:
-            scores = self.engine(pixels) if len(pixels) else self._nothing()
-            return scores, at, self.engine(exact).ids[:, 0] if len(exact) else np.empty(0, np.int32)
+            pixels = rows.pixels_view(column, self.size)
+            with self._computing:
+                scores = self.engine(pixels) if len(pixels) else self._nothing()
+                return scores, at, self.engine(exact).ids[:, 0] if len(exact) else np.empty(0, np.int32)
         if len(at) + len(exact) == 0:
             return self._nothing(), at, np.empty(0, np.int32)
-        # In one go: each has the GPU to itself, and other threads wait.
-        scores = self.engine.on_device(on_device, pixels, exact)  # type: ignore[attr-defined]  # torch's, and no other runs on a GPU
+        pieces = [rows.pixels_view(chunk, self.size) for chunk in column.chunks]  # one array of them would be a copy of 100 MB
+        with self._computing:  # in one go: each has the GPU to itself, and other threads wait
+            scores = self.engine.on_device(on_device, *pieces, exact)  # type: ignore[attr-defined]  # torch's: no other runs there
         return scores[: len(at)], at, scores[len(at) :].ids[:, 0]
 
     def _exact(self, batch: pa.Table) -> np.ndarray:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Lock
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -11,7 +15,7 @@ from torch import nn
 from pipeline import rows
 from pipeline.artifact import Artifact, make_artifact
 from pipeline.commit import UnitBuffer
-from pipeline.engines.scores import Wanted
+from pipeline.engines.scores import Scores, Wanted
 from pipeline.engines.torch_engine import TorchEngine
 from pipeline.errors import ModelError
 from pipeline.model.huggingface import Architecture
@@ -232,7 +236,7 @@ def test_pixels_that_are_on_the_device_get_the_same_scores() -> None:
     whole = engine(pixels)
     model.room = 2
     interleaved = torch.from_numpy(pixels.transpose(0, 2, 3, 1).copy()).permute(0, 3, 1, 2)  # as a decoder leaves it
-    there = engine.on_device(interleaved)
+    there = engine.on_device(interleaved[:4], pixels[4:4], pixels[4:5], pixels[5:])
     assert (model.tried, engine.batch_size) == ([5, 5, 1, 5, 2, 2, 2, 2, 2, 1], 2)
     for name in ("ids", "scores", "finite", "embeddings", "probabilities"):
         np.testing.assert_allclose(getattr(there, name), getattr(whole, name), atol=1e-5)
@@ -293,6 +297,27 @@ def test_a_gpus_buffers_are_written_over_only_when_they_were_read(precision: str
     pixels = images(1000)
     there = engine.on_device(torch.from_numpy(pixels).cuda())
     np.testing.assert_allclose(engine(pixels).scores, there.scores, atol=2e-3)
+    pieces = engine.on_device(torch.from_numpy(pixels[:100]).cuda(), *(pixels[at : at + 9] for at in range(100, 1000, 9)))
+    np.testing.assert_allclose(pieces.scores, there.scores, atol=2e-3)
+
+
+def test_of_several_threads_one_has_the_engine() -> None:
+    model, given = predict(tiny()), table(images(6))
+    engine, busy, together = model.engine, Lock(), Barrier(4)
+
+    def alone(pixels: np.ndarray) -> Scores:
+        assert busy.acquire(blocking=False), "another thread is in the engine"
+        time.sleep(0.02)
+        busy.release()
+        return engine(pixels)
+
+    def label(_: int) -> pa.Table:
+        together.wait(10)
+        return model(given)
+
+    expected, model.engine = model(given), alone
+    with ThreadPoolExecutor(4) as pool:
+        assert all(labelled.equals(expected) for labelled in pool.map(label, range(4)))
 
 
 def test_images_with_exact_pixels_beside_are_labelled_twice_and_compared():
