@@ -58,10 +58,12 @@ STEADY_S = 12.0  # of the pipeline at the limit: 10 s and its ends
 
 @dataclass
 class Bench:
-    """`rates` by name, images a second; `seconds` of each, after a warm-up. `found`: what else there is to say."""
+    """`rates` by name, images a second; `seconds` of each, after a warm-up. `store`: the shared memory of a pipeline on a GPU.
+    `found`: what else there is to say."""
 
     device: torch.device
     seconds: float
+    store: str = "16GiB"
     rates: dict[str, float] = field(default_factory=dict)
     found: dict[str, Any] = field(default_factory=dict)
 
@@ -200,7 +202,7 @@ def resources(bench: Bench, which: str) -> dict[str, Any]:
         "read": {"tasks": max(1, reading), "cpus_per_task": 0.1},
         "preprocess": {"actors": decoding, "cpus_per_actor": 0.9 if cuda else 0.5},
         "predict": predict | ({"gpus_per_actor": 1} if cuda else {}),
-        "object_store": "16GiB" if cuda else "1GiB",
+        "object_store": bench.store if cuda else "1GiB",
     }
 
 
@@ -250,6 +252,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--copies", type=int, default=None, help="every photograph so often in the pipeline's run")
     parser.add_argument("--precision", default=None, help="of the pipeline's run; float16, or bfloat16 on a CPU")
     parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--store", default="16GiB", help="object_store of the pipeline's runs on a GPU")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     args = parser.parse_args()
     args.sections, args.lanes = args.sections.split(","), args.lanes.split(",") if args.device == "cuda" else ["cpu"]
@@ -293,7 +296,7 @@ def run(args: argparse.Namespace, bench: Bench, folder: Path) -> None:
 
 def main() -> None:
     args = parse()
-    bench = Bench(torch.device(args.device), args.seconds)
+    bench = Bench(torch.device(args.device), args.seconds, args.store)
     where = torch.cuda.get_device_name() if bench.cuda else "cpu"
     told = {"device": where, "cores": len(os.sched_getaffinity(0)), "versions": {"torch": torch.__version__}}
     told["versions"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
