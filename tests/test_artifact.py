@@ -38,6 +38,7 @@ from pipeline.model.huggingface import Architecture, read_config, read_preproces
 from pipeline.model.preprocessing import PRESETS, Preprocessing
 from pipeline.model.resnet import ResNet, fold
 from pipeline.prepare.importer import crop_share, default_labels, import_model
+from pipeline.prepare.parameters import to_huggingface, usual_name
 from pipeline.preprocess import resize_and_crop
 
 TINY = Architecture("basic", (1, 1), (8, 16), classes=3, embedding_size=8)
@@ -404,6 +405,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
         ("other.pt", "has no layer1.0.conv1.weight"),
         ("headless.pt", "has no classifier.1.weight"),
         ("two.ckpt", r"holds 2 ResNets, under 'teacher\.', 'student\.'; required: one"),
+        ("sigmoid.pt", r"sigmoid\.pt: classifier\.1\.weight is of one class, as for a sigmoid; required: two or more"),
         ("nan.pt", r"classifier\.1\.bias holds nan or infinity; required: finite numbers"),
         ("unprepared", r"preprocessor_config\.json: not found\. Restore it, or say .* with --preprocessing"),
         ("grouped.pt", "has shape"),
@@ -416,6 +418,7 @@ def test_what_is_no_resnet_is_not_imported(tmp_path: Path, source: str, sentence
     (tmp_path / "empty.pth").write_bytes(b"")
     torch.save({"weight": torch.ones(3)}, tmp_path / "other.pt")
     torch.save({name: t for name, t in state.items() if "classifier" not in name}, tmp_path / "headless.pt")
+    torch.save({name: t[:1].clone() if "classifier" in name else t for name, t in state.items()}, tmp_path / "sigmoid.pt")
     both = {f"{prefix}.{name}": tensor for prefix in ("teacher", "student") for name, tensor in state.items()}
     torch.save({"state_dict": both}, tmp_path / "two.ckpt")
     torch.save({**state, "classifier.1.bias": torch.tensor([0.0, math.inf])}, tmp_path / "nan.pt")
@@ -428,6 +431,40 @@ def test_what_is_no_resnet_is_not_imported(tmp_path: Path, source: str, sentence
     torch.save({**state, "resnet.encoder.stages.0.layers.0.attention.weight": torch.ones(4)}, tmp_path / "attention.pt")
     with pytest.raises(ModelError, match=sentence):
         import_model(source if "_Weights" in source else str(tmp_path / source), str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    ("lost", "sentence"),
+    [
+        ("layer3.", r"has no {}layer3\.0\.conv2\.weight; required: a whole ResNet\. Give the weights of a plain ResNet"),
+        ("fc.", r"has no {}fc\.weight; required: a whole ResNet"),
+        ("conv1.", r"has no {}conv1\.weight; required: a whole ResNet"),
+        ("bn1.weight", r"has no {}bn1\.weight; required: every parameter of a ResNet of depths \(2, 2, 2, 2\)"),
+        ("layer2.0.downsample.1.bias", r"has no {}layer2\.0\.downsample\.1\.bias; required: every parameter"),
+        ("layer2.0.downsample.0", r"has no {}layer2\.0\.downsample\.0\.weight; required: every parameter"),
+        ("layer4.1.bn2.running_var", r"has no {}layer4\.1\.bn2\.running_var; required: every parameter"),
+        ("layer4.", r"{}fc\.weight has shape \[5, 512\]; required: \[5, 256\] for a ResNet of depths \(2, 2, 2\)"),
+    ],
+)
+def test_what_a_file_lacks_is_told_by_the_names_in_it(tmp_path: Path, prefix: str, lost: str, sentence: str) -> None:
+    from torchvision.models import resnet18
+
+    state = resnet18(num_classes=5).state_dict()
+    kept = {prefix + name: tensor for name, tensor in state.items() if not name.startswith(lost)}
+    torch.save(kept, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=rf"^{tmp_path}/w\.pth: {sentence.format(re.escape(prefix))}"):
+        import_model(str(tmp_path / "w.pth"), str(tmp_path / "model"))
+
+
+def test_every_name_of_torchvisions_is_found_again() -> None:
+    from torchvision.models import resnet18, resnet50
+
+    for network in (resnet18(), resnet50()):
+        state = network.state_dict()
+        ours = to_huggingface(state, "x")
+        assert [usual_name(state, name) for name in ours] == list(state)
+        assert [usual_name(ours, name) for name in ours] == list(ours)
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["an artifact", "a Hugging Face folder"])

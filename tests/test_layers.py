@@ -27,7 +27,7 @@ nights.retried nights.retry
 ship submit
 prepare.outcome prepare.look prepare.data prepare.metrics prepare.card
 prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate prepare.timm_config
-prepare.importer prepare.augment prepare.checkpoint prepare.afar prepare.room prepare.shelf prepare.images
+prepare.parameters prepare.importer prepare.augment prepare.checkpoint prepare.afar prepare.room prepare.shelf prepare.images
 prepare.learner prepare.epochs prepare.train
 prepare.workers prepare.dataset prepare.resume prepare.finetune prepare.distill prepare.digits
 prepare.calibrate prepare.gate prepare.quantize

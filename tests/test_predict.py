@@ -22,7 +22,7 @@ from pipeline.model.huggingface import Architecture
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.model.resnet import ResNet, fold
 from pipeline.predict import Predict
-from pipeline.prepare.importer import to_huggingface
+from pipeline.prepare.parameters import to_huggingface
 from pipeline.spec import ModelSource, Output
 
 SIZE = 32

@@ -9,7 +9,7 @@ when `downsample_in_bottleneck` says so ("v1").
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -89,9 +89,9 @@ class ResNet(nn.Module):
         return self.classify(self.features(x))
 
 
-def load_state(a: Architecture, state: Mapping[str, Tensor], where: str) -> ResNet:
-    """A ResNet in eval mode with these parameters (Hugging Face names), as float32. Raises ModelError when they
-    do not fit."""
+def load_state(a: Architecture, state: Mapping[str, Tensor], where: str, called: Callable[[str], str] = str) -> ResNet:
+    """A ResNet in eval mode with these parameters (Hugging Face names), as float32. Raises ModelError when they do not
+    fit, with what they are `called` where they come from."""
     with torch.device("meta"):  # no memory and no random numbers for what is about to be replaced
         model = ResNet(a)
     needed = model.state_dict()
@@ -99,16 +99,17 @@ def load_state(a: Architecture, state: Mapping[str, Tensor], where: str) -> ResN
     given = {**counters, **state}  # counters are of no use in eval mode, and old files lack them
     for name, tensor in needed.items():
         if name not in given:
-            raise ModelError(f"{where}: has no {name}", need=f"every parameter of a ResNet of depths {a.depths}", do=_WHOLE)
+            need = f"every parameter of a ResNet of depths {a.depths}"
+            raise ModelError(f"{where}: has no {called(name)}", need=need, do=_WHOLE)
         if given[name].shape != tensor.shape:
-            got = f"{where}: {name} has shape {list(given[name].shape)}"
+            got = f"{where}: {called(name)} has shape {list(given[name].shape)}"
             raise ModelError(got, need=f"{list(tensor.shape)} for a ResNet of depths {a.depths}", do=_WHOLE)
         if given[name].is_floating_point() != tensor.is_floating_point():
-            got = f"{where}: {name} is {str(given[name].dtype).removeprefix('torch.')}"
+            got = f"{where}: {called(name)} is {str(given[name].dtype).removeprefix('torch.')}"
             raise ModelError(got, need="floating point", do="Give weights that are not quantized")
     surplus = sorted(given.keys() - needed.keys())
     if surplus:
-        raise ModelError(f"{where}: has {surplus[0]}", need=f"only what a ResNet of depths {a.depths} has", do=_WHOLE)
+        raise ModelError(f"{where}: has {called(surplus[0])}", need=f"only what a ResNet of depths {a.depths} has", do=_WHOLE)
     model.load_state_dict({name: given[name].to(tensor.dtype) for name, tensor in needed.items()}, assign=True)
     return model.eval().requires_grad_(False)
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from http.client import HTTPException
 from typing import Any
 
@@ -27,20 +27,14 @@ from pipeline.artifact import CONFIG, PREPROCESSOR, WEIGHTS, Artifact, Origin, c
 from pipeline.errors import InputMissing, ModelError, Temporary, first_line
 from pipeline.model.huggingface import Architecture, read_config, read_preprocessor
 from pipeline.model.preprocessing import Preprocessing
+from pipeline.model.resnet import load_state
 from pipeline.prepare.card import LIBRARY_NAME, folder_name, model_card
+from pipeline.prepare.parameters import infer_architecture, to_huggingface, usual_name
 from pipeline.prepare.timm_config import read_timm
 from pipeline.storage import join, open_store
 
 WEIGHTS_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _NESTS = ("state_dict", "model_state_dict", "model")  # Lightning, many training scripts, torchvision's references
-#: A parameter that every ResNet has, by torchvision's name and Hugging Face's. What stands before it is a wrapper's prefix:
-#: `module.`, `model.`, `_orig_mod.` and the like.
-_ANCHORS = ("layer1.0.conv1.weight", "resnet.encoder.stages.0.layers.0.layer.0.convolution.weight")
-_STEM, _HEAD = "resnet.embedder.embedder.convolution.weight", "classifier.1.weight"
-_OUTER = {"conv1": "resnet.embedder.embedder.convolution", "bn1": "resnet.embedder.embedder.normalization", "fc": "classifier.1"}
-_PARTS = {"conv": "convolution", "bn": "normalization", "0": "convolution", "1": "normalization"}
-_INNER = re.compile(r"layer(\d+)\.(\d+)\.(?:(conv|bn)(\d)|downsample\.([01]))\.(\w+)")
-_LAYER = re.compile(r"resnet\.encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d+)\.convolution\.weight")
 
 
 @dataclass(frozen=True)
@@ -74,57 +68,22 @@ def import_model(
         found = Source(_parameters(_fetch(source), source))
     else:
         found = _folder(source, preprocessing)
-    state = to_huggingface(found.state, source)
+    state, called = to_huggingface(found.state, source), partial(usual_name, found.state)
     wrong = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if wrong:
-        raise ModelError(
-            f"{source}: {wrong[0]} holds nan or infinity", need="finite numbers", do="Take an earlier checkpoint of the training"
-        )
-    seen = infer_architecture(state, source)
+        got = f"{source}: {called(wrong[0])} holds nan or infinity"
+        raise ModelError(got, need="finite numbers", do="Take an earlier checkpoint of the training")
+    seen = infer_architecture(state, source, called)
+    architecture = replace(found.architecture, classes=seen.classes) if found.architecture else seen
+    load_state(architecture, state, source, called)  # what is wrong is said in the file's own words
     artifact = make_artifact(
-        replace(found.architecture, classes=seen.classes) if found.architecture else seen,
+        architecture,
         state,
         labels=labels or found.labels or default_labels(seen.classes),
         preprocessing=preprocessing or found.preprocessing or Preprocessing(),
         origin=Origin(parents=(source,), command=command),
     )
     return save_artifact(artifact, out_uri, card=model_card(artifact, name=folder_name(out_uri)))
-
-
-def to_huggingface(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The ResNet inside a state dict by Hugging Face's names, without a wrapper's prefix. Raises ModelError if there is none."""
-    anchors = [(name, anchor) for name in state for anchor in _ANCHORS if name == anchor or name.endswith(f".{anchor}")]
-    if not anchors:
-        do = "Give the state dict of a torchvision, timm or Hugging Face ResNet"
-        raise ModelError(f"{where}: has no {_ANCHORS[0]} among its {len(state)} tensors", need="a ResNet, plain", do=do)
-    prefixes = list(dict.fromkeys(name.removesuffix(anchor) for name, anchor in anchors))
-    if len(prefixes) > 1:
-        got = f"{where}: holds {len(prefixes)} ResNets, under {', '.join(repr(prefix) for prefix in prefixes[:4])}"
-        raise ModelError(got, need="one", do="Save the state dict of the one that is wanted by itself")
-    (prefix,) = prefixes
-    return {_renamed(name.removeprefix(prefix)): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def infer_architecture(state: Mapping[str, Tensor], where: str) -> Architecture:
-    """The architecture of parameters with Hugging Face's names, from the names and shapes. Strides leave no trace: torchvision's
-    are assumed. Raises ModelError when stem, stages or classifier are missing."""
-    places = [tuple(int(number) for number in found.groups()) for name in state if (found := _LAYER.fullmatch(name))]
-    last = max(k for _, _, k in places)
-    depths = tuple(
-        1 + max((j for i, j, _ in places if i == stage), default=0) for stage in range(1 + max(i for i, _, _ in places))
-    )
-    ends = [f"resnet.encoder.stages.{i}.layers.0.layer.{last}.convolution.weight" for i in range(len(depths))]
-    for name in (_STEM, _HEAD, *ends):
-        if name not in state:
-            raise ModelError(f"{where}: has no {name}", need="a whole ResNet", do="Give the weights with the classifier")
-    return Architecture(
-        layer_type="bottleneck" if last == 2 else "basic",
-        depths=depths,
-        hidden_sizes=tuple(len(state[name]) for name in ends),
-        classes=len(state[_HEAD]),
-        embedding_size=len(state[_STEM]),
-        stem="small" if state[_STEM].shape[-1] == 3 else "standard",
-    )
 
 
 def default_labels(classes: int) -> tuple[str, ...]:
@@ -141,18 +100,6 @@ def crop_share(size: int, edge: int) -> float:
     what binary fractions miss by 1e-16, as for 17 of 25."""
     share = size / edge
     return share if int(size / share) == edge else math.nextafter(share, 0)
-
-
-def _renamed(name: str) -> str:
-    head, _, rest = name.partition(".")
-    if head in _OUTER:
-        return f"{_OUTER[head]}.{rest}"
-    found = _INNER.fullmatch(name)
-    if found is None:
-        return name
-    stage, layer, kind, number, shortcut, leaf = found.groups()
-    place = f"layer.{int(number) - 1}" if kind else "shortcut"
-    return f"resnet.encoder.stages.{int(stage) - 1}.layers.{layer}.{place}.{_PARTS[kind or shortcut]}.{leaf}"
 
 
 def _torchvision(name: str) -> Source:
