@@ -18,7 +18,7 @@ from pipeline.prepare.importer import import_model
 ORIGIN = Origin(
     parents=("sha256:" + "1" * 64, "ResNet18_Weights.IMAGENET1K_V1"),
     data={"uris": ["s3://photos/"], "images": {"train": 1008, "validation": 112}, "settings": {f"s{i}": i for i in range(200)}},
-    metrics={"accuracy": 0.98765, "epoch": 3},
+    metrics={"accuracy": 0.98765, "epoch": 3, "bytes_int8": 11_800_000},
     command="nightlabel run jobs/x.yaml",
 )
 
@@ -44,6 +44,7 @@ def test_it_says_it_all_on_one_page():
         "* images: train 1,008, validation 112",
         "| accuracy | 0.9877 |",
         "| epoch | 3 |",
+        "| bytes_int8 | 11,800,000 |",
         "nightlabel run jobs/x.yaml",
         "that also chose the epoch",
         "Not for birds.",

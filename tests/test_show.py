@@ -15,7 +15,7 @@ from torch import nn
 
 from pipeline.artifact import Origin, save_artifact
 from pipeline.job.training import Training
-from pipeline.model.describe import architecture_name, giga, layers, plain
+from pipeline.model.describe import architecture_name, figure, giga, layers, plain
 from pipeline.model.huggingface import Architecture
 from pipeline.model.resnet import ResNet
 
@@ -79,6 +79,11 @@ def test_names():
     assert [giga(macs) for macs in (5 * 10**8, 99_900_000)] == ["0.50 GMACs", "99.9 MMACs"]
 
 
+def test_a_figure_is_a_share_or_a_count():
+    figures = {"accuracy": 0.98765, "gain_points": -1.5, "epoch": 3, "bytes_int8": 11_800_123, "images_per_second": 22_600.4}
+    assert [figure(value) for value in figures.values()] == ["0.9877", "-1.5", "3", "11,800,123", "22,600"]
+
+
 def show(*words: str) -> str:
     done = subprocess.run([sys.executable, "-m", "pipeline", "model", "show", *words], capture_output=True, text=True, check=True)
     return done.stdout
@@ -86,7 +91,10 @@ def show(*words: str) -> str:
 
 def test_the_command_shows_it_all(tmp_path: Path):
     origin = Origin(
-        parents=("sha256:1",), data={"uris": ["a/"], "images": {"train": 1200}}, metrics={"top1": 0.7}, command="nightlabel x"
+        parents=("sha256:1",),
+        data={"uris": ["a/"], "images": {"train": 1200}},
+        metrics={"top1": 0.7, "bytes_int8": 11_800_000},
+        command="nightlabel x",
     )
     artifact = save_artifact(made(IMAGENET18, origin=origin), str(tmp_path))
     said = show(str(tmp_path))
@@ -98,7 +106,7 @@ def test_the_command_shows_it_all(tmp_path: Path):
         "sees    32 × 32 pixels: shortest edge to 36, bilinear",
         "from    sha256:1",
         "\ndata    uris    a/\n        images  train 1,200\n",
-        "\nmetrics top1  0.7\n",
+        "\nmetrics top1        0.7\n        bytes_int8  11,800,000\n",
         "command nightlabel x",
         "conv1         7 × 7, stride 2",
         "512 to 1,000",
@@ -108,7 +116,7 @@ def test_the_command_shows_it_all(tmp_path: Path):
     assert facts["parameters"] == 11_689_512
     assert facts["files"]["model.safetensors"] == len(artifact.files["model.safetensors"])
     assert facts["preprocessing"]["size"] == 32
-    assert facts["metrics"] == {"top1": 0.7}
+    assert facts["metrics"] == {"top1": 0.7, "bytes_int8": 11_800_000}
     assert len(facts["layers"]) == 8
 
 

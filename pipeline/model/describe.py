@@ -106,7 +106,7 @@ def lines(artifact: Artifact, uri: str, sizes: dict[str, int]) -> Iterator[str]:
     yield f"        mean {_triple(artifact.preprocessing.mean)}, std {_triple(artifact.preprocessing.std)}"
     yield from _folded("from    ", ", ".join(origin.parents) or "a random start, or not recorded")
     yield from _fact_lines("data    ", {name: plain(value) for name, value in origin.data.items()}, nothing="not recorded")
-    yield from _fact_lines("metrics ", {name: f"{value:.4g}" for name, value in origin.metrics.items()}, nothing="none recorded")
+    yield from _fact_lines("metrics ", {name: figure(value) for name, value in origin.metrics.items()}, nothing="none recorded")
     yield f"command {origin.command or 'not recorded'}"
     yield ""
     yield from _table(layers(artifact.architecture, artifact.preprocessing.size))
@@ -120,6 +120,11 @@ def millions(number: int) -> str:
 def giga(macs: int) -> str:
     """`1.81 GMACs`, or `3.2 MMACs` for what would be 0.00."""
     return f"{macs / 1e9:,.2f} GMACs" if macs >= 10**8 else f"{macs / 1e6:,.1f} MMACs"
+
+
+def figure(value: float) -> str:
+    """A metric: four digits of a share, a count whole."""
+    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 10_000 else f"{value:,.0f}"
 
 
 def plain(value: Any) -> str:

@@ -14,7 +14,7 @@ import yaml
 
 from pipeline.artifact import INT8, Artifact
 from pipeline.errors import one_line
-from pipeline.model.describe import giga, millions, numbers, plain, preprocessing_text
+from pipeline.model.describe import figure, giga, millions, numbers, plain, preprocessing_text
 
 #: Weights by torchvision's name, the only one that a parent has: all others are digests and paths, and a relative path looks
 #: like a name on a hub.
@@ -93,7 +93,7 @@ def _metrics(artifact: Artifact) -> Iterator[str]:
     yield "| metric | value |"
     yield "|---|---|"
     for name, value in artifact.origin.metrics.items():
-        yield f"| {_cell(name)} | {_cell(f'{value:.4g}' if isinstance(value, float) else plain(value))} |"
+        yield f"| {_cell(name)} | {_cell(figure(value))} |"
 
 
 def _lineage(artifact: Artifact) -> Iterator[str]:
