@@ -316,7 +316,8 @@ def test_split_is_a_partition_with_a_share_of_every_class(count: int, classes: i
 )
 def test_small_classes_are_held_back_by_turns(classes: int, each: int, share: float, held: int):
     labels = np.repeat(np.arange(classes), each)
-    kept, chosen = split(Images(pa.array([b"x"] * len(labels), pa.large_binary()), labels), share, seed=0)
+    encoded = pa.array([b"%d" % number for number in range(len(labels))], pa.large_binary())
+    kept, chosen = split(Images(encoded, labels), share, seed=0)
     assert len(chosen) == held
     assert each == 1 or len(np.unique(kept.labels)) == classes, "a class has nothing to train on"
 
@@ -334,6 +335,19 @@ def test_images_stay_on_their_side_when_others_come_and_copies_of_one_together()
     assert len(moved) < 20, "of 200; dealt out anew it would be 320"
     copies = held_of([*range(1000), *range(1000)])
     assert sorted(copies) == sorted([*before, *before])
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=30), st.floats(0.05, 0.6), st.integers(0, 9))
+def test_no_copy_of_an_image_to_train_on_is_held_back(copies: list[int], share: float, seed: int):
+    """However often each is there, as where rare ones are packed several times."""
+    numbers = np.repeat(np.arange(len(copies)), copies)
+    encoded = pa.array([b"%d" % number for number in numbers], pa.large_binary())
+    kept, held = (
+        {bytes(part[row]) for row in range(len(part))} for part in split(Images(encoded, numbers % 2), share, seed=seed)
+    )
+    assert kept
+    assert held
+    assert not kept & held or len(held) == 1, "unless there is nothing else to validate with"
 
 
 def test_images_that_are_dealt_out_are_in_memory_once(tmp_path: Path):

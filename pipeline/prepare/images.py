@@ -137,20 +137,26 @@ def split(images: Images, share: float, *, seed: int) -> tuple[Images, Images]:
     The lot is drawn from an image's own bytes. So hardly one moves when shards come or go or are packed anew, and who trains on
     from last week's model does not validate with what that has learned; and copies of an image are on one side."""
     key = seed.to_bytes(4)
-    lots = [int.from_bytes(blake2b(images[row], digest_size=8, key=key).digest()) for row in range(len(images))]
-    order = np.argsort(np.array(lots, dtype=np.uint64), kind="stable")
-    labels = images.labels[order]
+    lots = np.array([_lot(images[row], key) for row in range(len(images))], dtype=np.uint64)
+    order = np.argsort(lots, kind="stable")
+    labels, lots = images.labels[order], lots[order]
     if (labels == NO_LABEL).all():
         labels = np.zeros_like(labels)
     held = np.zeros(len(order), dtype=bool)
-    seen = 0
+    seen = due = 0
     for value in np.unique(labels[labels != NO_LABEL]):
         mine = np.flatnonzero(labels == value)
         seen += len(mine)
-        held[mine[: min(round(seen * share) - held.sum(), len(mine) - 1)]] = True
+        count = min(round(seen * share) - due, len(mine) - 1)
+        due += count
+        held[mine[: np.searchsorted(lots[mine], lots[mine[count]])]] = True  # but no copy of the first one that stays
     if not held.any():
         held[np.flatnonzero(labels != NO_LABEL)[:1]] = True
     return images.take(np.sort(order[~held])), images.take(np.sort(order[held]))
+
+
+def _lot(image: memoryview, key: bytes) -> int:
+    return int.from_bytes(blake2b(image, digest_size=8, key=key).digest())
 
 
 class EpochDataset(Dataset[tuple[Tensor, int]]):
