@@ -91,7 +91,7 @@ def test_a_student_learns_from_unlabelled_images(tmp_path: Path, teacher: str, s
     numbers = load_artifact(str(tmp_path / "out")).origin.metrics
     assert numbers["accuracy"] > 0.9
     assert "baseline_accuracy" not in numbers
-    assert "no student without the teacher: 0 images have a label, and a batch has 8" in said
+    assert "no student without the teacher: 0 images have a label, and a step has 8" in said
     with pytest.raises(JobError, match=r"no image has a label; required: labelled images .* or set data\.label to null"):
         run_job(distill_job(train, tmp_path / "other", teacher, student={"uri": student}), say=said.append, command="x")
 
@@ -186,9 +186,10 @@ def test_what_the_teacher_was_worth_is_told():
     assert _numbers(result(0.75), None, {}) == {"agreement": 0.75, "validation_loss": 0.25, "epoch": 1, "epochs": 1}
 
 
+@pytest.mark.parametrize("step", [{"batch_size": 8}, {"batch_size": 2, "accumulate": 4}])
 @pytest.mark.parametrize(("bare", "seen"), [(0, 20), (4, 16), (5, None)])
-def test_the_student_without_the_teacher_sees_the_labels_alone(tmp_path: Path, bare: int, seen: int | None):
-    """Of two workers with batches of 8, so that fewer than 16 are not a step."""
+def test_the_student_without_the_teacher_sees_the_labels_alone(tmp_path: Path, bare: int, seen: int | None, step: dict[str, int]):
+    """Of two workers with 8 images each, so that fewer than 16 are not a step."""
     labels = np.where(np.arange(20) < bare, NO_LABEL, np.arange(20) % 2)
     encoded = pa.array([b"%d" % number for number in range(20)], pa.large_binary())
     data = TrainingData((Images(encoded, labels), Images(encoded, labels)), SIDES[:2], {}, ())
@@ -197,10 +198,10 @@ def test_the_student_without_the_teacher_sees_the_labels_alone(tmp_path: Path, b
     def train(name: str, objective: object, images: TrainingData) -> None:
         given.append((name, [int(bytes(images.images[0][row])) for row in range(len(images.images[0]))], len(images.images[1])))
 
-    wanted = distill_job("x", tmp_path, "t")
-    _baseline(wanted, data, train, CrossEntropy(0.0), fewest=2, say=said.append)
+    wanted = distill_job("x", tmp_path, "t", training=QUICK | step)
+    _baseline(wanted, data, train, CrossEntropy(0.0), workers=2, say=said.append)
     assert given == ([] if seen is None else [("without the teacher", list(range(bare, 20)), 20)])
-    assert said == (["no student without the teacher: 15 images have a label, and a batch has 16"] if seen is None else [])
+    assert said == (["no student without the teacher: 15 images have a label, and a step has 16"] if seen is None else [])
 
 
 def test_what_does_not_go_together_is_one_sentence(tmp_path: Path, teacher: str, student: str):

@@ -79,7 +79,7 @@ def train_job(job: DistillJob, *, worker: Worker, say: Say, command: str) -> Out
         return fit(learner, images.images, preprocessing=preprocessing, worker=worker, place=place, say=say)
 
     weights = class_weights(job, data)
-    plain = _baseline(job, data, train, CrossEntropy(job.training.label_smoothing, weights), fewest=worker.world, say=say)
+    plain = _baseline(job, data, train, CrossEntropy(job.training.label_smoothing, weights), workers=worker.world, say=say)
     result = train("with the teacher", DistillationLoss(job, teacher, preprocessing, architecture.features, weights), data)
     numbers = _numbers(result, plain, known)
 
@@ -111,13 +111,15 @@ def _numbers(result: Result, plain: Result | None, known: dict[str, float]) -> d
     return numbers
 
 
-def _baseline(job: DistillJob, data: TrainingData, train: Fit, objective: Objective, *, fewest: int, say: Say) -> Result | None:
-    """The student that sees the labels alone; none when the job wants none, or fewer than `fewest` batches have labels."""
-    where, least = (data.images[0].labels != NO_LABEL).nonzero()[0], fewest * job.training.batch_size
+def _baseline(job: DistillJob, data: TrainingData, train: Fit, objective: Objective, *, workers: int, say: Say) -> Result | None:
+    """The student that sees the labels alone; none when the job wants none, or fewer images have labels than a step of so many
+    `workers` takes."""
+    training = job.training
+    where, least = (data.images[0].labels != NO_LABEL).nonzero()[0], training.batch_size * training.accumulate * workers
     if not job.distillation.baseline:
         return None
     if len(where) < least:
-        say(f"no student without the teacher: {len(where):,} images have a label, and a batch has {least}")
+        say(f"no student without the teacher: {len(where):,} images have a label, and a step has {least}")
         return None
     images = data.images[0] if len(where) == len(data.images[0]) else data.images[0].take(where)
     return train("without the teacher", objective, replace(data, images=(images, data.images[1])))
