@@ -202,16 +202,19 @@ def test_what_one_of_two_models_cannot_score_is_compared_by_neither(tmp_path: Pa
         make_artifact(known.architecture, state, labels=known.labels, preprocessing=known.preprocessing), str(tmp_path / "broken")
     )
     data = shard(tmp_path / "in", [str(number) for number in range(8)])
-    evaluate(job(model, data, tmp_path / "out", compare={"uri": str(tmp_path / "broken")}))
+    done = evaluate(job(model, data, tmp_path / "out", compare={"uri": str(tmp_path / "broken")}))
     record = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert (record["images"]["measured"], record["top1"]) == (8, 1)
     zeros = int(last != 0)  # the one image of class 0, if it can be scored
     compared = {name: record["compare"][name] for name in ("images", "agreement", "top1", "only_model_right", "only_it_right")}
     share = round(zeros / 7, 6)
     assert compared == {"images": 7, "agreement": share, "top1": share, "only_model_right": 7 - zeros, "only_it_right": 0}
+    assert any(line.endswith(", float32, on the 7 images that both could score") for line in done.lines)
+    page = (tmp_path / "out/evaluation.html").read_text()
+    assert "of 7 images, those that both could score; the other model's figures are of these.</p>" in page
 
 
-def test_a_rate_leaves_the_first_block_out(monkeypatch: pytest.MonkeyPatch):
+def test_a_rate_leaves_the_first_block_out_and_images_that_have_failed(monkeypatch: pytest.MonkeyPatch):
     now = 0.0
     monkeypatch.setattr("time.perf_counter", lambda: now)
     clock = Clock()
@@ -222,7 +225,7 @@ def test_a_rate_leaves_the_first_block_out(monkeypatch: pytest.MonkeyPatch):
             now += seconds
             return block
 
-        clock(work, pa.table({"n": range(images)}))
+        clock(work, pa.table({"error_class": [None] * images + ["CORRUPT"] * 30}))
         assert clock.rate == rate
 
 
@@ -237,7 +240,7 @@ def test_the_classes_with_the_lowest_recall_are_on_top():
         "left_out_images": {"NO_LABEL": ["x"], "CORRUPT": ["y", "z"]},
         "throughput": {"decode": 100.0, "predict": 99.96, "how": "alone"},
         "compare": {
-            **{"digest": "sha256:0123456789abcdef", "precision": "int8", "agreement": 0.5, "top1": 0.25},
+            **{"digest": "sha256:0123456789abcdef", "precision": "int8", "images": 144, "agreement": 0.5, "top1": 0.25},
             **{"only_it_right": 3, "only_model_right": 1_204},
         },
     }
@@ -263,6 +266,7 @@ def test_a_number_of_images_from_a_parquet_file_and_another_precision(tmp_path: 
     wanted = job(model, "unused", tmp_path / "out", compare={"uri": other, "precision": "bfloat16"}, data=data)
     facts = evaluate(wanted).facts
     assert (facts["images"]["measured"], facts["top1"], facts["compare"]["precision"]) == (5, 1, "bfloat16")
+    assert ", labels from label, at most 5 images</td>" in (tmp_path / "out/evaluation.html").read_text()
 
 
 def test_at_int8(tmp_path: Path, model: str):

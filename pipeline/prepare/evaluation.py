@@ -90,7 +90,8 @@ def lines(record: Record, where: str) -> Iterator[str]:
     yield f"images  {images['measured']:,} measured of {images['read']:,}{_left_out(record)}"
     yield f"img/s   {rate(speed['decode'])} decode, {rate(speed['predict'])} predict; {speed['how']}"
     if other is not None:
-        yield f"agrees  {other['agreement']:.2%} with {other['digest'][:19]}…, {other['precision']}"
+        on = "" if other["images"] == images["measured"] else f", on the {other['images']:,} images that both could score"
+        yield f"agrees  {other['agreement']:.2%} with {other['digest'][:19]}…, {other['precision']}{on}"
         alone = f"right alone on {other['only_it_right']:,} images, this model on {other['only_model_right']:,}"
         yield f"        its top-1 {other['top1']:.2%}; {alone}"
     yield ""
