@@ -351,7 +351,9 @@ def test_bad_input_is_one_sentence(tmp_path: Path, model: str):
         "Set data.label to the sidecar or column that holds the class."
     )
     strange = job(model, shard(tmp_path / "strange", ["0", "zebra"]), tmp_path / "out")
-    assert refused(JobError, strange).startswith(f"{tmp_path}/strange, cls: zebra; required: one of 8 classes, class 0, ")
+    assert refused(JobError, strange).startswith(
+        f"{tmp_path}/strange/0.tar: cls of p1 is zebra; required: one of 8 classes, class 0, "
+    )
     broken = job(model, shard(tmp_path / "broken", [], broken={"a": b"x"}), tmp_path / "out")
     assert "no labelled image can be measured: 1 NOT_AN_IMAGE (a)" in refused(JobError, broken)
     digest = "sha256:" + "0" * 64

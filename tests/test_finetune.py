@@ -93,9 +93,7 @@ def test_an_artifact_with_its_origin(tmp_path: Path, start: str):
         (number, {"number", "loss", "validation_loss", "accuracy", "seconds"}) for number in (1, 2, 3)
     ]
     assert made.origin.metrics["accuracy"] == max(epoch["accuracy"] for epoch in epochs)
-    held = labelled(
-        read_images(Input(uri=write_shards(tmp_path / "held", 30, classes=3, first=500)), label="cls"), SIDES, where="x"
-    )
+    held = labelled(read_images(Input(uri=write_shards(tmp_path / "held", 30, classes=3, first=500)), label="cls"), SIDES)
     assert accuracy(build(made), held) > 0.9
     assert made.origin.metrics["accuracy"] > 0.9
     assert "right in epoch" in done.lines[0]
@@ -317,7 +315,7 @@ def test_an_averaged_model_says_so_on_its_card_and_is_as_good_as_it_says(tmp_pat
     made = load_artifact(str(tmp_path / "out"))
     make(job(train, tmp_path / "plain", **wanted))
     assert made.origin.metrics["validation_loss"] != load_artifact(str(tmp_path / "plain")).origin.metrics["validation_loss"]
-    images = labelled(read_images(Input(uri=held), label="cls"), ("0", "1"), where="x")
+    images = labelled(read_images(Input(uri=held), label="cls"), ("0", "1"))
     assert loss_of(build(made), images) == pytest.approx(made.origin.metrics["validation_loss"], abs=1e-5)
     assert "ema 0.9" in (tmp_path / "out" / "README.md").read_text()
 
@@ -340,7 +338,7 @@ def test_labels_under_a_key_are_trained_on_and_measured(tmp_path: Path, start: s
     with pytest.raises(JobError, match=r"json: a label is \{.*Set data\.label_key to the key of the class in it"):
         make(job(tmp_path / "in.tar", tmp_path / "other", model={"uri": start}, data={"label": "json"}))
     classes = {"label": "json", "label_key": "caption", "classes": SIDES[:2]}
-    with pytest.raises(JobError, match=r"in\.tar, json, caption: .*required: one of 2 classes"):
+    with pytest.raises(JobError, match=r"in\.tar: json of 0 has the 0th as caption, others are .*required: one of 2 classes"):
         make(job(tmp_path / "in.tar", tmp_path / "other", model={"uri": start}, data=classes))
     for wrong in ({"label": None}, {"label": "folder", "train": {"uri": "x", "format": "images"}}):
         with pytest.raises(ValidationError, match=r"label_key is side, and label is .* Leave label_key out"):
@@ -417,7 +415,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, start: str):
         (
             job(two, tmp_path / "out", data={"classes": ["a", "b"]}),
             JobError,
-            "cls: 2; required: one of 2 classes, a, b",
+            f"{two}/0000.tar: cls of 0002 is 2; required: one of 2 classes, a, b",
         ),
         (job(two, tmp_path / "out", training={"batch_size": 64}), JobError, "a step of 64 and one. Give more images or lower"),
         (job(tmp_path / "absent", tmp_path / "out"), InputMissing, "absent"),

@@ -67,7 +67,7 @@ def picture_of_noise() -> np.ndarray:
 
 def some(folder: Path, count: int, *, classes: int = 2) -> Images:
     found = read_images(Input(uri=write_shards(folder, count, classes=classes)), label="cls")
-    return labelled(found, tuple(str(number) for number in range(classes)), where="x")
+    return labelled(found, tuple(str(number) for number in range(classes)))
 
 
 def test_what_is_left_out_is_counted_and_listed(tmp_path: Path):
@@ -237,14 +237,28 @@ def test_labels_that_are_no_text_are_one_sentence(tmp_path: Path, labels: pa.Arr
     )
 
 
+@pytest.mark.parametrize("key", [None, "side"])
+def test_labels_may_be_of_other_types_from_file_to_file(tmp_path: Path, key: str | None):
+    types = [pa.int64(), pa.int32(), pa.string(), pa.null(), pa.dictionary(pa.int8(), pa.string()), pa.large_string(), pa.int8()]
+    for number, kind in enumerate([*types, *types]):
+        text = None if kind == pa.null() else str(number % 2) if kind not in {pa.int8(), pa.int32(), pa.int64()} else number % 2
+        labels = pa.array([text], kind)
+        meta = labels if key is None else pa.StructArray.from_arrays([labels, pa.array([number])], [key, f"more{number}"])
+        columns = {"key": [str(number)], "image": [picture(number)], "label": meta}
+        pq.write_table(pa.table(columns), tmp_path / f"{number:02d}.parquet")
+    wanted = Input(uri=str(tmp_path), format="parquet")
+    found = read_images(wanted, label="label", label_key=key)
+    assert found.texts == [str(number % 2) for number in range(14) if number % 7 != 3]
+    assert found.left_out.keys == {"NO_LABEL": ["3", "10"]}
+    assert sum(table.num_rows for table in image_rows(wanted, label="label", label_key=key, most=9)) == 9
+
+
 def test_classes_are_found_by_size_or_alphabet_and_given_ones_keep_their_order():
     assert find_classes(["10", "9", None, "10"], (), where="x") == ("9", "10")
     assert find_classes(["cow", "ant"], (), where="x") == ("ant", "cow")
     assert find_classes(["cow", "ant"], ("cow", "bee", "ant"), where="x") == ("cow", "bee", "ant")
     with pytest.raises(JobError, match=r"x: every label is cat; required: two classes or more\. Add images of other classes"):
         find_classes(["cat", "cat"], (), where="x")
-    with pytest.raises(JobError, match=r"x: dog; required: one of 2 classes, cat, cow, or its number\. Correct the labels"):
-        find_classes(["cat", "dog"], ("cat", "cow"), where="x")
     with pytest.raises(
         JobError, match=r'x: a label is {"id": 1}; required: the name of a class, or its number\. Set data\.label_key'
     ):
@@ -281,21 +295,62 @@ def test_labels_are_looked_for_in_every_parquet_file(tmp_path: Path):
     assert has_labels(wanted, "side"), "whoever reads it says that it is broken"
 
 
+def labels_of(*labels: str | None) -> pa.Table:
+    """What `class_index` looks at of a table of images: a, b, c, of which all lie in s.tar."""
+    keys = [chr(ord("a") + number) for number in range(len(labels))]
+    return pa.table({"key": keys, "source": ["s.tar"] * len(labels), "cls": pa.array(labels, pa.string())})
+
+
 def test_a_label_is_a_name_or_a_number_and_the_name_wins():
-    assert class_index(["cow", "0", None], ("ant", "cow"), where="x").tolist() == [1, 0, NO_LABEL]
-    assert class_index(["1", "0"], ("1", "0"), where="x").tolist() == [0, 1]
-    with pytest.raises(JobError, match="x: 2"):
-        class_index(["2"], ("ant", "cow"), where="x")
+    assert class_index(labels_of("cow", "0", None), "cls", ("ant", "cow")).tolist() == [1, 0, NO_LABEL]
+    assert class_index(labels_of("1", "0"), "cls", ("1", "0")).tolist() == [0, 1]
+
+
+def test_a_label_of_no_class_is_told_with_an_image_that_has_it():
+    for labels, key, sentence in (
+        (("cat", "dog"), None, "s.tar: cls of b is dog; required: one of 2 classes, cat, cow, or its number. Correct the labels"),
+        (("cat", None, "2"), None, "s.tar: cls of c is 2; required: one of 2 classes"),
+        (("cow", "dog", "ant", "dog", "bee"), None, "s.tar: cls of b is dog, others are ant, bee; required: one of 2 classes"),
+        (("dog" * 40,), "side", f"s.tar: cls of a has {'dog' * 20} as side; required: one of 2 classes, cat, cow"),
+    ):
+        with pytest.raises(JobError) as caught:
+            class_index(labels_of(*labels), "cls", ("cat", "cow"), key=key)
+        assert str(caught.value).startswith(sentence)
+    with pytest.raises(JobError, match=r"is 0; required: one of 6 classes, a, b, c, d, 4, …\. Correct the labels or name"):
+        class_index(labels_of("0"), "cls", ("a", "b", "c", "d", "4", "e"))
+
+
+def test_a_label_of_no_class_ends_the_reading_unless_its_image_is_left_out(tmp_path: Path):
+    for number, label in enumerate(("left", "top", "right")):
+        members = {"x.png": picture(0), "x.cls": b"left", "broken.png": b"no image", "broken.cls": b"nothing"}
+        members |= {"y.png": picture(1), "y.cls": label.encode()}
+        (tmp_path / f"{number}.tar").write_bytes(tar_bytes(members))
+    with pytest.raises(JobError, match=rf"^{tmp_path}/1\.tar: cls of y is top; required: one of 2 classes, left, right"):
+        read_images(Input(uri=str(tmp_path)), label="cls", classes=("left", "right"))
+    assert len(read_images(Input(uri=str(tmp_path)), label="cls").texts) == 6, "any label will do"
+
+
+def test_labels_to_validate_with_are_classes_of_the_training(tmp_path: Path):
+    train, held = write_shards(tmp_path / "in", 8, label="name"), write_shards(tmp_path / "held", 3, classes=3, label="name")
+    data = Data(train=Input(uri=train), validation=Input(uri=held))
+    with pytest.raises(JobError, match=rf"^{held}/0000\.tar: cls of 0002 is top; required: one of 2 classes, left, right"):
+        read_data(data, seed=0, known=(), shelf=Shelf())
+    with pytest.raises(JobError, match=rf"^{held}/0000\.tar: cls of 0002 is top; required: one of 2 classes, left, right"):
+        read_taught(data, seed=0, classes=("left", "right"), shelf=Shelf())
+    with pytest.raises(JobError, match=rf"^{train}/0000\.tar: cls of 0001 is right; required: one of 2 classes, left, top"):
+        read_taught(data, seed=0, classes=("left", "top"), shelf=Shelf())
 
 
 def test_a_name_of_two_classes_is_no_label_but_their_numbers_are():
     """ImageNet's crane is a bird and a machine."""
     classes = ("ant", "crane", "cow", "crane")
-    assert class_index(["cow", "1", "3"], classes, where="x").tolist() == [2, 1, 3]
-    with pytest.raises(JobError, match=r"x: crane names two classes; required: labels that name one\. Give its number"):
-        class_index(["ant", "crane"], classes, where="x")
-    with pytest.raises(JobError, match=r"x: crane names two classes; required: labels that name one\. Rename one of them"):
-        class_index(["crane"], (*classes, "7"), where="x")
+    assert class_index(labels_of("cow", "1", "3"), "cls", classes).tolist() == [2, 1, 3]
+    with pytest.raises(
+        JobError, match=r"s\.tar: cls of b is crane, which names two classes; required: labels that name one\. Give its number"
+    ):
+        class_index(labels_of("ant", "crane"), "cls", classes)
+    with pytest.raises(JobError, match=r"is crane, which names two classes; required: labels that name one\. Rename one of them"):
+        class_index(labels_of("crane"), "cls", (*classes, "7"))
 
 
 @given(st.integers(2, 200), st.integers(2, 5), st.floats(0.05, 0.5), st.integers(0, 9))
@@ -380,6 +435,7 @@ def test_labels_fit_classes_that_they_name_all_of():
         (["0"], False),
         (["cat", "dog", "cow"], False),
         (["2"], False),
+        ([], False),
     ):
         assert fitting(texts, ("cat", "dog")) == (("cat", "dog") if fit else ())
 

@@ -116,8 +116,8 @@ def test_what_is_published(done: tuple[Outcome, Path], model: str, shards: dict[
     assert made.origin.command == "nightlabel run q.yaml"
     assert made.origin.data["calibration"] == {"uris": [shards["some"]], "images": 32}
     assert made.origin.data["measured"] == {"uris": [shards["data"]], "images": CLASSES, "calibrated": 0}
-    assert made.origin.data["left_out"] == {"NO_LABEL": 1, "NOT_AN_IMAGE": 1}
-    assert made.origin.data["left_out_images"] == {"NO_LABEL": ["u0"], "NOT_AN_IMAGE": ["broken"]}
+    assert made.origin.data["left_out"] == {"calibration": {}, "measured": {"NO_LABEL": 1, "NOT_AN_IMAGE": 1}}
+    assert made.origin.data["left_out_images"]["measured"] == {"NO_LABEL": ["u0"], "NOT_AN_IMAGE": ["broken"]}
     assert made.origin.metrics["accuracy_int8"] == made.origin.metrics["agreement"] == 1
     assert "those of one kind of CPU" in (out / "README.md").read_text()
     assert made.origin.metrics["bytes_int8"] == len(made.files[INT8]) < 0.27 * made.origin.metrics["bytes_float32"]
@@ -172,7 +172,7 @@ def test_an_image_that_kills_or_hangs_its_decoder_is_left_out(tmp_path: Path, mo
     run(quantize_job(model, places, tmp_path / "out"))
     facts = load_artifact(str(tmp_path / "out")).origin.data
     assert (facts["calibration"]["images"], facts["measured"]["images"]) == (CLASSES, CLASSES)
-    assert facts["left_out_images"] == {"DECODER_CRASH": ["bad"], "DECODE_TIMEOUT": ["slow"]}
+    assert facts["left_out_images"] == {"calibration": {"DECODER_CRASH": ["bad"]}, "measured": {"DECODE_TIMEOUT": ["slow"]}}
 
 
 def test_again_is_the_same_and_nothing_is_overwritten(done: tuple[Outcome, Path], model: str, shards: dict[str, str]) -> None:
@@ -204,7 +204,7 @@ def test_what_stands_in_the_folder_is_found_before_the_work(model: str, shards: 
     assert said == []
     run_job(quantize_job(model, shards, half), say=said.append, command="")
     assert said[1].endswith(" with 1 thread")
-    assert "left out: 1 NOT_AN_IMAGE (broken), 1 NO_LABEL (u0)" in said
+    assert "left out of the measured images: 1 NOT_AN_IMAGE (broken), 1 NO_LABEL (u0)" in said
     assert load_artifact(str(half)).quantized
 
 
@@ -235,9 +235,13 @@ def test_the_gate_publishes_nothing(
 @pytest.mark.parametrize(
     ("labels", "kind", "sentence"),
     [
-        ({"k0": "0", "k1": "zebra"}, JobError, r"zebra; required: one of 8 classes, class 0, .*or its number\. Correct"),
-        ({"k0": "8"}, JobError, "8; required: one of 8 classes"),
-        ({}, JobError, "no sound image has a label; required: some, to measure with"),
+        (
+            {"k0": "0", "k1": "zebra"},
+            JobError,
+            r"data\.tar: cls of k1 is zebra; required: one of 8 classes, class 0, .*or its num",
+        ),
+        ({"k0": "8"}, JobError, "cls of k0 is 8; required: one of 8 classes"),
+        ({}, JobError, "data.tar, cls: no image has a label; required: some, to measure with"),
         ({"k0": "class 1", "k1": "0", "k2": "2"}, ModelError, "float32 is right on 1 of 3 images, a constant answer on 1"),
         ({"k0": "0"}, ModelError, "float32 is right on 1 of 1 images, a constant answer on 1"),
     ],
@@ -247,10 +251,17 @@ def test_labels_that_do_not_serve(  # noqa: PLR0917
     model: str, shards: dict[str, str], tmp_path: Path, labels: dict[str, str], kind: type[Exception], sentence: str
 ) -> None:
     images = {f"k{number}": picture(number) for number in range(max(1, len(labels)))}
-    data = {"input": {"uri": write(tmp_path / "data.tar", images, labels)}}
+    data, said = {"input": {"uri": write(tmp_path / "data.tar", images, labels)}}, list[str]()
     with pytest.raises(kind, match=sentence):
-        run(quantize_job(model, shards, tmp_path / "out", data=data, calibration_images=2))
+        run_job(quantize_job(model, shards, tmp_path / "out", data=data, calibration_images=2), say=said.append, command="")
     assert not (tmp_path / "out").exists()
+    assert (said == []) == (kind is JobError), "labels are looked at before the calibration"
+
+
+def test_labels_of_broken_images_alone_do_not_serve(model: str, shards: dict[str, str], tmp_path: Path) -> None:
+    data = {"input": {"uri": write(tmp_path / "data.tar", {"a": picture(0), "b": b"no image"}, {"b": "0"})}}
+    with pytest.raises(JobError, match=r"data\.tar, cls: no sound image has a label; required: some, to measure with"):
+        run(quantize_job(model, shards, tmp_path / "out", data=data, calibration_images=2))
 
 
 def test_other_bad_inputs_are_one_sentence(

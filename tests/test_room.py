@@ -94,9 +94,9 @@ def test_what_does_not_fit_into_memory_lies_in_a_file_that_serves_again(
         f"the images go to {tmp_path}/training/train-0.arrow, for memory is short",
         "images of before",
     ]
-    assert shelf.standing("validation") is None
+    assert replace(shelf, name="validation").standing() is None
     monkeypatch.setattr("pipeline.prepare.shelf.CODE_VERSION", "another")
-    assert shelf.standing("train") is None, "another version may decode otherwise"
+    assert shelf.standing() is None, "another version may decode otherwise"
 
 
 def test_a_file_that_was_begun_is_no_file_and_what_fails_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -114,7 +114,7 @@ def test_a_file_that_was_begun_is_no_file_and_what_fails_leaves_none(tmp_path: P
     (tmp_path / "training/train-0.arrow").write_bytes(b"half of it")
     assert len(read_images(wanted, label="cls", shelf=shelf).texts) == 64
     with pytest.raises(JobError, match="no sound image with a label"):
-        read_images(wanted, label="none", shelf=shelf, name="validation")
+        read_images(wanted, label="none", shelf=replace(shelf, name="validation"))
     assert sorted(path.name for path in (tmp_path / "training").iterdir()) == ["train-0.arrow", "train-0.json"]
 
 
@@ -128,7 +128,7 @@ def test_two_of_the_same_training_at_once_read_each_into_its_own_file(tmp_path: 
     def beside(place: FilePlace, *images: Any) -> None:
         add(place, *images)
         if not second:
-            second.append(stack.enter_context(Shelf(folder).place("train", wanted)))
+            second.append(stack.enter_context(Shelf(folder).place(wanted)))
             add(second[0], *images)
 
     monkeypatch.setattr(FilePlace, "add", beside)
@@ -194,7 +194,7 @@ def test_loose_images_are_refused_at_once_and_not_before(tmp_path: Path, blocks:
 
 
 def test_pixels_to_validate_with_are_decoded_anew_where_they_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    found = labelled(read_images(Input(uri=write_shards(tmp_path / "in", 32)), label="cls"), ("0", "1"), where="x")
+    found = labelled(read_images(Input(uri=write_shards(tmp_path / "in", 32)), label="cls"), ("0", "1"))
     results, once = [], list[int]()
     monkeypatch.setattr(train, "in_memory", lambda held: once.append(len(held)) or images.in_memory(held))
     for name, memory in (("held", 10**9), ("anew", 1)):

@@ -25,6 +25,7 @@ from pipeline.prepare.look import looked_at, see
 from pipeline.read import read_unit
 from pipeline.spec import Input, Limits
 from pipeline.storage import Object, RangeFile, Store, open_input
+from pipeline.unit import Part, Unit
 
 NO_LABEL = -1
 MAX_PIXELS = Limits().max_pixels  # as in labelling
@@ -88,7 +89,7 @@ def image_rows(
                 break
 
 
-def judged(tables: Iterable[pa.Table], *, processes: int, quiet: bool = False) -> Iterator[pa.Table]:
+def with_failures(tables: Iterable[pa.Table], *, processes: int, quiet: bool = False) -> Iterator[pa.Table]:
     """Tables of `image_rows` with the failure of each image that cannot be decoded, as so many processes beside this one find;
     `quiet` as in `looked_at`."""
     return looked_at(tables, partial(see, max_pixels=MAX_PIXELS), _PATIENCE, processes=processes, quiet=quiet)
@@ -106,7 +107,9 @@ def _evenly(inputs: list[Object], most: int) -> list[Object]:
 
 
 def _rows(store: Store, wanted: Input, inputs: list[Object], *, label: str | None, key: str | None) -> Iterator[pa.Table]:
-    for unit in cut(store, wanted, inputs, tasks=1):
+    # A shard by itself: what are labels may be of another type in the next one.
+    units = cut(store, wanted, inputs, tasks=1) if wanted.format == "images" else [Unit((Part.of(item),)) for item in inputs]
+    for unit in units:
         for table in read_unit(store, unit, wanted=wanted):
             for end in table.filter(pc.is_null(table["key"])).to_pylist():
                 if end["error_class"] is not None:
@@ -177,19 +180,33 @@ def label_texts(column: pa.ChunkedArray) -> list[str | None]:
     return [text or None for text in texts]
 
 
-def class_index(texts: Sequence[str | None], classes: Sequence[str], *, where: str) -> np.ndarray:
-    """The number of each label in `classes`, int64 [N], NO_LABEL where there is none. A label is a class's name or, when no class
-    is named by a number, its number. Raises JobError for any other, and for a name that two classes have."""
-    names = {name: number for number, name in enumerate(classes)}
-    numbers = {} if any(name.isdigit() for name in classes) else {str(number): number for number in range(len(classes))}
-    known = numbers | names
-    unknown = sorted({text for text in texts if text is not None and text not in known})
-    if unknown:
-        need = f"one of {len(classes)} classes, {', '.join(classes[:5])}" + (", …" if len(classes) > 5 else "")
-        do = "Correct the labels or name the class"
-        raise JobError(f"{where}: {', '.join(unknown[:5])}", need=need + (", or its number" if numbers else ""), do=do)
-    twice = sorted({name for name, count in Counter(classes).items() if count > 1}.intersection(texts))
-    if twice:
-        do = "Give its number" if numbers else "Rename one of them"
-        raise JobError(f"{where}: {twice[0]} names two classes", need="labels that name one", do=do)
-    return np.array([NO_LABEL if text is None else known[text] for text in texts], dtype=np.int64)
+def class_index(images: pa.Table, label: str, classes: Sequence[str], *, key: str | None = None) -> np.ndarray:
+    """The number in `classes` of each label of a table of `image_rows`, int64 [N], NO_LABEL where there is none. `key` is for
+    words. Raises JobError for a label that is none of `known_labels`, with the first image that has it."""
+    texts, known = label_texts(images[label]), known_labels(classes)
+    wrong = next((row for row, text in enumerate(texts) if text is not None and text not in known), None)
+    if wrong is None:
+        return np.array([NO_LABEL if text is None else known[text] for text in texts], dtype=np.int64)
+    text = str(texts[wrong])
+    said = f"has {text[:60]} as {key}" if key else f"is {text[:60]}"
+    got = f"{images['source'][wrong]}: {label} of {images['key'][wrong]} {said}"
+    if text in classes:
+        do = "Give its number" if _have_numbers(classes) else "Rename one of them"
+        raise JobError(f"{got}, which names two classes", need="labels that name one", do=do)
+    others = sorted({other[:60] for other in texts if other is not None and other not in known} - {text[:60]})
+    more = f", others are {', '.join(others[:4])}" if others else ""
+    need = f"one of {len(classes)} classes, {', '.join(classes[:5])}" + (", …" if len(classes) > 5 else "")
+    need += ", or its number" if _have_numbers(classes) else ""
+    raise JobError(got + more, need=need, do="Correct the labels or name the class")
+
+
+def known_labels(classes: Sequence[str]) -> dict[str, int]:
+    """Every label that stands for one class, with the number of that: its name, unless two have it, or its number, when no class
+    is named by one."""
+    counts = Counter(classes)
+    numbers = {str(number): number for number in range(len(classes))} if _have_numbers(classes) else {}
+    return numbers | {name: number for number, name in enumerate(classes) if counts[name] == 1}
+
+
+def _have_numbers(classes: Sequence[str]) -> bool:
+    return not any(name.isdigit() for name in classes)

@@ -7,7 +7,7 @@ one is how collections are, the other a mistake.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.errors import JobError
@@ -30,46 +30,41 @@ class TrainingData:
 def read_data(wanted: Data, *, seed: int, known: tuple[str, ...], shelf: Shelf) -> TrainingData:
     """Of a training on labels. The classes are those that the job gives, else those `known` to the model to begin from when the
     labels are exactly these, else those found."""
-    where = _where(wanted.train.uris, wanted)
-    train = read_images(wanted.train, label=wanted.label, label_key=wanted.label_key, shelf=shelf)
-    held = _read_held(wanted, shelf=shelf)
-    classes = find_classes(train.texts, wanted.classes or fitting(train.texts, known), where=where)
-    return _together(wanted, train, held, classes=classes, seed=seed)
+    train = read_images(wanted.train, label=wanted.label, label_key=wanted.label_key, classes=wanted.classes, shelf=shelf)
+    classes = find_classes(train.texts, wanted.classes or fitting(train.texts, known), where=_where(wanted))
+    return _together(wanted, train, _read_held(wanted, classes, shelf=shelf), classes=classes, seed=seed)
 
 
 def read_taught(wanted: Data, *, seed: int, classes: tuple[str, ...], shelf: Shelf) -> TrainingData:
     """Of a training on the answers of a teacher of these classes: images without a label are trained on too, and when no labels
     are named, those to validate with have none either. Raises JobError for named labels of which none is there."""
-    where = _where(wanted.train.uris, wanted)
-    train = read_images(wanted.train, label=wanted.label, label_key=wanted.label_key, unlabelled=True, shelf=shelf)
-    held = _read_held(wanted, shelf=shelf)
-    if wanted.label is not None and held is None and not any(train.texts):
+    label, key = wanted.label, wanted.label_key
+    train = read_images(wanted.train, label=label, label_key=key, classes=classes, unlabelled=True, shelf=shelf)
+    held = _read_held(wanted, classes, shelf=shelf)
+    if label is not None and held is None and not any(train.texts):
         do = "Name some as data.validation, or set data.label to null: then agreement with the teacher chooses"
-        raise JobError(f"{where}: no image has a label", need="labelled images to choose the best epoch by", do=do)
+        raise JobError(f"{_where(wanted)}: no image has a label", need="labelled images to choose the best epoch by", do=do)
     if any(train.texts):
-        find_classes(train.texts, classes, where=where)
+        find_classes(train.texts, classes, where=_where(wanted))
     return _together(wanted, train, held, classes=classes, seed=seed)
 
 
-def _read_held(wanted: Data, *, shelf: Shelf) -> Found | None:
+def _read_held(wanted: Data, classes: tuple[str, ...], *, shelf: Shelf) -> Found | None:
     if wanted.validation is None:
         return None
-    bare = wanted.label is None
-    label, key = wanted.label, wanted.label_key
-    return read_images(wanted.validation, label=label, label_key=key, unlabelled=bare, shelf=shelf, name="validation")
+    label, key, beside = wanted.label, wanted.label_key, replace(shelf, name="validation")
+    return read_images(wanted.validation, label=label, label_key=key, classes=classes, unlabelled=label is None, shelf=beside)
 
 
-def _where(uris: tuple[str, ...], wanted: Data) -> str:
-    return ", ".join(filter(None, (*uris, wanted.label, wanted.label_key)))
+def _where(wanted: Data) -> str:
+    """Of the labels to train on, for what is said of them."""
+    return ", ".join(filter(None, (*wanted.train.uris, wanted.label, wanted.label_key)))
 
 
 def _together(wanted: Data, train: Found, held: Found | None, *, classes: tuple[str, ...], seed: int) -> TrainingData:
-    images = labelled(train, classes, where=_where(wanted.train.uris, wanted))
+    images = labelled(train, classes)
     uris = wanted.validation.uris if wanted.validation else ()
-    if held is not None:
-        parts = images, labelled(held, classes, where=_where(uris, wanted))
-    else:
-        parts = split(images, wanted.validation_share, seed=seed)
+    parts = split(images, wanted.validation_share, seed=seed) if held is None else (images, labelled(held, classes))
     left_out = {"train": train.left_out} | ({"validation": held.left_out} if held is not None else {})
     facts = {
         "uris": list(wanted.train.uris),

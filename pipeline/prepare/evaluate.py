@@ -23,7 +23,7 @@ from pipeline.errors import JobError, ModelError, UnfitError
 from pipeline.job.arithmetic import engine_for
 from pipeline.job.recipe import EvaluateJob, Measured
 from pipeline.prepare.answer import TRUTH, Evaluator, Mistake, mistakes
-from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, image_rows, judged, label_texts, listing
+from pipeline.prepare.data import NO_LABEL, LeftOut, class_index, image_rows, listing, with_failures
 from pipeline.prepare.evaluation import (
     VERSION,
     Images,
@@ -86,12 +86,11 @@ class Evaluation:
 
     def read(self, say: Say) -> None:
         """All images. Raises JobError when not one can be measured."""
-        data = self._job.data
-        where, told = data.where, time.monotonic()
+        where, told = self._job.data.where, time.monotonic()
         for one in filter(None, (self._model, self._other)):
             if one.caution is not None:
                 say(f"caution: {one.artifact.digest}: {one.caution}")
-        seen = judged(self._labelled(where), processes=torch.get_num_threads(), quiet=True)
+        seen = with_failures(self._labelled(), processes=torch.get_num_threads(), quiet=True)
         for block in _blocks(seen, self._job.batch_size):
             self._ask(block)
             if time.monotonic() - told > EVERY_S:
@@ -104,11 +103,11 @@ class Evaluation:
             got = f"{where}: no labelled image can be measured: {self._model.left_out}"
             raise JobError(got, need="one or more", do="Check the images")
 
-    def _labelled(self, where: str) -> Iterator[pa.Table]:
+    def _labelled(self) -> Iterator[pa.Table]:
         """Image rows with the class in place of the label; those without one are counted and gone."""
         data: Measured = self._job.data
         for table in image_rows(data.input, label=data.label, label_key=data.label_key, most=data.images):
-            truth = class_index(label_texts(table[data.label]), self._labels, where=where)
+            truth = class_index(table, data.label, self._labels, key=data.label_key)
             named = truth != NO_LABEL
             self._read += len(truth)
             self._unlabelled.add("NO_LABEL", table["key"].filter(pa.array(~named)).to_pylist())

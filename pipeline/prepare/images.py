@@ -23,7 +23,17 @@ from pipeline.decode import decode
 from pipeline.errors import JobError
 from pipeline.model.preprocessing import Preprocessing
 from pipeline.prepare.augment import Augmentation
-from pipeline.prepare.data import MAX_PIXELS, NO_LABEL, LeftOut, class_index, has_labels, image_rows, judged, label_texts
+from pipeline.prepare.data import (
+    MAX_PIXELS,
+    NO_LABEL,
+    LeftOut,
+    class_index,
+    has_labels,
+    image_rows,
+    known_labels,
+    label_texts,
+    with_failures,
+)
 from pipeline.prepare.shelf import IN_MEMORY, Found, Place, Shelf
 from pipeline.preprocess import Prepare
 from pipeline.spec import Input
@@ -58,20 +68,23 @@ def read_images(
     *,
     label: str | None,
     label_key: str | None = None,
+    classes: tuple[str, ...] = (),
     unlabelled: bool = False,
     shelf: Shelf = IN_MEMORY,
-    name: str = "train",
 ) -> Found:
-    """Every sound image of `wanted`, put on the `shelf` under a `name`, or found there. One that cannot be decoded is left out,
-    and without `unlabelled` one without a label is too. `label` None: there are none to look for. As many processes look at them
-    as torch has threads.
+    """Every sound image of `wanted`, put on the `shelf`, or found there. One that cannot be decoded is left out, and without
+    `unlabelled` one without a label is too. `label` None: there are none to look for; `classes` empty: any will do. As many
+    processes look at them as torch has threads.
 
-    Raises InputError for an input that cannot be read, JobError when nothing is left, and when the shelf has not room for all.
+    Raises InputError for an input that cannot be read, JobError for a label that is none of the `classes`, when nothing is left,
+    and when the shelf has not room for all.
     """
-    if (standing := shelf.standing(name)) is not None:
+    if (standing := shelf.standing()) is not None:
         return standing
-    with shelf.place(name, wanted) as place:
-        found = place.found(_put(wanted, place, label=label, label_key=label_key, unlabelled=unlabelled))
+    if label is not None and unlabelled and not has_labels(wanted, label):
+        label = None
+    with shelf.place(wanted) as place:
+        found = place.found(_put(wanted, place, label=label, label_key=label_key, classes=classes, unlabelled=unlabelled))
         if not found.texts:
             what = "sound image" if unlabelled else "sound image with a label"
             got = f"{', '.join(wanted.uris)}: no {what}" + (f"; left out: {found.left_out}" if found.left_out.counts else "")
@@ -81,31 +94,30 @@ def read_images(
     return found
 
 
-def _put(wanted: Input, place: Place, *, label: str | None, label_key: str | None, unlabelled: bool) -> LeftOut:
+def _put(
+    wanted: Input, place: Place, *, label: str | None, label_key: str | None, classes: tuple[str, ...], unlabelled: bool
+) -> LeftOut:
     """All that are to be had in their place; which are not."""
-    if label is not None and unlabelled and not has_labels(wanted, label):
-        label = None
     left_out = LeftOut()
-    for table in judged(image_rows(wanted, label=label, label_key=label_key), processes=torch.get_num_threads()):
+    for table in with_failures(image_rows(wanted, label=label, label_key=label_key), processes=torch.get_num_threads()):
         left_out.add_failed(table)
-        keep = pc.is_null(table["error_class"]).to_numpy()
-        named = label_texts(table[label]) if label else [None] * table.num_rows
+        sound = table.filter(pc.is_null(table["error_class"]))
+        texts: list[str | None] = label_texts(sound[label]) if label else [None] * sound.num_rows
+        if label and classes:
+            class_index(sound, label, classes, key=label_key)
         if not unlabelled:
-            bare = keep & [text is None for text in named]
-            left_out.add("NO_LABEL", table["key"].filter(pa.array(bare)).to_pylist())
-            keep &= ~bare
-        texts = [named[number] for number in np.flatnonzero(keep).tolist()]
-        place.add(table["source"][0].as_py(), table["bytes"].filter(pa.array(keep)), texts)
+            named = pa.array([text is not None for text in texts], pa.bool_())
+            left_out.add("NO_LABEL", sound["key"].filter(pc.invert(named)).to_pylist())
+            sound, texts = sound.filter(named), [text for text in texts if text is not None]
+        place.add(table["source"][0].as_py(), sound["bytes"], texts)
     return left_out
 
 
 def find_classes(texts: list[str | None], given: tuple[str, ...], *, where: str) -> tuple[str, ...]:
     """The classes of labels: those `given`, or the labels found, numbers by size and names by alphabet. Raises JobError for one
-    class only, for a label outside of those given, and for JSON objects."""
+    class only, and for JSON objects."""
     found = {text for text in texts if text is not None}
-    if given:
-        class_index(sorted(found), given, where=where)
-    elif objects := [text for text in found if text.startswith("{")]:  # of img2dataset and its like; each is another one
+    if not given and (objects := [text for text in found if text.startswith("{")]):  # of img2dataset and its like: all differ
         do = "Set data.label_key to the key of the class in it"
         raise JobError(f"{where}: a label is {min(objects)[:60]}", need="the name of a class, or its number", do=do)
     numeric = all(text.isascii() and text.isdigit() for text in found)
@@ -117,16 +129,15 @@ def find_classes(texts: list[str | None], given: tuple[str, ...], *, where: str)
 
 def fitting(texts: list[str | None], classes: tuple[str, ...]) -> tuple[str, ...]:
     """`classes` when the labels are those and all of those, by name or by number; else none."""
-    try:
-        found = class_index(sorted({text for text in texts if text is not None}), classes, where="")
-    except JobError:
-        return ()
-    return classes if len(np.unique(found)) == len(classes) else ()
+    known = known_labels(classes)
+    found = {known.get(text, NO_LABEL) for text in texts if text is not None}
+    return classes if found == {*range(len(classes))} else ()
 
 
-def labelled(found: Found, classes: tuple[str, ...], *, where: str) -> Images:
-    """The images with the numbers of their classes. Raises JobError for a label outside `classes`."""
-    return Images(found.encoded, class_index(found.texts, classes, where=where))
+def labelled(found: Found, classes: tuple[str, ...]) -> Images:
+    """The images with the numbers of their classes, all of which are known."""
+    known = known_labels(classes)
+    return Images(found.encoded, np.array([NO_LABEL if text is None else known[text] for text in found.texts], dtype=np.int64))
 
 
 def split(images: Images, share: float, *, seed: int) -> tuple[Images, Images]:

@@ -1,8 +1,7 @@
 """A quantize job: artifact → the same artifact with `model.int8.onnx` beside its weights, or a refusal.
 
 Calibrated once, tried in every scheme of `calibrate`, measured by `gate`; the best that passes is published under a digest of
-its own, all else of the folder as it was, so transformers opens it and it still labels at float32. Images that cannot be decoded
-or carry no label are left out and counted; a label that is no class is an error, for it is a mistake.
+its own, all else of the folder as it was, so transformers opens it and it still labels at float32.
 """
 
 from __future__ import annotations
@@ -10,13 +9,11 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from pipeline.artifact import INT8, RECORD, Artifact, Origin, load_artifact, save_artifact, with_files
@@ -30,12 +27,10 @@ from pipeline.model.describe import file_sizes
 from pipeline.model.preprocessing import PREPROCESSING_VERSION
 from pipeline.prepare.calibrate import calibrate, quantize, schemes
 from pipeline.prepare.card import folder_name, model_card
-from pipeline.prepare.data import MAX_PIXELS, NO_LABEL, LeftOut, class_index, image_rows, judged, label_texts, listing
-from pipeline.prepare.gate import BATCH, FLOAT32, Batch, Measurement, best_of, measure
+from pipeline.prepare.data import listing
+from pipeline.prepare.gate import FLOAT32, Measurement, best_of, measure
+from pipeline.prepare.material import Material
 from pipeline.prepare.outcome import Outcome, Say
-from pipeline.preprocess import Preprocess
-from pipeline.rows import pixels_view
-from pipeline.spec import Input
 from pipeline.start import load_source
 from pipeline.storage import check_writable, head_if_there, join, open_store
 
@@ -51,7 +46,8 @@ def run_job(job: QuantizeJob, *, say: Say, command: str) -> Outcome:
     key = _key(job, source, saturates=saturates)
     if (standing := _standing(job, source)) is not None and standing.origin.data.get("job") == key:
         return _outcome(job, standing, ("nothing to do: the artifact is there", _told(standing.origin.metrics)))
-    images = _Images(job, source, threads)
+    images = Material(job, source, threads)
+    images.check_labels()
     float32 = float32_graph(source)
     say(f"calibrating on up to {job.calibration_images} images")
     ranges = calibrate(float32, images.calibration())
@@ -116,71 +112,6 @@ def float32_graph(source: Artifact) -> bytes:
     if not OnnxEngine(graph, wanted=Wanted(), batch_size=1)(pixels).finite.all():
         raise ModelError("the model's scores of random pixels are not finite numbers", do="Train or import it again")
     return graph
-
-
-@dataclass
-class _Images:
-    """What the job's shards give, prepared as labelling does it, BATCH at a time; and what was left out, by reason."""
-
-    job: QuantizeJob
-    source: Artifact
-    threads: int
-    calibrated: set[tuple[str, str]] = field(default_factory=set)
-    """(source, key) of the images."""
-    measured: int = 0
-    overlap: int = 0
-    """Measured images that were calibrated with, which flatters a little."""
-    left_out: LeftOut = field(default_factory=LeftOut)
-
-    def calibration(self) -> Iterator[np.ndarray]:
-        """Raises JobError when not one image is sound."""
-        for table in self._sound(self.job.calibration, most=self.job.calibration_images):
-            self.calibrated |= _names(table)
-            yield self._pixels(table)
-        if not self.calibrated:
-            got = f"{', '.join(self.job.calibration.uris)}: no sound image to calibrate with"
-            raise JobError(got, need="some, a few hundred that look like those to label", do="Check the URI and the format")
-
-    def labelled(self) -> Iterator[Batch]:
-        """Raises JobError for a label that is no class."""
-        wanted = self.job.data
-        for table in self._sound(wanted.input, label=wanted.label, label_key=wanted.label_key, most=wanted.images):
-            labels = class_index(label_texts(table[wanted.label]), self.source.labels, where=wanted.where)
-            told = labels != NO_LABEL
-            self.left_out.add("NO_LABEL", table["key"].filter(pa.array(~told)).to_pylist())
-            self.measured += int(told.sum())
-            self.overlap += len(self.calibrated & _names(table.filter(pa.array(told))))
-            if told.any():
-                yield self._pixels(table)[told], labels[told]
-
-    def facts(self) -> dict[str, Any]:
-        return {
-            "calibration": {"uris": list(self.job.calibration.uris), "images": len(self.calibrated)},
-            "measured": {"uris": list(self.job.data.input.uris), "images": self.measured, "calibrated": self.overlap},
-            "left_out": dict(self.left_out.counts),
-            "left_out_images": self.left_out.keys,
-        }
-
-    def warnings(self) -> Iterator[str]:
-        if self.left_out.counts:
-            yield f"left out: {self.left_out}"
-        if self.overlap:
-            yield f"{self.overlap} of {self.measured} measured images were calibrated with, others would judge better"
-
-    def _sound(self, wanted: Input, **which: Any) -> Iterator[pa.Table]:
-        """Images of `image_rows`, prepared, BATCH at most at a time."""
-        prepare = Preprocess(self.source.preprocessing, max_pixels=MAX_PIXELS, threads=self.threads)
-        for table in map(prepare, judged(image_rows(wanted, **which), processes=self.threads, quiet=True)):
-            self.left_out.add_failed(table)
-            sound = table.filter(pc.is_valid(table["pixels"]))
-            yield from (sound.slice(at, BATCH) for at in range(0, sound.num_rows, BATCH))
-
-    def _pixels(self, table: pa.Table) -> np.ndarray:
-        return pixels_view(table["pixels"], self.source.preprocessing.size)
-
-
-def _names(table: pa.Table) -> set[tuple[str, str]]:
-    return set(zip(table["source"].to_pylist(), table["key"].to_pylist(), strict=True))
 
 
 def _how() -> dict[str, str]:

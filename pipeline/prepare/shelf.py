@@ -39,16 +39,18 @@ class Found:
 
 @dataclass(frozen=True)
 class Shelf:
-    """For one worker of `beside` on this machine. Without a `folder` images are held in memory, however many there are."""
+    """For images of one `name`, and one worker of `beside` on this machine. Without a `folder` they are held in memory, however
+    many there are."""
 
     folder: Path | None = None
     rank: int = 0
     beside: int = 1
     say: Say = field(default=lambda _: None)
+    name: str = "train"
 
-    def standing(self, name: str) -> Found | None:
-        """What was put there under this name, whole, by this version of the code."""
-        images, record = self._places(name)
+    def standing(self) -> Found | None:
+        """What was put there, whole, by this version of the code."""
+        images, record = self._places()
         if images is None or record is None or not (images.exists() and record.exists()):
             return None
         told = json.loads(record.read_text())
@@ -57,19 +59,19 @@ class Shelf:
         self.say(f"images of before: {images}")
         return _mapped(images, LeftOut(Counter(told["left_out"]["counts"]), told["left_out"]["keys"]))
 
-    def place(self, name: str, wanted: Input) -> Place:
+    def place(self, wanted: Input) -> Place:
         """For the images of `wanted`."""
-        images, record = self._places(name)
+        images, record = self._places()
         room = Room(wanted, folder=self.folder, beside=self.beside, say=self.say)
         if images is None or record is None or room.in_memory:
             return Place(room)
         self.say(f"the images go to {images}, for memory is short")
         return FilePlace(room, images, record)
 
-    def _places(self, name: str) -> tuple[Path, Path] | tuple[None, None]:
+    def _places(self) -> tuple[Path, Path] | tuple[None, None]:
         if self.folder is None:
             return None, None
-        return self.folder / f"{name}-{self.rank}.arrow", self.folder / f"{name}-{self.rank}.json"
+        return self.folder / f"{self.name}-{self.rank}.arrow", self.folder / f"{self.name}-{self.rank}.json"
 
 
 IN_MEMORY = Shelf()
