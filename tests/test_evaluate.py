@@ -300,7 +300,7 @@ def test_the_same_job_measures_once_and_another_finds_the_folder_taken(tmp_path:
     assert again.facts == first.facts
     assert again.lines == ("nothing to do: exam is evaluated already", *first.lines[1:])
     sentence = refused(StoreError, job(other, data, tmp_path / "out"))
-    assert sentence.startswith(f"{tmp_path}/out: holds an evaluation with other model; required: an empty folder")
+    assert sentence.startswith(f"output.uri {tmp_path}/out holds an evaluation with other model; required: an empty folder")
     assert "with other compare" in refused(StoreError, job(model, data, tmp_path / "out", compare={"uri": other}))
     shard(tmp_path / "in", LABELS[:7])
     assert "with other data" in refused(StoreError, job(model, data, tmp_path / "out"))

@@ -225,8 +225,15 @@ def test_a_folder_that_is_taken_is_found_before_the_training(tmp_path: Path, sta
     with pytest.raises(JobError, match=r"out holds model\.safetensors without artifact\.json; required: an empty folder"):
         make(wanted, said)
     (out / "artifact.json").write_text('{"digest": "sha')
-    with pytest.raises(ModelError, match=r"artifact\.json: is not an artifact's record"):
+    record = r"output\.uri .*/out/artifact\.json: is not an artifact's record; required: .*\. Give another output\.uri, or remove"
+    with pytest.raises(ModelError, match=record):
         make(wanted, said)
+    save_artifact(load_artifact(start), str(tmp_path / "half"))
+    (tmp_path / "half" / "model.safetensors").unlink()
+    with pytest.raises(
+        ModelError, match=r"^output\.uri .*/half: has no model\.safetensors; .*\. Give another output\.uri, or remove"
+    ):
+        make(job(train, tmp_path / "half", model={"uri": start}), said)
     assert said == []
     (tmp_path / "out.training").write_text("a file where the checkpoints belong")
     for path in out.iterdir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -187,8 +188,10 @@ def test_again_is_the_same_and_nothing_is_overwritten(done: tuple[Outcome, Path]
     assert another.facts["digest"] == outcome.facts["digest"], "another gate is measured by, and nothing is made anew"
     assert another.lines[0] != again.lines[0]
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    with pytest.raises(ModelError, match=r"made of something else; required: nothing, or sha256:.* Take an empty folder"):
-        run(quantize_job(model, shards, Path(model)))
+    with pytest.raises(
+        ModelError, match=r"made of something else; required: an empty folder, or sha256:.* Give another output\.uri"
+    ):
+        run(quantize_job(model, shards, Path(shutil.copytree(model, out.parent / "other"))))
 
 
 def test_what_stands_in_the_folder_is_found_before_the_work(model: str, shards: dict[str, str], tmp_path: Path) -> None:
@@ -197,7 +200,9 @@ def test_what_stands_in_the_folder_is_found_before_the_work(model: str, shards: 
         folder.mkdir()
         (folder / "config.json").write_bytes(data)
     said: list[str] = []
-    with pytest.raises(ModelError, match=r"taken: holds another config\.json; required: nothing, or sha256:.* quantized"):
+    with pytest.raises(
+        ModelError, match=r"^output\.uri .*/taken holds another config\.json; required: an empty folder, or sha256:.* quantized"
+    ):
         run_job(quantize_job(model, shards, taken), say=said.append, command="")
     with pytest.raises(StoreError, match=r"config\.json is a file; required: a folder, or nothing yet\. Name another place"):
         run_job(quantize_job(model, shards, taken / "config.json"), say=said.append, command="")
@@ -206,6 +211,20 @@ def test_what_stands_in_the_folder_is_found_before_the_work(model: str, shards: 
     assert said[1].endswith(" with 1 thread")
     assert "left out of the measured images: 1 NOT_AN_IMAGE (broken), 1 NO_LABEL (u0)" in said
     assert load_artifact(str(half)).quantized
+    (half / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"^output\.uri .*/half: has no model\.safetensors; .*\. Give another output\.uri"):
+        run(quantize_job(model, shards, half))
+
+
+def test_the_folder_of_the_model_itself_stays_as_it_is(model: str, shards: dict[str, str], tmp_path: Path) -> None:
+    """One of transformers, which has no record: what is found there is what the source has."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    (folder / "artifact.json").unlink()
+    for uri in (str(folder), f"file://{folder}/"):
+        with pytest.raises(ModelError, match=r"^output\.uri .* holds the model itself; required: an empty folder.* Give another"):
+            run(quantize_job(uri, shards, folder))
+    assert not (folder / "model.int8.onnx").exists()
 
 
 @pytest.mark.parametrize(

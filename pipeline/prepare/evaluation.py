@@ -134,7 +134,7 @@ def standing(folder: Folder, subject: Record) -> Record | None:
     if data is None:
         if head_if_there(store, join(folder.uri, PAGE)):
             need = "an empty folder, for nothing is overwritten"
-            raise StoreError(f"{folder.uri}: holds {PAGE} without {RECORD}", need=need, do="Name another output.uri")
+            raise StoreError(f"output.uri {folder.uri} holds {PAGE} without {RECORD}", need=need, do="Give another output.uri")
         check_writable(folder.uri)
         return None
     try:
@@ -142,12 +142,12 @@ def standing(folder: Folder, subject: Record) -> Record | None:
         found = record["subject"]
         different = [name for name in subject if found[name] != subject[name]]
     except (ValueError, TypeError, KeyError):
-        got = f"{join(folder.uri, RECORD)}: is not an evaluation of ours"
-        raise StoreError(got, need="an empty folder", do="Name another output.uri") from None
+        got = f"output.uri {join(folder.uri, RECORD)}: is not an evaluation of ours"
+        raise StoreError(got, need="an empty folder", do="Give another output.uri") from None
     if different:
-        got = f"{folder.uri}: holds an evaluation with other {' and '.join(different)}"
+        got = f"output.uri {folder.uri} holds an evaluation with other {' and '.join(different)}"
         need = "an empty folder, for nothing is overwritten"
-        raise StoreError(got, need=need, do="Name another output.uri")
+        raise StoreError(got, need=need, do="Give another output.uri")
     return dict(record)
 
 

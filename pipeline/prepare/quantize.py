@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.artifact import INT8, RECORD, Artifact, Origin, load_artifact, save_artifact, with_files
+from pipeline.artifact import INT8, RECORD, Artifact, Origin, save_artifact, with_files
 from pipeline.engines import cpu
 from pipeline.engines.onnx_engine import OnnxEngine
 from pipeline.engines.onnx_graph import to_onnx
 from pipeline.engines.scores import Wanted
 from pipeline.errors import JobError, ModelError
 from pipeline.job.recipe import QuantizeJob
+from pipeline.job.uris import absolute
 from pipeline.model.describe import file_sizes
 from pipeline.model.preprocessing import PREPROCESSING_VERSION
 from pipeline.prepare.calibrate import calibrate, quantize, schemes
@@ -30,7 +31,7 @@ from pipeline.prepare.card import folder_name, model_card
 from pipeline.prepare.data import listing
 from pipeline.prepare.gate import FLOAT32, Measurement, best_of, measure
 from pipeline.prepare.material import Material
-from pipeline.prepare.outcome import Outcome, Say
+from pipeline.prepare.outcome import Outcome, Say, made_before
 from pipeline.start import load_source
 from pipeline.storage import check_writable, head_if_there, join, open_store
 
@@ -89,19 +90,24 @@ def _source(job: QuantizeJob) -> Artifact:
 def _standing(job: QuantizeJob, source: Artifact) -> Artifact | None:
     """What an earlier run has made of this source. That something else stands there is told now, not minutes later by
     `save_artifact`."""
+    if join(absolute(job.output.uri)) == join(absolute(job.model.uri)):
+        raise _taken(job, source, "the model itself")
     store = open_store(job.output.uri, job.output.s3)
     if head_if_there(store, join(job.output.uri, RECORD)) is None:
         for name in file_sizes(job.output.uri, job.output.s3):  # a kill while saving leaves the source's own files
             if name != INT8 and store.read(join(job.output.uri, name)) != source.files.get(name):
-                got = f"{job.output.uri}: holds another {name}"
-                raise ModelError(got, need=f"nothing, or {source.digest} quantized", do="Take an empty folder")
+                raise _taken(job, source, f"another {name}")
         check_writable(job.output.uri)
         return None
-    standing = load_artifact(job.output.uri, job.output.s3, weights=False)
+    standing = made_before(job.output)
     if not standing.quantized or standing.origin.parents != (source.digest,):
-        got = f"{job.output.uri}: holds {standing.digest}, made of something else"
-        raise ModelError(got, need=f"nothing, or {source.digest} quantized", do="Take an empty folder")
+        raise _taken(job, source, f"{standing.digest}, made of something else")
     return standing
+
+
+def _taken(job: QuantizeJob, source: Artifact, what: str) -> ModelError:
+    need = f"an empty folder, or {source.digest} quantized"
+    return ModelError(f"output.uri {job.output.uri} holds {what}", need=need, do="Give another output.uri")
 
 
 def float32_graph(source: Artifact) -> bytes:

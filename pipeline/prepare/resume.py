@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.artifact import RECORD, Artifact, load_artifact, save_artifact
+from pipeline.artifact import RECORD, Artifact, save_artifact
 from pipeline.errors import JobError
 from pipeline.job.training import TrainingJob
 from pipeline.model.describe import file_sizes
@@ -21,7 +21,7 @@ from pipeline.prepare.afar import EVERY_S, Checkpoints
 from pipeline.prepare.card import folder_name, model_card
 from pipeline.prepare.data import listing
 from pipeline.prepare.epochs import TABLE
-from pipeline.prepare.outcome import Outcome
+from pipeline.prepare.outcome import Outcome, made_before
 from pipeline.prepare.train import Worker
 from pipeline.storage import check_writable, head_if_there, join, open_store
 
@@ -61,11 +61,11 @@ def _standing(job: TrainingJob, key: str) -> Artifact | None:
             raise JobError(got, need="an empty folder, or the artifact of this very job", do="Give another output.uri")
         check_writable(uri)
         return None
-    found = load_artifact(uri, s3, weights=False)
+    found = made_before(job.output)
     if found.origin.data.get("job") != key:
         got = f"output.uri {uri} holds another artifact, {found.digest[:19]}…"
         raise JobError(got, need="an empty folder, or the artifact of this very job", do="Give another output.uri")
-    return load_artifact(uri, s3)
+    return made_before(job.output, weights=True)
 
 
 def checkpoints(job: TrainingJob, key: str) -> Checkpoints:
