@@ -112,14 +112,14 @@ class Log:
         except Conflict:  # something else stands there, which verification will name
             return False
 
-    def runs(self, uris: pa.Array | None = None) -> list[Run]:
+    def runs(self, uris: frozenset[str] | None = None) -> list[Run]:
         """All runs, oldest first; with `uris`, of each only the units that hold one of these inputs."""
         plans, finished = self._entries()
-        span = pc.min_max(uris).as_py() if uris is not None else {}
+        span = (min(uris), max(uris)) if uris else None
 
         def load(key: str) -> Run:
             run_id = key.split("/")[-2]
-            parts, whole, kept = _load(self.store.read(key), uri=key, uris=uris, span=(span.get("min"), span.get("max")))
+            parts, whole, kept = _load(self.store.read(key), uri=key, uris=uris, span=span)
             return Run(run_id, parts, whole, run_id in finished, kept)
 
         return list(side_by_side(load, plans))
@@ -127,7 +127,7 @@ class Log:
     def kept(self) -> pa.Schema | None:
         """The types of kept columns that all objects have: those in the first plan that says any. Others are not read."""
         for key in self._entries()[0]:
-            if (kept := _load(self.store.read(key), uri=key, uris=pa.array([], pa.string()), span=(None, None))[2]) is not None:
+            if (kept := _load(self.store.read(key), uri=key, uris=frozenset(), span=None)[2]) is not None:
                 return kept
         return None
 
@@ -172,7 +172,7 @@ def _dump(units: Iterable[Unit], kept: str | None = None) -> bytes:
 
 
 def _load(
-    data: bytes, *, uri: str, uris: pa.Array | None, span: tuple[str | None, str | None]
+    data: bytes, *, uri: str, uris: frozenset[str] | None, span: tuple[str, str] | None
 ) -> tuple[pa.Table, int, pa.Schema | None]:
     """(parts of the units that hold one of `uris`, which lie within `span`; number of all units; types of kept columns)."""
     try:
@@ -183,7 +183,8 @@ def _load(
         table = file.read(_PLAN.names)
         whole = pc.count_distinct(table.column("unit")).as_py()
         if uris is not None:
-            held = table.filter(pc.is_in(table.column("uri"), value_set=uris)).column("unit")
+            # Not Arrow's is_in, which hashes all of `uris` anew for each of a thousand plans.
+            held = table.filter(pa.array([uri in uris for uri in table.column("uri").to_pylist()], pa.bool_())).column("unit")
             table = table.filter(pc.is_in(table.column("unit"), value_set=held.unique()))
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise StoreError(
@@ -192,11 +193,11 @@ def _load(
     return table, whole, kept
 
 
-def _may_hold(metadata: pq.FileMetaData, span: tuple[str | None, str | None]) -> bool:
+def _may_hold(metadata: pq.FileMetaData, span: tuple[str, str] | None) -> bool:
     """By the smallest and largest URI of each row group: another night's plan is not even decompressed."""
-    first, last = span
-    if first is None or last is None:
+    if span is None:
         return False
+    first, last = span
     column = _PLAN.get_field_index("uri")
     statistics = [metadata.row_group(group).column(column).statistics for group in range(metadata.num_row_groups)]
     return any(known is None or not known.has_min_max or (known.min <= last and first <= known.max) for known in statistics)

@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from pipeline.errors import Conflict, InputMissing, Temporary
 from pipeline.log import Log, Run, Standing
 from pipeline.storage import Object, side_by_side
@@ -51,7 +49,7 @@ def make_plan(
     Raises Temporary when other drivers keep taking the next entry of the log, Conflict when one of these inputs is labelled and
     the plan that says so is gone.
     """
-    uris = pa.array([item.uri for item in listing], pa.string())
+    uris = frozenset(item.uri for item in listing)
     for attempt in range(_ATTEMPTS):
         # Of many drivers that begin at the same minute one at a time gets on.
         time.sleep(random.uniform(0, min(attempt, _PAUSE_S)))

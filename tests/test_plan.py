@@ -319,9 +319,26 @@ def test_an_input_is_found_wherever_in_a_plan_it_stands(tmp_path, options):
     pq.write_table(pq.read_table(io.BytesIO(log._dump(units))), sink, **options)
     log_of_runs.store.create(log_of_runs.run_key("000001", "plan.parquet"), sink.getvalue())
     for name, found in {"a": [], "b": units[:1], "c": units[:1], "d": units[1:], "e": units[1:], "f": []}.items():
-        (run,) = log_of_runs.runs(pa.array([f"/in/{name}"]))
+        (run,) = log_of_runs.runs(frozenset([f"/in/{name}"]))
         assert run.units == found
         assert run.whole == 2 or not found
+
+
+def test_what_plans_hold_is_looked_up_in_what_is_listed_and_not_the_other_way_round(tmp_path):
+    """Of a prefix that grows every night each plan is small, and what is listed is all of them."""
+
+    class Listed(frozenset[str]):
+        asked = 0
+
+        def __contains__(self, uri: object) -> bool:
+            Listed.asked += 1
+            return super().__contains__(uri)
+
+    log = log_at(tmp_path)
+    for name in "acbd":
+        log.append(pairs(objects(f"{name}1", f"{name}2")), after=log.runs())
+    assert [len(run.units) for run in log.runs(Listed(item.uri for item in objects("a1", "b1", "d2")))] == [1, 0, 1, 1]
+    assert Listed.asked == 2 * 4
 
 
 def test_what_else_lies_in_an_output_is_no_run_and_no_unit(tmp_path):

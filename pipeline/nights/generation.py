@@ -23,8 +23,6 @@ import json
 import re
 from collections.abc import Iterator
 
-import pyarrow as pa
-
 from pipeline.errors import JobError
 from pipeline.footer import Footer, read_footer
 from pipeline.log import Log
@@ -124,7 +122,7 @@ def read_footers(store: Store, objects: list[Object]) -> Iterator[Footer]:
     return side_by_side(lambda item: read_footer(store, item.uri), objects)
 
 
-def last_labelled(log: Log, uris: pa.Array) -> Iterator[Footer]:
+def last_labelled(log: Log, uris: frozenset[str]) -> Iterator[Footer]:
     """What the newest finished run with any of these inputs has labelled: the newest version of each of its units."""
     runs = [run for run in log.runs(uris) if run.finished and run.parts.num_rows]
     ids = {unit.id for unit in runs[-1].units} if runs else set()

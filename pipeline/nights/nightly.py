@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow as pa
-
 from pipeline.cut import list_inputs
 from pipeline.errors import COMPLETE, ExitCode, InputMissing, JobError, NightlabelError, gravest
 from pipeline.footer import totals
@@ -153,7 +151,7 @@ def _as_it_stands(job: Job, receipt: Receipt) -> Receipt:
     if receipt.exit_code:  # an absent input is graver
         return receipt
     inputs = list_inputs(open_input(job.input), job.input, some=True).inputs
-    sums = totals(last_labelled(_log(job, receipt), pa.array([item.uri for item in inputs], pa.string())))
+    sums = totals(last_labelled(_log(job, receipt), frozenset(item.uri for item in inputs)))
     if not exceeds(sums.failed, job.limits.max_failed, of=sums.rows_in):
         return receipt
     return replace(

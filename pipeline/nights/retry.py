@@ -206,7 +206,7 @@ class Retry(Driver):
 
 def _labelled(log: Log, listed: list[Object]) -> Iterator[tuple[Unit, Footer]]:
     """The units that have these inputs, each with the footer of its newest version."""
-    uris = pa.array([item.uri for item in listed], pa.string())
+    uris = frozenset(item.uri for item in listed)
     known = {unit.id: unit for run in log.runs(uris) for unit in run.units}
     versions = [item for unit_id, item in newest(log).items() if unit_id in known]
     return ((known[footer.unit], footer) for footer in read_footers(log.store, versions))
