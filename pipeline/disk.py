@@ -4,6 +4,7 @@ modification time in nanoseconds."""
 from __future__ import annotations
 
 import errno
+import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -27,10 +28,13 @@ class Disk:
             yield self.head(uri)
             return
         matches, folder = (anything, path) if base == path else (glob_matcher(path), os.path.dirname(base))
+        # No deeper than the glob: lost+found/ beside `*.tar` may be closed, raw/ hold a million files.
+        deep = base == path or "**" in path or path.endswith("/")
+        levels = math.inf if deep else path.removeprefix(folder.rstrip("/")).count("/")
         with _explained(folder):
             if not glob:
                 _nearest(folder)
-            found = sorted((item for item in _walk(folder, ()) if matches(item.uri)), key=lambda item: item.uri)
+            found = sorted((item for item in _walk(folder, (), levels) if matches(item.uri)), key=lambda item: item.uri)
         for one, other in pairwise(found):
             if one.uri == other.uri:
                 raise StoreError(f"{one.uri}: two files are spelt so, one in bytes that are not UTF-8", do="Rename one of them")
@@ -116,9 +120,9 @@ def _object(path: str, stat: os.stat_result) -> Object:
     return Object(spelt(path), stat.st_size, str(stat.st_mtime_ns))
 
 
-def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Object]:
-    """All files below a folder, in no order. Links are followed; a broken one is a file that whoever wants it cannot read. What
-    goes away meanwhile, as a file does that gets its final name, is left for the next listing."""
+def _walk(folder: str, above: tuple[tuple[int, int], ...], levels: float) -> Iterator[Object]:
+    """All files below a folder, down to so many levels, in no order. Links are followed; a broken one is a file that cannot be
+    read. What goes away meanwhile, as a file does that gets its final name, is left for the next listing."""
     try:
         stat, scanned = os.stat(folder), os.scandir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -136,7 +140,8 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Object]:
             if entry.is_symlink() and not os.path.exists(entry.path):
                 yield Object(spelt(entry.path), 0, "")
             elif entry.is_dir():
-                yield from _walk(entry.path, above)
+                if len(above) < levels:
+                    yield from _walk(entry.path, above, levels)
             elif entry.is_file():
                 try:
                     yield _object(entry.path, entry.stat())

@@ -628,6 +628,32 @@ def test_links_are_followed_and_no_loop_of_them(tmp_path: Path) -> None:
             store.read(found[name].uri, pinned=found[name])
 
 
+@pytest.mark.parametrize(
+    ("pattern", "looked_at", "found"),
+    [
+        ("*.tar", ["."], ["a.tar"]),
+        ("[!x]*", ["."], ["a.tar"]),
+        ("*/*.tar", [".", "d", "e"], ["d/b.tar"]),
+        ("d*/*/c.tar", [".", "d", "d/f", "e"], ["d/f/c.tar"]),
+        ("**/c.tar", [".", "d", "d/f", "d/f/g", "e"], ["d/f/c.tar"]),
+        ("d*/", [".", "d", "d/f", "d/f/g", "e"], ["d/b.tar", "d/f/c.tar", "d/f/g/h"]),
+        ("", [".", "d", "d/f", "d/f/g", "e"], ["a.tar", "d/b.tar", "d/f/c.tar", "d/f/g/h", "e/i"]),
+    ],
+)
+def test_a_glob_looks_into_no_folder_that_it_does_not_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, looked_at: list[str], found: list[str]
+) -> None:
+    """Such as lost+found/, which is root's alone, beside the shards of a disk."""
+    for name in ("a.tar", "d/b.tar", "d/f/c.tar", "d/f/g/h", "e/i"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    looked: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: (looked.append(os.path.relpath(folder, tmp_path)), scandir(folder))[1])
+    assert [item.uri for item in open_store("/").list(f"{tmp_path}/{pattern}")] == [f"{tmp_path}/{name}" for name in found]
+    assert sorted(looked) == looked_at
+
+
 def test_what_goes_away_while_a_folder_is_listed_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A producer writes b.part and renames it; a folder is moved away with all that it holds."""
     for name in ("a", "b.part", "moved/x", "now a file/x", "z"):
