@@ -95,11 +95,12 @@ def clocked(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 def gathered(tables: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:
     """Together until they have `size` bytes: what is done to a table has a price of its own, and 64 photographs are few."""
-    waiting = list[pa.Table]()
+    waiting, held = list[pa.Table](), 0
     for table in tables:
         waiting.append(table)
-        if sum(part.nbytes for part in waiting) >= size:
+        held += table.nbytes
+        if held >= size:
             yield pa.concat_tables(waiting)
-            waiting = []
+            waiting, held = [], 0
     if waiting:
         yield pa.concat_tables(waiting)

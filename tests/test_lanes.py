@@ -170,3 +170,18 @@ def test_tables_are_gathered_by_their_bytes(size: int, rows: list[int]) -> None:
     found = list(gathered(iter(tables), size))
     assert [part.num_rows for part in found] == rows
     assert pa.concat_tables(found)["index"].to_pylist() == list(range(10))
+
+
+def test_each_table_is_asked_once_how_large_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes 40 us, and a thousand tables of thumbnails make a block."""
+    asked: list[int] = []
+
+    class Table:
+        @property
+        def nbytes(self) -> int:
+            asked.append(1)
+            return 1
+
+    monkeypatch.setattr(pa, "concat_tables", len)
+    assert list(gathered(iter([Table()] * 100), 40)) == [40, 40, 20]
+    assert len(asked) == 100
