@@ -112,7 +112,8 @@ class Driver:
                 if not able:
                     break
                 fewest = min(self.tries[unit.id] for unit in able)
-                self._one_pass([unit for unit in able if self.tries[unit.id] == fewest][:_AT_ONCE], committer, run_pass)
+                todo = [unit for unit in able if self.tries[unit.id] == fewest][:_AT_ONCE]
+                self._one_pass(todo, committer, run_pass, others=len(plan.todo) - len(todo))
                 plan = replace(plan, committed=plan.committed | {unit.id for unit in able if unit.id in committer.committed})
         return plan
 
@@ -162,7 +163,8 @@ class Driver:
             self.probed, split = True, unsure[:1]
         return sure + split
 
-    def _one_pass(self, todo: list[Unit], committer: Committer, run_pass: RunPass) -> None:
+    def _one_pass(self, todo: list[Unit], committer: Committer, run_pass: RunPass, *, others: int) -> None:
+        """`others`: units that are left beside these."""
         attempt, careful = self.attempt, self.tries[todo[0].id] == TRIES - 1
         attempt.passes += 1
         attempt.tell("pass", number=attempt.passes, units=len(todo), careful=careful)
@@ -176,7 +178,7 @@ class Driver:
         try:
             with closing(run_pass(todo, careful=careful, lost=lost)) as blocks:
                 for block in blocks:
-                    self._check_deadline(len(waiting))
+                    self._check_deadline(len(waiting) + others)
                     committer.settle()  # what is said of a unit, on the screen and in the events, is said when it is done
                     if block is None:
                         continue

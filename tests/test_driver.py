@@ -373,6 +373,19 @@ def test_a_deadline_ends_a_run_in_which_nothing_arrives(begin):
     assert ended, "the pass goes on without its driver"
 
 
+def test_a_deadline_counts_all_units_that_are_left_and_not_those_of_the_pass_alone(begin, monkeypatch):
+    monkeypatch.setattr(label, "_AT_ONCE", 1)
+    driver, log, plan = begin(limits={"deadline": "1h"})
+
+    def slow(units: list[Unit], *, careful: bool, lost: list[str]):
+        yield arrival(units[0])
+        driver.since -= 3601
+        yield None
+
+    with pytest.raises(UnitsLeft, match="3 units left"):
+        driver.passes(log, plan, slow)
+
+
 def test_what_was_committed_before_a_deadline_stays(begin):
     driver, log, plan = begin(limits={"deadline": "1h"})
     told: list[str] = []
