@@ -201,21 +201,22 @@ def _cut_parquet(store: Store, wanted: Input, listing: Sequence[Object], *, piec
     small = [Part.of(item) for item in listing if item.size <= 2 * size]
     units = _join(small, most=max(1, len(listing) // pieces), size=size)
     large = [item for item in listing if item.size > 2 * size]
-    for item in large:
-        try:
-            units += _split_rows(store, wanted, item, size=size)
-        except Unidentified:
-            raise
-        except (InputError, PermissionDenied, Temporary, JobError, *UNREADABLE):
-            units.append(Unit((Part.of(item),)))  # whose reading says what is wrong while the rest is labelled
+    for ranges in side_by_side(partial(_split_rows, store, wanted, size=size), large):
+        units += ranges
     return units
 
 
 def _split_rows(store: Store, wanted: Input, item: Object, *, size: int) -> list[Unit]:
     """Row groups of one file joined to about `size` bytes each."""
-    footer = pq.read_metadata(RangeFile(store, item))
-    check_columns(footer.schema.to_arrow_schema(), wanted, item.uri)
-    together, sizes = max(1, footer.num_row_groups // -(-item.size // size)), group_sizes(footer)
+    try:
+        footer = pq.read_metadata(RangeFile(store, item))
+        check_columns(footer.schema.to_arrow_schema(), wanted, item.uri)
+        sizes = group_sizes(footer)
+    except Unidentified:
+        raise
+    except (InputError, PermissionDenied, Temporary, JobError, *UNREADABLE):
+        return [Unit((Part.of(item),))]  # whose reading says what is wrong while the rest is labelled
+    together = max(1, footer.num_row_groups // -(-item.size // size))
     parts: list[Part] = []
     stop = 0
     for first in range(0, footer.num_row_groups, together):

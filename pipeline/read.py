@@ -45,8 +45,9 @@ MAX_BYTES = Limits().max_bytes
 def read_unit(
     store: Store, unit: Unit, *, wanted: Input, only: list[int] | None = None, max_bytes: int = MAX_BYTES
 ) -> Iterator[pa.Table]:
-    """Tables of rows.IMAGE plus the kept columns, at most BATCH_ROWS or about BATCH_BYTES each; the last holds the end row. With
-    `only`, of these rows, ascending; no other loose images are fetched. More than `max_bytes` is a TOO_LARGE row without bytes.
+    """Tables of rows.IMAGE plus the kept columns, at most BATCH_ROWS each, and about BATCH_BYTES but of Parquet, whose row groups
+    Arrow holds whole anyway; the last holds the end row. With `only`, of these rows, ascending; no other loose images are
+    fetched. More than `max_bytes` is a TOO_LARGE row without bytes.
 
     Raises nothing a user could act on: such an error becomes the end row's `error_class` and `error`. An `error` without a class
     is JSON: `empty`, the inputs in which there is no row, and `imageless`, how many samples have no image, by suffix.
@@ -163,7 +164,7 @@ def _read_parquet(store: Store, part: Part, wanted: Input, max_bytes: int, *, ke
     except UNREADABLE as error:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:  # of the machine, not of the file
             raise Temporary(f"{part.uri}: {error}", do="Run again, with fewer read.tasks or on larger nodes") from error
-        raise unreadable(part.uri, first_line(error), RangeFile(store, part.object).read(64)) from error
+        raise unreadable(part.uri, first_line(error), store.read(part.uri, stop=64, pinned=part.object)) from error
 
 
 def _row_groups(footer: pq.FileMetaData, part: Part) -> tuple[int, list[int]]:

@@ -63,7 +63,8 @@ class Stream:
 
     def _begin(self, at: int) -> None:
         self.at, self._buffer = at, memoryview(b"")
-        self._starts = iter(range(at, self.item.size, self._chunk))
+        # One range of an empty object too: on disk it may be a link to nothing.
+        self._starts = iter(range(at, self.item.size, self._chunk) or [at])
         for _ in range(self._ahead):
             self._fetch()
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import tarfile
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -718,6 +719,14 @@ def test_a_shard_that_git_lfs_has_not_fetched_is_told(tmp_path, name, kind, erro
         assert end["error"] == f"{pointer}. Fetch the object with git lfs pull."
 
 
+@pytest.mark.parametrize(("name", "kind"), [("a.tar", "webdataset"), ("a.parquet", "parquet")])
+def test_a_link_to_a_shard_that_is_not_there_is_a_missing_input(tmp_path, name, kind):
+    (tmp_path / name).symlink_to(tmp_path / "away" / name)
+    rows, end = rows_of(tmp_path, format=kind)
+    assert (rows, end["error_class"]) == ([], "INPUT_MISSING")
+    assert end["error"].startswith(f"{tmp_path}/{name}: No such file or directory; required: ")
+
+
 @pytest.mark.parametrize("uri", ["shard-{000..099}.tar", "{a,b}/", "{a,b}/*.tar"])
 def test_braces_are_said_not_to_be_expanded(tmp_path, uri):
     with pytest.raises(InputMissing, match=r"Braces are not expanded: give a glob such as shard-\*\.tar, or a list"):
@@ -1073,3 +1082,24 @@ def test_empty_row_groups_are_in_no_unit(tmp_path, counts):
     units = cut(STORE, wanted, list_inputs(STORE, wanted).inputs, tasks=10)
     ranges = [(part.start, part.stop) for unit in units for part in unit.parts]
     assert ranges == ([(0, 100), (100, 200), (200, 300)] if sum(counts) == 300 else [(None, None)])
+
+
+def test_footers_of_large_files_are_read_side_by_side(tmp_path):
+    """On S3 each takes 0.2 s and more."""
+    rows = pa.table({"image": [bytes([number]) * 1000 for number in range(8)], "key": [str(number) for number in range(8)]})
+    for name in "abc":
+        pq.write_table(rows, tmp_path / f"{name}.parquet", row_group_size=2, compression="none", use_dictionary=False)
+    together = threading.Barrier(3)
+
+    class Slow(Disk):
+        def read(self, uri, **span):
+            if uri not in seen:
+                seen.add(uri)
+                together.wait(30)
+            return super().read(uri, **span)
+
+    seen: set[str] = set()
+    wanted = Input(uri=str(tmp_path), format="parquet")
+    units = cut(Slow(), wanted, list_inputs(STORE, wanted).inputs, tasks=5)
+    ranges = [(Path(part.uri).stem, part.start, part.stop) for unit in units for part in unit.parts]
+    assert ranges == [(name, start, start + 2) for name in "abc" for start in (0, 2, 4, 6)]
