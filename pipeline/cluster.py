@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -27,6 +28,7 @@ from pipeline.spec import Job
 KNOCK_S = 10.0  # for a head to answer
 FREE_S = 5.0  # for Ray to find room where there is some
 BUSY_WAIT_S = 600.0  # for other jobs to end
+_FILES = 256  # to be open at a time: with 64 Ray does not come up, with 96 no image came, 128 are enough for 2 CPUs
 _ROOM = 2**20  # bytes for Ray's files; with 64 KB it does not come up, with 200 KB it does
 TELL_S = 60  # a run that waits says so again, lest it look hung, and sees whether another takes over
 
@@ -108,8 +110,10 @@ def _make_room(job: Job, tell: Tell) -> None:
 def start_ray(*, object_store: int) -> None:
     """Connect to the Ray that RAY_ADDRESS names, or start one with `object_store` bytes of shared memory.
 
-    Raises Temporary when there is none or it does not let us in, UnfitError when it is of another version.
+    Raises Temporary when there is none or it does not let us in, UnfitError when it is of another version, or when too few files
+    may be open.
     """
+    _check_files()
     address = os.environ.get("RAY_ADDRESS")
     own: dict[str, Any] = {"address": "local", "object_store_memory": object_store, "include_dashboard": False}
     if address:
@@ -126,6 +130,14 @@ def start_ray(*, object_store: int) -> None:
         signal.signal(signal.SIGTERM, on_terminate)
     if terminated:
         signal.raise_signal(signal.SIGTERM)
+
+
+def _check_files() -> None:
+    """Ray sets the soft limit of open files to the hard one by itself."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if most != resource.RLIM_INFINITY and most < _FILES:
+        do = "Raise it with ulimit -n 65536; where that is refused, in limits.conf or the container's --ulimit"
+        raise UnfitError(f"{most} files may be open at a time", need=f"{_FILES} for Ray, thousands on many CPUs", do=do)
 
 
 def _knock(address: str) -> None:

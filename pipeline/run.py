@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import astuple
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import pyarrow as pa
@@ -120,7 +120,7 @@ def _read(batch: pa.Table, *, wanted: Input, max_bytes: int, beside: Callable[[]
             yield from stages(table)
 
 
-_store = cache(open_input)  # one a worker process: an S3 client takes 0.1 s to make
+_store = lru_cache(1)(open_input)  # one a worker process: an S3 client takes 0.1 s to make, and each day has another input
 
 
 def _share(job: Job) -> Share | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from pipeline.errors import Conflict, InputMissing, Interrupted, JobError, Model
 from pipeline.label import Driver
 from pipeline.report import Receipt
 from pipeline.rows import PREDICTION, TIMINGS
-from pipeline.spec import Job
+from pipeline.spec import Input, Job
 from pipeline.start import load_model, open_log
 from pipeline.storage import open_store
 from pipeline.unit import Unit
@@ -292,6 +294,16 @@ def test_a_folder_that_ray_cannot_have_its_files_in_is_named(tmp_path, folder, s
     assert re.search(said.format(r"a Ray on this machine did not come up \(.+\)"), last), last
 
 
+def test_a_limit_of_open_files_that_ray_would_die_of_is_named():
+    """Its core ended the process with 1 and without a word."""
+    code = f"from pipeline.cluster import start_ray; start_ray(object_store={2**27})"
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = ["bash", "-c", 'ulimit -n 64; exec "$0" -c "$1"', sys.executable, code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    said = "UnfitError: 64 files may be open at a time; required: 256 for Ray, thousands on many CPUs. Raise it with ulimit -n"
+    assert said in done.stderr.splitlines()[-1]
+
+
 #: A task twice, while an actor has all CPUs; in between its worker is idle for longer than the second that Ray gives one.
 TWICE = """
 import os, time
@@ -313,6 +325,13 @@ def test_a_reader_that_waits_for_a_while_is_not_ended(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=500, check=False)
     assert done.stdout == "True\n", done.stderr
+
+
+def test_a_worker_keeps_the_store_of_the_day_that_it_works_on_and_none_of_the_days_before():
+    """On S3 each has a client of its own, and a backfill of a year has 365 days."""
+    stores = [weakref.ref(run._store(Input(uri=f"s3://photos/2026-11-0{day}/"))) for day in (1, 1, 2, 3, 3)]
+    gc.collect()
+    assert [store() is not None for store in stores] == [False, False, False, True, True]
 
 
 def test_a_pass_that_dies_without_a_word_is_told_by_its_kind():
