@@ -465,6 +465,17 @@ def test_validate_finds_what_is_wrong(tmp_path):
     assert any("not a unit of nightlabel" in problem for problem in validate(log)[1])
 
 
+def test_validate_holds_no_inputs_of_units_and_counts_a_unit_of_two_plans_once(tmp_path):
+    log = log_at(tmp_path)
+    for names in ("ab", "abcd"):  # the second plan takes over the unit of the first
+        plan = make_plan(log, objects(*names))
+    for unit in plan.units:
+        commit(log, unit)
+    assert [len(run.units) for run in log.runs()] == [1, 2]
+    footers, problems = validate(log)
+    assert ([footer.inputs for footer in footers], problems) == ([(), ()], [])
+
+
 def test_validate_deep_holds_rows_against_their_account(tmp_path):
     log = log_at(tmp_path)
     one, two = make_plan(log, objects("a", "b", "c", "d")).units
