@@ -419,7 +419,7 @@ def test_a_retry_that_dies_after_everything_it_writes_ends_with_every_image_once
         quick.setattr(Disk, "create", killed)
         while CliRunner().invoke(app, ["retry-failed", str(path), "--class", "FETCH_FAILED"]).exit_code:
             attempts += 1
-            assert attempts == len(written) < 10
+            assert attempts <= len(written) < 10, "two units may be under way when the first one is the last straw"
     assert written[:2] == ["retry.json", "plan.parquet"]
     assert (len(written), written[-1]) == (5, "manifest.json")
     table = DeltaTable(output_of(two_classes).root).to_pyarrow_table()
