@@ -172,7 +172,7 @@ def _explained(path: str, *, writing: bool = False) -> Iterator[None]:
 
 def _explanation(error: OSError, path: str, writing: bool) -> NightlabelError:
     got = spelt(f"{error.filename or path}: {error.strerror or error}")
-    if error.filename2 is not None and error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+    if error.filename2 is not None and error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
         return StoreError(got, need="a file system with hard links", do="Write the output to another disk or to S3")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         right = "write" if writing else "read"

@@ -569,11 +569,12 @@ def test_a_file_that_is_none_any_more_costs_its_own_image_and_holds_nobody_up(
     assert [tuple(row.values()) for row in rows] == [("a.jpg", "FETCH_FAILED"), ("b.jpg", None), (None, None)]
 
 
-def test_a_disk_without_hard_links_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As FAT and some network disks are; EPERM is all that Linux says of it."""
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_disk_without_hard_links_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """As FAT and some network disks are, of which Linux says no more than EPERM; a bucket that is mounted says ENOSYS."""
 
     def fail(source: str, target: str) -> None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM), source, None, target)
+        raise OSError(number, os.strerror(number), source, None, target)
 
     monkeypatch.setattr(os, "link", fail)
     with pytest.raises(StoreError, match="required: a file system with hard links"):
