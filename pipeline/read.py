@@ -45,9 +45,8 @@ MAX_BYTES = Limits().max_bytes
 def read_unit(
     store: Store, unit: Unit, *, wanted: Input, only: list[int] | None = None, max_bytes: int = MAX_BYTES
 ) -> Iterator[pa.Table]:
-    """Tables of rows.IMAGE plus the kept columns, at most BATCH_ROWS each, and about BATCH_BYTES but of Parquet, whose row groups
-    Arrow holds whole anyway; the last holds the end row. With `only`, of these rows, ascending; no other loose images are
-    fetched. More than `max_bytes` is a TOO_LARGE row without bytes.
+    """Tables of rows.IMAGE plus the kept columns, at most BATCH_ROWS each and, but for Parquet, BATCH_BYTES; the last has the end
+    row. With `only`, of these rows, ascending; no other loose images are fetched. Over `max_bytes` is TOO_LARGE, without bytes.
 
     Raises nothing a user could act on: such an error becomes the end row's `error_class` and `error`. An `error` without a class
     is JSON: `empty`, the inputs in which there is no row, and `imageless`, how many samples have no image, by suffix.
