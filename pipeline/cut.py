@@ -70,14 +70,11 @@ def list_inputs(store: Store, wanted: Input, *, some: bool = False) -> Listing:
     for uri in wanted.uris:
         fitting: dict[str, Object] = {}
         other: dict[str, str] = {}
-        named = frozenset(absolute(uri).split("/"))
+        place = absolute_input(uri)
         try:
-            for item in store.list(absolute_input(uri)):
-                kind = (_writers_folder(item.uri, named) if wanted.format == "parquet" else "") or _kind(item.uri)
-                if kind in _SUFFIX[wanted.format]:
-                    fitting[item.uri] = item
-                else:
-                    other[item.uri] = kind
+            _sort(store, wanted, place, fitting, other)
+            if [*other] == [place] and not fitting and place.startswith("s3://"):  # there a folder may be called like an object
+                _sort(store, wanted, f"{place}/", fitting, other)
             if not fitting:
                 raise _nothing(uri, wanted, other)
         except InputMissing as error:
@@ -87,6 +84,17 @@ def list_inputs(store: Store, wanted: Input, *, some: bool = False) -> Listing:
     if missing and not (some and found):
         raise next(iter(missing.values()))
     return Listing([found[uri] for uri in sorted(found)], _by_kind(others), missing)
+
+
+def _sort(store: Store, wanted: Input, place: str, fitting: dict[str, Object], other: dict[str, str]) -> None:
+    """Puts what is listed at `place` into `fitting`, or its kind into `other`."""
+    named = frozenset(place.split("/"))
+    for item in store.list(place):
+        kind = (_writers_folder(item.uri, named) if wanted.format == "parquet" else "") or _kind(item.uri)
+        if kind in _SUFFIX[wanted.format]:
+            fitting[item.uri] = item
+        else:
+            other[item.uri] = kind
 
 
 def _nothing(uri: str, wanted: Input, other: Mapping[str, str]) -> InputMissing:

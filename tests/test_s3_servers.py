@@ -17,9 +17,10 @@ from faults import Fault, FaultProxy
 from fsspec.asyn import sync
 from seaweed import ACCESS_KEY, SECRET_KEY, Seaweed
 
+from pipeline.cut import list_inputs
 from pipeline.errors import InputChanged, InputMissing, NightlabelError, PermissionDenied, StoreError, Temporary, Unidentified
 from pipeline.s3 import ATTEMPTS, PATIENT, S3Store
-from pipeline.spec import S3
+from pipeline.spec import S3, Input
 from pipeline.storage import Object
 
 DATA = bytes(range(250)) * 4_000
@@ -257,6 +258,21 @@ def test_an_object_of_no_bytes_beside_a_folder_is_its_marker(s3: Seaweed, proxy:
     proxy.script(*[Fault("raw", "HEAD", answer=marker)] * 2)
     assert [item.uri for item in store.list(f"{root}/photos")] == [f"{root}/photos/1.jpg"]
     assert [item.uri for item in store.list(f"{root}/empty.jpg")] == [f"{root}/empty.jpg"]
+
+
+def test_a_folder_that_has_an_objects_name_is_read_where_that_is_no_image(s3: Seaweed, proxy: FaultProxy, store: S3Store) -> None:
+    root = f"s3://{s3.bucket()}"
+    s3.put(f"{root}/photos/1.jpg", DATA)
+    notes = Fault("raw", "HEAD", answer=raw(200, 'ETag: "e"', "Content-Length: 5"))
+    proxy.script(notes)
+    listing = list_inputs(store, Input(uri=f"{root}/photos", format="images"))
+    assert [item.uri for item in listing.inputs] == [f"{root}/photos/1.jpg"]
+    assert listing.ignored == {"": 1}, "the object is told of"
+    proxy.script(notes)
+    with pytest.raises(InputMissing, match=r"notes\.txt: 1 object \(1 \.txt\), no images"):
+        list_inputs(store, Input(uri=f"{root}/notes.txt", format="images"))
+    proxy.script(notes)
+    assert [item.uri for item in list_inputs(store, Input(uri=f"{root}/1.jpg", format="images")).inputs] == [f"{root}/1.jpg"]
 
 
 @pytest.mark.parametrize("token", ["", "<NextContinuationToken>again</NextContinuationToken>"], ids=["version-1", "repeated"])
