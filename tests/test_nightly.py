@@ -694,5 +694,30 @@ def test_an_interrupted_night_tells_nobody_and_a_bug_is_told(tmp_path):
         assert came[0][2]["exit_code"] == 70
 
 
+def test_who_is_to_hear_of_a_run_hears_of_one_that_cannot_begin(tmp_path):
+    """The lease's place holds something else: no day is labelled, and nobody's alert waits for tomorrow."""
+    (tmp_path / "metrics").mkdir()
+    with webhook() as (url, came):
+        wanted = template(tmp_path, notify={"webhook": url}, schedule=DAILY)
+        store, folder = place(wanted)
+        store.create(f"{folder}/terms/000001.json", b"a note")
+        code, out, err = cli("run", write(tmp_path, wanted), "--date", "2026-11-01", "--metrics", tmp_path / "metrics")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"nightlabel: {folder}/terms/000001.json: nothing that nightlabel wrote")
+    assert [(told["day"], told["exit_code"], told["receipt"]) for _, _, told in came] == [("2026-11-01", 2, None)]
+    assert 'nightlabel_exit_code{name="test"} 2\n' in (tmp_path / "metrics/nightlabel_test.prom").read_text()
+
+
+def test_prometheus_hears_of_a_run_of_which_no_day_came_so_far_as_to_label(tmp_path, monkeypatch):
+    def check(_: Job) -> None:
+        raise UnfitError("no table has such a column")
+
+    monkeypatch.setattr(nightly, "check_columns", check)
+    telling = Metrics(str(tmp_path), wanted := template(tmp_path), say=print)
+    (night,) = label_nights(wanted, (Day("2026-11-01"),), if_running=None, telling=telling, started=time.perf_counter())
+    assert night.exit_code == 2
+    assert 'nightlabel_exit_code{name="test"} 2\n' in (tmp_path / "nightlabel_test.prom").read_text()
+
+
 def test_a_schedule_keeps_its_defaults():
     assert (Schedule(cron="0 2 * * *").wait, Schedule(cron="0 2 * * *").catch_up) == (21_600.0, None)

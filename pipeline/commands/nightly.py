@@ -42,7 +42,7 @@ def retry_failed(
     if_running: IfRunning = None,
     as_json: AsJson = False,
 ) -> None:
-    """Label images again that failed, into a new generation of their units; what was committed stays as it is."""
+    """Label again the images that failed, into a new generation of their units; what was committed stays as it is."""
     from pipeline.job.jobfile import load_label_template, one_day
     from pipeline.nights.nightly import leased, publish_labels, with_table
     from pipeline.nights.retry import Retry, parse_classes, without_classes  # brings Ray
@@ -82,20 +82,31 @@ def label_nights(
     starts = [started]
     with ExitStack() as stack:
 
+        def begin() -> float:
+            """When the day began, and tells of the run from the first one on: one that is skipped tells nothing."""
+            if not starts:
+                return time.perf_counter()
+            stack.enter_context(telling)
+            return starts.pop()
+
         def label(job: Job, check: Callable[[], None]) -> Receipt:
             from pipeline.label import Driver  # brings Ray
             from pipeline.screen import Screen
 
-            if starts:  # a run that is skipped tells nothing
-                stack.enter_context(telling)
+            since = begin()
             with Screen() as screen:
                 observe = _checked(check, telling.beside(screen.observe))
-                since = starts.pop() if starts else time.perf_counter()
                 receipt = Driver(job, observe=observe, started=since, stay=stack if len(days) > 1 else None).label()
             telling.receipt(receipt)
             return receipt
 
-        nights = run_nights(template, days, label=label, say=say, if_running=if_running)
+        try:
+            nights = run_nights(template, days, label=label, say=say, if_running=if_running)
+        except NightlabelError:  # the lease's store, or what the table needs
+            begin()
+            raise
+        if nights:  # none of which may have come so far as to label
+            begin()
         telling.account.exit_code = gravest(night.exit_code for night in nights)
     return nights
 

@@ -8,7 +8,7 @@ came late or was left over is taken up as well, and a day that is labelled costs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,10 +84,15 @@ def with_table(exit_code: int, table: Table) -> dict[str, Any]:
 
 
 def run_nights(template: Job, days: tuple[Day, ...], *, label: Label, say: Say, if_running: Policy | None = None) -> list[Night]:
-    """How every day ended; none when another run is at it and the policy is to skip. Raises Interrupted, and UnitsLeft when
-    another run takes over."""
-    check_publisher(template)
-    with leased(template, say=say, if_running=if_running) as check:
+    """How every day ended; none when another run is at it and the policy is to skip. Raises Interrupted, UnitsLeft when another
+    run takes over, and what no day can begin for, of which whoever is to hear how a run ended hears too."""
+    with ExitStack() as held:
+        try:
+            check_publisher(template)
+            check = held.enter_context(leased(template, say=say, if_running=if_running))
+        except NightlabelError as error:
+            tell(template.notify, account(template.name, days[-1].date, error), say=say)
+            raise
         return [] if check is None else list(_each(template, days, label, check, say))
 
 
