@@ -94,7 +94,7 @@ def load_artifact(uri: str, s3: S3 | None = None, *, weights: bool = True) -> Ar
             sums[name] = record["files"].get(name, "")
     for name in FILES[:3]:
         if name not in sums:
-            do = "Check the URI, or import the weights when they are in another format such as pytorch_model.bin"
+            do = "Check the URI, or import the weights, such as resnet18.pth or pytorch_model.bin: nightlabel prepare import"
             raise ModelError(f"{absolute(uri)}: has no {name}", need=", ".join(FILES[:3]), do=do)
     if record is not None:
         _verify(record, sums, uri)

@@ -399,7 +399,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     ("source", "sentence"),
     [
         ("absent.pth", "not found"),
-        ("absent", "not found"),
+        ("absent", r"not found\. Give .* a Hugging Face folder, which hf download NAME --local-dir FOLDER makes, or"),
         ("ResNet18_Weights.NOPE", "torchvision has no such weights"),
         ("empty.pth", "cannot be read"),
         ("other.pt", "has no layer1.0.conv1.weight"),
@@ -590,7 +590,8 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path, monkeypatch: pyte
             with pytest.raises(ModelError, match=f"has no {name}"):
                 load_artifact(str(tmp_path / name), weights=all_of_it)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match=f"^{re.escape(str(tmp_path))}/nowhere/: has no config.json"):  # it says where it looked
+    told = f"^{re.escape(str(tmp_path))}/nowhere/: has no config.json"  # where it looked
+    with pytest.raises(ModelError, match=f"{told}.* import the weights.*: nightlabel prepare import"):
         load_artifact("nowhere/")
 
 

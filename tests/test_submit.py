@@ -21,10 +21,10 @@ import pytest
 from conftest import ROOT
 from jobs_api import JobsApi, jobs_api
 from raylets import Raylets, below
-from shards import picture, tar_bytes
+from shards import picture, tar_bytes, write_tars
 
+from pipeline.commands.cluster import _find, _parcel, _truth
 from pipeline.commands.cluster import _follow as follow
-from pipeline.commands.cluster import _parcel
 from pipeline.environment import Address, cluster_address
 from pipeline.errors import JobError, PermissionDenied, Temporary, UnfitError
 from pipeline.job import jobfile
@@ -464,6 +464,19 @@ def test_a_job_is_submitted_followed_and_told_by_its_manifest(cli, s3, model, tm
     assert cli("logs", attempt["id"]).stdout == done.stdout
     again = cli("wait", path, check=4)
     assert again.stdout == done.stdout
+
+
+def test_a_job_file_that_is_not_there_is_no_submission():
+    with pytest.raises(JobError, match=r"^absent\.yaml: No such file or directory; required: a job file in YAML"):
+        _find(Address("http://127.0.0.1:1", loopback=True), "absent.yaml", None)
+
+
+def test_an_output_without_a_run_is_said_to_have_none(model, tmp_path):
+    write_tars(tmp_path / "in", shards=2, images=1)
+    wanted = Job.model_validate(
+        {"name": "new", "input": {"uri": f"{tmp_path}/in"}, "model": {"uri": model}, "output": {"uri": f"{tmp_path}/out"}}
+    )
+    assert _truth(wanted) == "no run has begun with what is not labelled, 0 of 2 units are there"
 
 
 def test_ctrl_c_leaves_the_job_running(cli, raylets, tmp_path):

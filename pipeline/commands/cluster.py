@@ -38,7 +38,7 @@ def submit(
     ] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Return once the cluster has the job.")] = False,
 ) -> None:
-    """Run a job on a Ray cluster, print its log and end with its exit code. A job that runs there already is joined."""
+    """Run a labelling job on a Ray cluster, print its log and end with its exit code. A job that runs there already is joined."""
     where = cluster_address(address, insecure=insecure)
     loaded, parcel = _parcel(job, date, loopback=where.loopback, code=not installed)
     connection = _connect(where)
@@ -76,7 +76,7 @@ def logs(
 def status(
     job: JobOrId, date: Dates = None, address: AtAddress = DEFAULT_ADDRESS, insecure: Insecure = False, as_json: AsJson = False
 ) -> None:
-    """Print how a submitted job stands, as Ray has it. Of a job file also how its output stands, which is what counts."""
+    """Print how a submitted job stands, as Ray has it; for a job file also how its output stands, which is what counts."""
     _, attempt, loaded = _find(cluster_address(address, insecure=insecure), job, date)
     truths = [_truth(each) for each in loaded]
     if as_json:
@@ -125,7 +125,7 @@ def _parcel(path: Path, date: str | None, *, loopback: bool, code: bool) -> tupl
 
 def _find(where: Address, job: str, date: str | None) -> tuple[Connection, Submission, tuple[Job, ...]]:
     """The attempt that is meant, and its jobs when a file was given, which is read before the cluster is asked."""
-    if not Path(job).is_file():
+    if not job.endswith((".yaml", ".yml")) and not Path(job).is_file():  # an id has no dot
         connection = _connect(where)
         return connection, connection.attempt(job), ()
     loaded, parcel = _parcel(Path(job), date, loopback=where.loopback, code=False)
@@ -177,7 +177,8 @@ def _truth(job: Job) -> str:
         return f"cannot be looked at from here ({str(error).rstrip('.')})"
     if plan.run_id is None:
         return "complete, every input is part of a run with its manifest"
-    return f"run {plan.run_id} has no manifest, {len(plan.committed):,} of {len(plan.units):,} units are there"
+    run = f"run {plan.run_id} has no manifest" if plan.run_id != "new" else "no run has begun with what is not labelled"
+    return f"{run}, {len(plan.committed):,} of {len(plan.units):,} units are there"
 
 
 def _plan(job: Job) -> Any:

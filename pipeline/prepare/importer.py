@@ -140,7 +140,10 @@ def _folder(uri: str, preprocessing: Preprocessing | None) -> Source:
     return Source(_parameters(data, place), architecture, labels, preprocessing)
 
 
-_GIVE = f"Give a file ({', '.join(WEIGHTS_FILES)}), a Hugging Face folder, or a name such as ResNet18_Weights.IMAGENET1K_V1"
+_GIVE = (
+    f"Give a file ({', '.join(WEIGHTS_FILES)}), a Hugging Face folder, which hf download NAME --local-dir FOLDER makes, or a "
+    "name such as ResNet18_Weights.IMAGENET1K_V1"
+)
 
 
 def _fetch(uri: str, do: str = _GIVE) -> bytes:
