@@ -151,7 +151,7 @@ def validate(
     deep: Annotated[bool, typer.Option("--deep", help="Read every row too, as long as that takes: has anything rotted?")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Does the output hold together: footers, counts, manifests, no input twice? Exit code 6 if not; open runs are only named."""
+    """Check the output: footers, counts, manifests, no input twice. Exit code 6 if not so; unfinished runs are only named."""
     from pipeline.footer import totals
     from pipeline.job.jobfile import load_label_job
     from pipeline.nights.generation import open_retries, validate_all

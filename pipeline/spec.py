@@ -54,9 +54,10 @@ class Input(Model):
     """Where the images are."""
 
     uri: Uri | Uris
-    """A prefix, a glob or a list of them, all on S3 or all on disk; `{date}` is filled from `--date`. A glob names files, folders
-    with a `/` at its end. On disk no name that begins with a dot is seen, on S3 none that begins with `._`, which is macOS's.
-    Links are followed: what is linked into two folders is two inputs."""
+    """A folder with all that is below it, a file, a glob, or a list of them, all on S3 or all on disk; `{date}` is filled from
+    `--date`. On S3 `s3://b/2026` is the folder `2026/` or the object `2026`, and not all that begins so, which is `s3://b/2026**`.
+    A glob names files, folders with a `/` at its end. On disk no name that begins with a dot is seen, on S3 none that begins with
+    `._`, which is macOS's. Links are followed: what is linked into two folders is two inputs."""
     format: Literal["webdataset", "parquet", "images"] = "webdataset"
     """WebDataset tars, Parquet files with encoded images, or loose image files. Parquet: folders whose names begin with `_` are
     passed over, unless the uri names them; of a Delta or Iceberg table every file there is read, even those it has removed."""

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 AsTarget = Annotated[
     Target,
     typer.Option(
-        help="rayjob: one run (KubeRay 1.6). raycronjob: by schedule (KubeRay 1.7). cronjob: by schedule, where that is not."
+        help="rayjob: one run (KubeRay 1.6). raycronjob: by schedule (KubeRay 1.7). cronjob: by schedule, for a cluster without "
+        "RayCronJob."
     ),
 ]
 Image = Annotated[str | None, typer.Option(help="Container image by digest, in place of cluster.kubernetes.image.")]
@@ -34,7 +35,7 @@ _LOOK_S = 2.0
 
 
 def render(job: JobPath, *, target: AsTarget = "rayjob", date: Dates = None, image: Image = None) -> None:
-    """Print the job as Kubernetes objects in YAML, for `kubectl apply` or a repository. Starts nothing."""
+    """Print a labelling job as Kubernetes objects in YAML, for `kubectl apply` or a repository. Starts nothing."""
     from pipeline.kube.render import RenderOptions, to_yaml
 
     typer.echo(to_yaml(_things(_load(job, date), job, RenderOptions(target, date, image))), nl=False)
@@ -51,7 +52,7 @@ def apply(
         bool, typer.Option("--scheduled", help="For a CronJob's pod: make the RayJob alone, and heed schedule.if_running.")
     ] = False,
 ) -> None:
-    """Make the job's Kubernetes objects, follow the run and end with its exit code. Ctrl-C leaves it running."""
+    """Make a labelling job's Kubernetes objects, follow the run and end with its exit code. Ctrl-C leaves it running."""
     from pipeline.extras import check_installed
     from pipeline.job.schedule import TICK
 

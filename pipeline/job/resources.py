@@ -99,7 +99,7 @@ class PredictPool(Model):
 
 
 class Resources(Model):
-    """What the job takes, fixed, checked against the cluster before the first image."""
+    """What the job takes, checked against the cluster before the first image. The defaults are 1.75 CPUs and no GPU in all."""
 
     read: Read = Read()
     """Tasks that fetch shards."""

@@ -49,8 +49,8 @@ class Schedule(Model):
     timezone: Annotated[str, AfterValidator(_timezone)] = "UTC"
     """Time zone of `cron`, and of `--date today`, which on Kubernetes is the day of the tick."""
     if_running: IfRunning = "skip"
-    """When another run of the job is still going. skip: end with a sentence and exit code 0. queue: wait for it. replace: ask it
-    to stop, and go on from where it was."""
+    """What to do when another run of the job is still going. skip: end with a sentence and exit code 0. queue: wait for it.
+    replace: ask it to stop, and go on from where it was."""
     wait: Seconds = WAIT_S
     """`if_running: queue`: how long to wait for the other one."""
     catch_up: Annotated[Seconds, between(in_seconds, "1d", "366d")] | None = None

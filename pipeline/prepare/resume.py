@@ -77,7 +77,7 @@ def checkpoints(job: TrainingJob, key: str) -> Checkpoints:
 
 
 def checkpoint_line(place: Checkpoints) -> str:
-    copies = f", and copied to {place.afar} every {EVERY_S / 60:.0f} minutes" if place.afar else ""
+    copies = f", and copied to {place.afar} after an epoch, at most every {EVERY_S / 60:.0f} minutes," if place.afar else ""
     return f"checkpoints and {TABLE} in {place.folder}{copies} until the model is saved; the same command goes on from them"
 
 
