@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import Conflict, StoreError
-from pipeline.footer import TOMBSTONE_BYTES, Footer, read_footer
+from pipeline.footer import TOMBSTONE_BYTES, Footer, parquet_file, read_columns, read_footer
 from pipeline.job.uris import absolute
 from pipeline.storage import Object, Store, below, join, side_by_side
 from pipeline.unit import Part, Pin, Unit, dump_types, parse_types
@@ -176,11 +176,11 @@ def _load(
 ) -> tuple[pa.Table, int, pa.Schema | None]:
     """(parts of the units that hold one of `uris`, which lie within `span`; number of all units; types of kept columns)."""
     try:
-        file = pq.ParquetFile(BytesIO(data), page_checksum_verification=True)
+        file = parquet_file(data)
         kept = parse_types((file.metadata.metadata or {}).get(_KEPT))
         if uris is not None and not _may_hold(file.metadata, span):
             return _PLAN.empty_table(), 0, kept
-        table = file.read(_PLAN.names)
+        table = read_columns(file, _PLAN.names)
         whole = pc.count_distinct(table.column("unit")).as_py()
         if uris is not None:
             # Not Arrow's is_in, which hashes all of `uris` anew for each of a thousand plans.

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import socket
+import subprocess
 import sys
 import tarfile
 import threading
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from faults import Fault, fault_proxy
 from inprocess import without_ray
 from shards import write_tars
@@ -445,6 +447,34 @@ def test_a_backfill_and_again(tmp_path, model, monkeypatch):
     assert table(where).num_rows == 9
     assert files(tmp_path / "out").items() >= before.items()
     assert problems(at_day(wanted, "2026-11-01")) == []
+
+
+THREADS_AT_THE_END = """
+import atexit, os, sys, time
+from pipeline.__main__ import main
+
+def tell():
+    end = time.monotonic() + 5  # for threads of Python's own, which are ending
+    while (threads := len(os.listdir("/proc/self/task"))) > 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    print(threads, file=sys.stderr)
+
+atexit.register(tell)
+main()
+"""
+
+
+def test_what_has_read_an_output_ends_without_threads_of_arrows(tmp_path, model, monkeypatch):
+    """Such a thread may let go of bytes of Python's when Python ends, and that aborts the process: 134 in place of 0."""
+    without_ray(monkeypatch)
+    write_tars(tmp_path / "in", shards=2, images=3)
+    path = write(tmp_path, job(tmp_path / "in", model, tmp_path / "out"))
+    assert invoke("run", path)[0] == 0
+    for words in (["plan", path], ["validate", path, "--deep"]):
+        command = [sys.executable, "-c", THREADS_AT_THE_END, *map(str, words)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stderr) <= 2, "this one, and one of the allocator's"
 
 
 def test_a_run_that_is_replaced_stops_resumably(tmp_path, model, monkeypatch):
