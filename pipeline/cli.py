@@ -131,11 +131,13 @@ def plan(job: JobPath, date: Date = None, as_json: AsJson = False) -> None:
 
 
 def _plan_lines(planned: Plan, facts: dict[str, Any]) -> Iterator[str]:
+    from pipeline.report import many
+
     if planned.run_id is None:
         yield f"nothing to do: every {'other ' if facts['missing'] else ''}input is labelled"
         return
-    size = f"{facts['inputs']:,} inputs, {facts['bytes'] / 1e6:,.1f} MB"
-    yield f"{facts['units']:,} units of {size}; {facts['units_done']:,} units done"
+    size = f"{many(facts['inputs'], 'input')}, {facts['bytes'] / 1e6:,.1f} MB"
+    yield f"{many(facts['units'], 'unit')} of {size}; {facts['units_done']:,} of them done"
     yield f"run     {planned.run_id}, asks for {facts['cpus']:g} CPUs and {facts['gpus']:g} GPUs"
     for unit in planned.todo[:10]:
         first = unit.parts[0]

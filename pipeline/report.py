@@ -187,6 +187,11 @@ def failed_lines(failures: Mapping[str, int]) -> list[str]:
     return [f"failed  {counted(failures)}"] if failures else []
 
 
+def many(number: int, noun: str) -> str:
+    """`1 unit`, `2,400 units`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def counted(failures: Mapping[str, int]) -> str:
     """`CORRUPT 3, TRUNCATED 2`."""
     return ", ".join(f"{name} {number:,}" for name, number in failures.items())

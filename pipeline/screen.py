@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from pipeline.errors import Temporary, UnitsLeft, one_line
+from pipeline.report import many
 
 EVERY_S = 10.0
 _SAID = {
@@ -84,7 +85,7 @@ class Screen:
     def _pass(self, fields: dict[str, Any]) -> None:
         careful = ", each image decoded in a child process" if fields["careful"] else ""
         if fields["number"] > 1 or careful:
-            self._say(f"pass {fields['number']}: {fields['units']} units are left{careful}")
+            self._say(f"pass {fields['number']}: {many(fields['units'], 'unit')} left{careful}")
         else:
             self._say("starting workers")
 
@@ -100,7 +101,7 @@ class Screen:
         if fields["done"]:
             self._say(f"resuming: {fields['done']} of {fields['units']} units done")
             self._units -= fields["done"]
-        self._say(f"run {fields['run']}: {self._units} units to do, {fields['todo_bytes'] / 1e6:,.0f} MB")
+        self._say(f"run {fields['run']}: {many(self._units, 'unit')} to do, {fields['todo_bytes'] / 1e6:,.0f} MB")
 
     def _line(self) -> str:
         """done/total, rate, what is left, failed. The total is an estimate from the units that are complete."""
@@ -108,12 +109,10 @@ class Screen:
         if not self._images:
             return f"0 images, {time.monotonic() - self._since:.0f} s"
         rate = self._images / seconds if seconds > 1 else 0.0
-        total, eta = "", ""
+        total, speed, eta = "", f", {rate:,.0f} img/s" if rate else "", ""
         if self._done:
             expected = max(self._images, round(self._unit_images / self._done * self._units))
             total = f"/{'~' if self._done < self._units else ''}{expected:,}"
             if rate:
                 eta = f", {(expected - self._images) / rate:.0f} s left"
-        return (
-            f"{self._images:,}{total} images, {rate:,.0f} img/s{eta}, {self._failed:,} failed, {self._done}/{self._units} units"
-        )
+        return f"{self._images:,}{total} images{speed}{eta}, {self._failed:,} failed, {self._done}/{self._units} units"

@@ -56,7 +56,7 @@ def test_what_is_dropped_is_taken_off_the_line(event, capsys, monkeypatch):
     with screen() as shown:
         rows(shown, 100, failed=5)
         shown.observe(event, {"dropped": 30, "dropped_failed": 4, "error_class": "TAR_NO_EOF", "error": "in/a.tar: cut"})
-        assert shown._line() == "70 images, 0 img/s, 1 failed, 0/4 units"
+        assert shown._line() == "70 images, 1 failed, 0/4 units", "no rate before there is one"
     assert ("TAR_NO_EOF: in/a.tar: cut" in capsys.readouterr().err) == (event == "trouble")
 
 
@@ -96,6 +96,14 @@ def test_a_resumed_run_counts_the_units_that_are_left_and_a_new_plan_more(capsys
         shown.observe("replanned", {"before": 4, "units": 7})
         assert shown._line().endswith("0/7 units")
     assert "resuming: 6 of 10 units done" in capsys.readouterr().err
+
+
+def test_one_unit_is_one(capsys):
+    with screen(1) as shown:
+        shown.observe("pass", {"number": 2, "units": 1, "careful": False})
+    said = capsys.readouterr().err
+    assert ": 1 unit to do, " in said
+    assert "pass 2: 1 unit left\n" in said
 
 
 def test_a_line_comes_by_and_by_where_there_is_no_terminal(monkeypatch, capsys):
