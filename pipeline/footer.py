@@ -81,7 +81,7 @@ def parquet_file(data: bytes) -> pq.ParquetFile:
 
 def read_columns(file: pq.ParquetFile, columns: list[str] | None) -> pa.Table:
     """Not by Arrow's threads: one of them may hold bytes of Python's a little longer than it reads, and where it lets go of them
-    when the command ends, the process is aborted (exit code 134, of 3 in 160 `validate` on a busy machine)."""
+    when the command ends, the process is aborted (exit code 134, of 2 in 40 `validate` on a busy machine)."""
     return file.read(columns, use_threads=False)
 
 
