@@ -362,6 +362,15 @@ def test_given_validation_images_and_another_size(tmp_path: Path, start: str):
     assert made.origin.data["validation_uris"] == [held]
 
 
+def test_validation_images_that_are_trained_on_are_counted(tmp_path: Path, start: str):
+    train, held = write_shards(tmp_path / "in", 40), write_shards(tmp_path / "held", 10, first=37)
+    said: list[str] = []
+    make(job(train, tmp_path / "out", model={"uri": start}, data={"validation": {"uri": held}}), said)
+    assert "3 of 10 validation images are trained on too, others would judge better" in said
+    assert load_artifact(str(tmp_path / "out")).origin.data["validation_also_trained_on"] == 3
+    assert "* 3 of the validation images were trained on, so it may be" in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("size", [1, 31])
 def test_odd_sizes_train_too(tmp_path: Path, size: int):
     """Every convolution is padded and the last pooling takes what there is, so a ResNet takes every size."""

@@ -113,6 +113,8 @@ def _limits(artifact: Artifact) -> Iterator[str]:
         yield "How well it does is not recorded: measure it on images of your own before you rely on it."
     if "epoch" in origin.metrics and "accuracy" in origin.metrics:
         yield "Accuracy was measured on validation images that also chose the epoch, so it is a little too good."
+        if (trained_on := origin.data.get("validation_also_trained_on", 0)) > 0:
+            yield f"{trained_on:,} of the validation images were trained on, so it may be much too good."
     elif "epoch" in origin.metrics:
         yield "How often it is right is not known: it was judged by its agreement with its teacher, which may be wrong."
     yield "Images unlike those it was trained on get a label too, often with a high score."
