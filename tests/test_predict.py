@@ -242,6 +242,26 @@ def test_pixels_that_are_on_the_device_get_the_same_scores() -> None:
         np.testing.assert_allclose(getattr(there, name), getattr(whole, name), atol=1e-5)
 
 
+def test_crops_of_the_host_go_to_the_device_one_after_the_other() -> None:
+    """By way of two buffers that are made when they are first wanted and written over in turn, as those of a GPU are."""
+
+    class Feed:
+        buffers: tuple[torch.Tensor, ...] = ()
+
+        def __call__(self, pixels: np.ndarray) -> torch.Tensor:
+            made = self.buffers or [torch.empty((16, 3, SIZE, SIZE), dtype=torch.uint8) for _ in range(2)]
+            self.buffers = (made[1], made[0])
+            return made[1][: len(pixels)].copy_(torch.tensor(pixels))
+
+    engine = TorchEngine(ResNet(TINY).eval(), PREPROCESSING, wanted=Wanted(2), precision="float32", device="cpu", batch_size=8)
+    pixels = images(16)
+    whole = engine(pixels)
+    engine.feed = Feed()
+    engine(pixels[:8])
+    there = engine.on_device(torch.from_numpy(pixels[:4]), *(pixels[at : at + 2] for at in range(4, 16, 2)))
+    np.testing.assert_allclose(there.scores, whole.scores, atol=1e-5)
+
+
 def test_bfloat16_agrees_with_float32() -> None:
     given = table(images(32))
     full, half = predict(tiny(), batch_size=16)(given), predict(tiny(), "bfloat16", batch_size=16, embeddings=True)(given)

@@ -69,11 +69,12 @@ class TorchEngine:
         """Scores of uint8 [N, 3, S, S], that is on the engine's device already, in any layout, made on the current stream; and of
         `others` after them, which are in the host's memory. At least one image. Raises as a call does."""
         at = len(pixels)
-        whole = torch.empty((at + sum(map(len, others)), *pixels.shape[1:]), dtype=torch.uint8, device=self.device)
-        whole[:at] = pixels
-        for images in filter(len, others):
-            whole[at : at + len(images)] = self._upload(images)  # before the next but one writes over it
-            at += len(images)
+        with torch.inference_mode():  # as all that is uploaded: what was made there is not to be written to outside
+            whole = torch.empty((at + sum(map(len, others)), *pixels.shape[1:]), dtype=torch.uint8, device=self.device)
+            whole[:at] = pixels
+            for images in filter(len, others):
+                whole[at : at + len(images)] = self._upload(images)  # before the next but one writes over it
+                at += len(images)
         return self._scores(len(whole), whole.shape[-1], lambda images: whole[images])
 
     def _scores(self, count: int, size: int, give: Callable[[slice], Tensor]) -> Scores:
