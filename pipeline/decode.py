@@ -137,12 +137,12 @@ def decode_small(data: bytes | memoryview, *, edge: int, max_pixels: int) -> tup
 
 
 def has_plain_header(data: memoryview, size: tuple[int, int]) -> bool:
-    """Is this a JPEG of this width and height in YCbCr, about whose header libjpeg-turbo has no complaint?"""
+    """Is this a JPEG of this width and height, grey or in YCbCr, about whose header libjpeg-turbo has no complaint?"""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except (ValueError, KeyError):
         return False
-    return (width, height) == size and colorspace == "YCbCr"
+    return (width, height) == size and colorspace in ("YCbCr", "Gray")
 
 
 def _decode_jpeg(data: memoryview, max_pixels: int) -> np.ndarray | None:

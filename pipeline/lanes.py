@@ -1,9 +1,9 @@
 """Two lanes of decoding: the CPUs of the preprocess actors, and the GPU. Which image takes which, and in what proportion.
 
-Only plain JPEGs may take the GPU's lane: three components, sequential, upright, of a usual subsampling and length, whole to the
-eye. They pass the preprocess actor encoded, and `GpuLane` decodes them beside the model. One of 512 is decoded by both, for
-`Predict` to compare the labels. What the GPU will not vouch for is decoded on the CPU after all, so a failure has the same class
-and words in both lanes.
+Only plain JPEGs may take the GPU's lane: grey or of three components, sequential, upright, of a usual subsampling and length,
+whole to the eye. They pass the preprocess actor encoded, and `GpuLane` decodes them beside the model. One of 512 is decoded by
+both, for `Predict` to compare the labels. What the GPU will not vouch for is decoded on the CPU after all, so a failure has the
+same class and words in both lanes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ _COMPARED_EVERY: Final = 512  # both lanes have the same bytes, so what this wou
 _APP1: Final = 0xE1
 _SOF: Final = (0xC0, 0xC1)  # sequential, Huffman
 _SKIPPED: Final = frozenset({0xC4, 0xDB, 0xDD, 0xEE, 0xFE, *range(0xE0, 0xF0)})
-_SAMPLINGS: Final = (b"\x11\x11\x11", b"\x21\x11\x11", b"\x22\x11\x11")  # across and down, by component: 4:4:4, 4:2:2, 4:2:0
+#: Across and down, by component: grey, where they mean nothing; 4:4:4, 4:2:2, 4:2:0.
+_SAMPLINGS: Final = (b"\x11", b"\x21", b"\x22", b"\x11\x11\x11", b"\x21\x11\x11", b"\x22\x11\x11")
 _SLICES: Final = 32  # of a table; each is a chunk of the images, and copying instead would be 100 MB
 _LEAST: Final = 0.02  # of the plain JPEGs for the GPU, or a slow first block would leave nothing to measure it by again
 
@@ -80,8 +81,8 @@ def plain(data: memoryview, preprocessing: Preprocessing, max_pixels: int) -> tu
 
 
 def _frame(segment: bytes) -> tuple[int, int] | None:
-    """Width and height of a frame of three components, 8 bits each, in a usual subsampling."""
-    if len(segment) != 15 or segment[0] != 8 or segment[5] != 3 or segment[6::3] != b"\1\2\3":
+    """Width and height of a frame of one or three components, 8 bits each, in a usual subsampling."""
+    if len(segment) not in (9, 15) or segment[0] != 8 or segment[6::3] != b"\1\2\3"[: segment[5]]:
         return None
     width, height = int.from_bytes(segment[3:5], "big"), int.from_bytes(segment[1:3], "big")
     return (width, height) if segment[7::3] in _SAMPLINGS and width and height else None
@@ -126,7 +127,9 @@ class Lanes:
         """Every 512th image of the rows `taken` is decoded on the CPU too. Returns the rows that the GPU keeps, which are all but
         those that the CPU could not decode, and for each of them the CPU's crop, None where it was not looked at."""
         looked = np.flatnonzero(batch["index"].to_numpy()[taken] % _COMPARED_EVERY == 0)
-        seen = self.preprocess(batch.take(pa.array(taken[looked])))
+        mask = np.zeros(batch.num_rows, bool)
+        mask[taken[looked]] = True
+        seen = self.preprocess(_where(batch, mask))  # not Arrow's take, which copies all 100 MB of a block of several chunks
         exact = pc.coalesce(seen["exact"], seen["pixels"]) if "exact" in seen.column_names else seen["pixels"]
         crops = dict(zip(looked.tolist(), exact.to_pylist(), strict=True))
         stay = [row for row in range(len(taken)) if crops.get(row, b"") is not None]

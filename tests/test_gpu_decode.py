@@ -125,7 +125,7 @@ template <class Kernel> static void launch(int threads, Kernel kernel) {
 }
 #define LAUNCH(threads, call) launch(threads, [=] { call; })
 """
-FRAME = re.compile(rb"\xff[\xc0-\xc2]\0\x11\x08(..)(..)", re.DOTALL)
+FRAME = re.compile(rb"\xff[\xc0-\xc2]\0[\x0b\x11]\x08(..)(..)", re.DOTALL)
 SOUND, ODD = 0, 1
 
 
@@ -206,7 +206,7 @@ def judged(built: ctypes.CDLL, images: list[bytes], plan: np.ndarray) -> tuple[n
     data = np.frombuffer(b"".join(images) + bytes(8), np.uint8)  # whole words are read
     room, frames, verdicts = (
         np.empty(6 * padded.sum(), np.uint8),
-        np.empty(208 * len(images), np.uint8),
+        np.empty(gpu_decode._FRAME * len(images), np.uint8),
         np.empty(len(images), np.uint8),
     )
     built.judge(*addresses(data, np.cumsum([0, *map(len, images)]), plan, room, frames, verdicts), len(images))
@@ -273,11 +273,12 @@ def photographs() -> list[bytes]:
     kinds = ({}, {"subsampling": 0}, {"subsampling": 1}, {"restart_marker_blocks": 3}, {"optimize": True}, {"quality": 20})
     pictures = [Image.open(io.BytesIO(picture(number, size=(90 + number, 70)))) for number in range(3)]
     rough = [Image.fromarray(noise(64, 49, number)) for number in range(2)]
-    return [encode(image, "JPEG", **kind) for image in (*pictures, *rough) for kind in kinds]
+    grey = [image.convert("L") for image in (pictures[0], rough[0])]
+    return [encode(image, "JPEG", **kind) for image in (*pictures, *rough, *grey) for kind in kinds]
 
 
 def test_whole_files_are_sound(built: ctypes.CDLL) -> None:
-    assert [verdict(built, data) for data in photographs()] == [0] * 30
+    assert [verdict(built, data) for data in photographs()] == [0] * 42
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -305,8 +306,8 @@ def test_the_pieces_of_a_scan_come_to_what_it_is(built: ctypes.CDLL, in_one_piec
 
 def test_what_is_not_plain_is_odd(built: ctypes.CDLL) -> None:
     image = Image.fromarray(noise(40, 30))
-    grey, inks = image.convert("L"), image.convert("CMYK")
-    for data in (encode(image, "JPEG", progressive=True), encode(grey, "JPEG"), encode(inks, "JPEG"), encode(image), b"\xff\xd8"):
+    inks = image.convert("CMYK")
+    for data in (encode(image, "JPEG", progressive=True), encode(inks, "JPEG"), encode(image), b"\xff\xd8"):
         assert verdict(built, data) == 1
         assert plain(memoryview(data), Preprocessing(), MAX_PIXELS) is None
 
@@ -429,9 +430,9 @@ def test_it_is_cuda(chip: str) -> None:
     assert not failed, said.value.decode()
 
 
-@pytest.mark.parametrize("subsampling", [0, 1, 2], ids=["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("subsampling", [0, 1, 2, None], ids=["4:4:4", "4:2:2", "4:2:0", "grey"])
 @pytest.mark.parametrize("name", PREPROCESSINGS)
-def test_crops_have_the_bytes_of_the_cpu(built: ctypes.CDLL, name: str, subsampling: int) -> None:
+def test_crops_have_the_bytes_of_the_cpu(built: ctypes.CDLL, name: str, subsampling: int | None) -> None:
     preprocessing = PREPROCESSINGS[name]
     sizes = [
         (500, 375),
@@ -451,7 +452,11 @@ def test_crops_have_the_bytes_of_the_cpu(built: ctypes.CDLL, name: str, subsampl
     images = [Image.fromarray(noise(*size, seed)) for seed, size in enumerate(sizes)]
     images += [Image.fromarray((noise(500, 375, seed) > 128).astype(np.uint8) * 255) for seed in (1, 2)]  # as hard as edges get
     images += [Image.open(io.BytesIO(picture(number, size=(640, 427)))) for number in range(3)]
-    files = [encode(image, "JPEG", subsampling=subsampling, **kinds[row % len(kinds)]) for row, image in enumerate(images)]
+    images = [image.convert("L") for image in images] if subsampling is None else images
+    files = [
+        encode(image, "JPEG", subsampling=row % 4 - 1 if subsampling is None else subsampling, **kinds[row % len(kinds)])
+        for row, image in enumerate(images)
+    ]
     crops, verdicts = decoded(built, files, np.array([image.size for image in images]), preprocessing)
     assert verdicts.tolist() == [SOUND] * len(files)
     prepare = Prepare(preprocessing, MAX_PIXELS)

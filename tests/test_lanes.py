@@ -47,7 +47,7 @@ def turned() -> bytes:
         (encode(Image.fromarray(noise(40, 30)), "JPEG", subsampling=0), (40, 30)),
         (encode(Image.fromarray(noise(40, 30)), "JPEG", comment=b"x" * 9000), (40, 30)),
         (encode(Image.fromarray(noise(40, 30)), "JPEG", progressive=True), None),
-        (encode(Image.fromarray(noise(40, 30)).convert("L"), "JPEG"), None),
+        (encode(Image.fromarray(noise(40, 30)).convert("L"), "JPEG"), (40, 30)),
         (encode(Image.fromarray(noise(40, 30)).convert("CMYK"), "JPEG"), None),
         (encode(Image.fromarray(noise(40, 30)), "JPEG", keep_rgb=True), None),
         (encode(Image.fromarray(noise(40, 30))), None),
@@ -117,6 +117,20 @@ def test_both_lanes_give_the_same_rows(predict: Predict, share: float, doubted: 
     assert compared == ([0] if share and not doubted else [])
     # Of the 66 plain ones, of which the CPU's second look has found one broken.
     assert decoder.seen == {1.0: 65, 0.5: 33, 0.0: 0}[share]
+
+
+def test_no_image_is_copied_for_the_cpu_to_decode() -> None:
+    def places(of: pa.Table) -> set[int]:
+        return {chunk.buffers()[2].address for chunk in of["bytes"].chunks if len(chunk)}
+
+    def preprocess(part: pa.Table) -> pa.Table:
+        seen.append(places(part))
+        return decode(part)
+
+    decode, seen = Preprocess(SMALL, max_pixels=MAX_PIXELS), list[set[int]]()
+    batch = pa.concat_tables([table(images()), table(images())])
+    Lanes(preprocess, SMALL, MAX_PIXELS, all_on_gpu)(batch)
+    assert seen == [places(batch)] * 2, "those that are looked at twice, and those that are not the GPU's"
 
 
 def test_a_label_that_differs_is_counted(predict: Predict) -> None:

@@ -46,10 +46,10 @@ struct Huffman {
 
 struct Component { int id, wide, high, quantizer, dc, ac; };
 
-// What the second half wants to know of a file: pixels of the first component for one of the others, MCUs, and by component what
-// its coefficients are multiplied with, in the order of the file.
+// What the second half wants to know of a file: components, one of which is grey; pixels of the first for one of the others, MCUs, and
+// by component what its coefficients are multiplied with, in the order of the file.
 struct Frame {
-    int wide, high, across, down;
+    int parts, wide, high, across, down;
     u8 quantizers[3][64];
 };
 
@@ -385,13 +385,13 @@ static __device__ int walk_intervals(int *counts, const Scan *scan, const Huffma
     return SOUND;
 }
 
-// SOUND if a file's header is one of a sequential Huffman JPEG of three components in one scan, which is made known then; or ODD.
+// SOUND if a file's header is one of a sequential Huffman JPEG of one or three components in one scan, which is made known then; or ODD.
 static __device__ int read_header(
     const u8 *data, i64 size, i64 wanted_width, i64 wanted_height, Huffman *tables, Scan *scan, Frame *frame
 ) {
     Component parts[3];
     i64 quantizers_at[4];
-    int width = 0, height = 0, restart = 0, quantizers = 0;
+    int width = 0, height = 0, restart = 0, quantizers = 0, count = 0;
     i64 at = 2;
     for (int i = 0; i < 4; i++) tables[i].made = 0;
     if (size < 4 || data[0] != 0xFF || data[1] != 0xD8) return ODD;
@@ -414,13 +414,16 @@ static __device__ int read_header(
                 left -= 1 + took;
             }
         } else if (marker == 0xC0 || marker == 0xC1) {
-            if (height || left != 15 || in[0] != 8 || in[5] != 3) return ODD;
+            if (height || left < 6 || in[0] != 8) return ODD;
+            count = in[5];
+            if ((count != 1 && count != 3) || left != 6 + 3 * count) return ODD;
             height = in[1] << 8 | in[2];
             width = in[3] << 8 | in[4];
-            for (int c = 0; c < 3; c++) {
+            for (int c = 0; c < count; c++) {
                 Component part = {in[6 + 3 * c], in[7 + 3 * c] >> 4, in[7 + 3 * c] & 15, in[8 + 3 * c], 0, 0};
                 if (part.wide < 1 || part.high < 1 || part.wide > 2 || part.high > part.wide) return ODD;
                 if (c && (part.wide != 1 || part.high != 1)) return ODD;
+                if (count == 1) part.wide = part.high = 1;  // of a scan of one component an MCU is a block
                 parts[c] = part;
             }
             if (width != wanted_width || height != wanted_height || !width || !height) return ODD;
@@ -436,8 +439,9 @@ static __device__ int read_header(
             if (left != 2) return ODD;
             restart = in[0] << 8 | in[1];
         } else if (marker == 0xDA) {
-            if (!height || left != 10 || in[0] != 3 || in[7] != 0 || in[8] != 63 || in[9] != 0) return ODD;
-            for (int c = 0; c < 3; c++) {
+            const u8 *behind = in + 1 + 2 * count;
+            if (!height || left != 4 + 2 * count || in[0] != count || behind[0] != 0 || behind[1] != 63 || behind[2] != 0) return ODD;
+            for (int c = 0; c < count; c++) {
                 parts[c].dc = in[2 + 2 * c] >> 4;
                 parts[c].ac = in[2 + 2 * c] & 15;
                 if (in[1 + 2 * c] != parts[c].id || parts[c].dc > 1 || parts[c].ac > 1) return ODD;
@@ -451,7 +455,7 @@ static __device__ int read_header(
     }
     i64 across = (width + 8 * parts[0].wide - 1) / (8 * parts[0].wide), down = (height + 8 * parts[0].high - 1) / (8 * parts[0].high);
     int blocks = 0;
-    for (int c = 0; c < 3; c++) {
+    for (int c = 0; c < count; c++) {
         for (int block = 0; block < parts[c].wide * parts[c].high; block++, blocks++) {
             scan->part[blocks] = (u8)c;
             scan->dc[blocks] = (u8)parts[c].dc;
@@ -459,6 +463,7 @@ static __device__ int read_header(
         }
         for (int i = 0; i < 64; i++) frame->quantizers[c][i] = data[quantizers_at[parts[c].quantizer] + i];
     }
+    frame->parts = count;
     frame->wide = parts[0].wide;
     frame->high = parts[0].high;
     frame->across = (int)across;

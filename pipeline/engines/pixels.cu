@@ -51,7 +51,7 @@ extern "C" __global__ void transform_blocks(const i64 *images, const i16 *coeffi
     const i64 *image = images + FIELDS * blockIdx.y;
     const Frame *frame = frames + blockIdx.y;
     if (verdicts[blockIdx.y] != SOUND) return;
-    int firsts = frame->wide * frame->high, blocks = firsts + 2, all = frame->across * frame->down * blocks;
+    int firsts = frame->wide * frame->high, blocks = firsts + frame->parts - 1, all = frame->across * frame->down * blocks;
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < all; i += gridDim.x * blockDim.x) {
         int unit = i / blocks, within = i % blocks, component = within < firsts ? 0 : within - firsts + 1;
         Plane plane = plane_of(frame, component);
@@ -120,8 +120,9 @@ extern "C" __global__ void colour_pixels(const i64 *images, const u8 *planes, co
     for (i64 i = blockIdx.x * blockDim.x + threadIdx.x; i < image[ROWS] * columns; i += gridDim.x * blockDim.x) {
         int x = (int)(image[LEFT] + i % columns), y = (int)(image[TOP] + i / columns);
         int bright = own[(i64)y * light.pitch + x];
-        int cb = colour_at(own + blue.place, blue.pitch, wide, high, x, y, frame) - 128;
-        int cr = colour_at(own + red.place, red.pitch, wide, high, x, y, frame) - 128;
+        bool grey = frame->parts == 1;
+        int cb = grey ? 0 : colour_at(own + blue.place, blue.pitch, wide, high, x, y, frame) - 128;
+        int cr = grey ? 0 : colour_at(own + red.place, red.pitch, wide, high, x, y, frame) - 128;
         u8 *to = pixels + 6 * image[PLACE] + 3 * ((i64)y * width + x);
         to[0] = level(bright + ((91881 * cr + 32768) >> 16));
         to[1] = level(bright + ((-22554 * cb - 46802 * cr + 32768) >> 16));
