@@ -139,7 +139,7 @@ def test_figures_that_are_known_beforehand(tmp_path: Path, model: str, other: st
 def test_an_image_that_kills_or_hangs_its_decoder_is_a_failed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str):
     """The process that measures never sees it."""
     monkeypatch.setattr("pipeline.prepare.data.see", poison.see)
-    monkeypatch.setattr("pipeline.prepare.data._PATIENCE", CarefulLimits(2.0, 2**28))
+    monkeypatch.setattr("pipeline.prepare.data._PATIENCE", CarefulLimits(6.0, 2**28))
     data = shard(tmp_path / "in", [*LABELS, None], broken={"bad": b"abort", "slow": b"hang", "odd": b"hog"})
     outcome = evaluate(job(model, data, tmp_path / "out"))
     failed = {"DECODER_CRASH": 2, "DECODE_TIMEOUT": 1}

@@ -96,7 +96,7 @@ def test_an_image_that_kills_its_decoder_is_left_out_and_its_neighbours_are_not(
     }
     (tmp_path / "a.tar").write_bytes(tar_bytes(members))
     monkeypatch.setattr("pipeline.prepare.data.see", poison.see)
-    monkeypatch.setattr("pipeline.prepare.data._PATIENCE", CarefulLimits(2.0, 2**30))
+    monkeypatch.setattr("pipeline.prepare.data._PATIENCE", CarefulLimits(6.0, 2**30))
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     found = read_images(Input(uri=str(tmp_path)), label="cls")
     assert found.texts == [str(n) for n in range(200) if n not in poison_of]

@@ -163,7 +163,7 @@ def test_int8_says_what_float32_says_within_its_steps(done: tuple[Outcome, Path]
 def test_an_image_that_kills_or_hangs_its_decoder_is_left_out(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch):
     """Of those to calibrate with, and of those to measure with."""
     monkeypatch.setattr("pipeline.prepare.data.see", poison.see)
-    monkeypatch.setattr("pipeline.prepare.data._PATIENCE", CarefulLimits(2.0, 2**28))
+    monkeypatch.setattr("pipeline.prepare.data._PATIENCE", CarefulLimits(6.0, 2**28))
     sound = {f"k{number}": picture(number) for number in range(CLASSES)}
     truth = {f"k{number}": str(number) for number in range(CLASSES)} | {"slow": "1"}
     places = {
