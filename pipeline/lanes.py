@@ -82,7 +82,7 @@ def plain(data: memoryview, preprocessing: Preprocessing, max_pixels: int) -> tu
 
 def _frame(segment: bytes) -> tuple[int, int] | None:
     """Width and height of a frame of one or three components, 8 bits each, in a usual subsampling."""
-    if len(segment) not in (9, 15) or segment[0] != 8 or segment[6::3] != b"\1\2\3"[: segment[5]]:
+    if len(segment) < 9 or len(segment) != 6 + 3 * segment[5] or segment[0] != 8 or segment[6::3] != b"\1\2\3"[: segment[5]]:
         return None
     width, height = int.from_bytes(segment[3:5], "big"), int.from_bytes(segment[1:3], "big")
     return (width, height) if segment[7::3] in _SAMPLINGS and width and height else None

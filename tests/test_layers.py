@@ -30,7 +30,7 @@ prepare.answer prepare.evaluation prepare.evaluation_page prepare.evaluate prepa
 prepare.parameters prepare.importer prepare.augment prepare.checkpoint prepare.afar prepare.room prepare.shelf prepare.images
 prepare.learner prepare.epochs prepare.train
 prepare.workers prepare.dataset prepare.resume prepare.finetune prepare.distill prepare.digits
-prepare.calibrate prepare.gate prepare.material prepare.quantize
+prepare.calibrate prepare.gate prepare.quantize_data prepare.quantize
 kube.types kube.pods kube.kuberay kube.cronjob kube.render kube.follow kube.apiserver kube.apply
 demo screen prometheus
 commands.interrupt commands.options commands.printing commands.model commands.nightly commands.cluster commands.kube cli __main__

@@ -46,8 +46,8 @@ struct Huffman {
 
 struct Component { int id, wide, high, quantizer, dc, ac; };
 
-// What the second half wants to know of a file: components, one of which is grey; pixels of the first for one of the others, MCUs, and
-// by component what its coefficients are multiplied with, in the order of the file.
+// What the second half wants to know of a file: its components, 1 for grey; pixels of the first for one of the others, MCUs, and by
+// component what its coefficients are multiplied with, in the order of the file.
 struct Frame {
     int parts, wide, high, across, down;
     u8 quantizers[3][64];
@@ -385,7 +385,8 @@ static __device__ int walk_intervals(int *counts, const Scan *scan, const Huffma
     return SOUND;
 }
 
-// SOUND if a file's header is one of a sequential Huffman JPEG of one or three components in one scan, which is made known then; or ODD.
+// SOUND if a file's header is one of a sequential Huffman JPEG of one or three components in one scan, which is made known then;
+// or ODD.
 static __device__ int read_header(
     const u8 *data, i64 size, i64 wanted_width, i64 wanted_height, Huffman *tables, Scan *scan, Frame *frame
 ) {

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.errors import JobError
 from pipeline.job.training import Data
 from pipeline.prepare.data import NO_LABEL, LeftOut
-from pipeline.prepare.images import Images, also_in, find_classes, fitting, labelled, read_images, split
+from pipeline.prepare.images import Images, find_classes, fitting, labelled, overlap, read_images, split
 from pipeline.prepare.shelf import Found, Shelf
 
 
@@ -65,7 +65,7 @@ def _together(wanted: Data, train: Found, held: Found | None, *, classes: tuple[
     images = labelled(train, classes)
     uris = wanted.validation.uris if wanted.validation else ()
     parts = split(images, wanted.validation_share, seed=seed) if held is None else (images, labelled(held, classes))
-    flattering = 0 if held is None else also_in(*parts)
+    trained_on = 0 if held is None else overlap(*parts)
     left_out = {"train": train.left_out} | ({"validation": held.left_out} if held is not None else {})
     facts = {
         "uris": list(wanted.train.uris),
@@ -73,7 +73,7 @@ def _together(wanted: Data, train: Found, held: Found | None, *, classes: tuple[
         "label": wanted.label,
         **({"label_key": wanted.label_key} if wanted.label_key else {}),
         "images": {"train": len(parts[0]), "validation": len(parts[1])},
-        **({"validation_also_trained_on": flattering} if flattering else {}),
+        **({"validation_also_trained_on": trained_on} if trained_on else {}),
         "unlabelled": int((parts[0].labels == NO_LABEL).sum()),
         "left_out": {name: dict(part.counts) for name, part in left_out.items()},
         "left_out_images": {name: part.keys for name, part in left_out.items()},
@@ -85,8 +85,8 @@ def _lines(facts: dict[str, Any], left_out: dict[str, LeftOut], classes: int) ->
     images, unlabelled = facts["images"], facts["unlabelled"]
     bare = f" ({unlabelled:,} without a label)" if unlabelled else ""
     yield f"{images['train']:,} images to train on{bare}, {images['validation']:,} to validate with, {classes:,} classes"
-    if flattering := facts.get("validation_also_trained_on"):
-        yield f"{flattering:,} of {images['validation']:,} validation images are trained on too, others would judge better"
+    if trained_on := facts.get("validation_also_trained_on"):
+        yield f"{trained_on:,} of {images['validation']:,} validation images are trained on too, others would judge better"
     for name, part in left_out.items():
         if part.counts:
             yield f"left out of {'the training' if name == 'train' else 'the validation'} images: {part}"

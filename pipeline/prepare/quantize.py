@@ -30,8 +30,8 @@ from pipeline.prepare.calibrate import calibrate, quantize, schemes
 from pipeline.prepare.card import folder_name, model_card
 from pipeline.prepare.data import listing
 from pipeline.prepare.gate import FLOAT32, Measurement, best_of, measure
-from pipeline.prepare.material import Material
 from pipeline.prepare.outcome import Outcome, Say, made_before
+from pipeline.prepare.quantize_data import QuantizeData
 from pipeline.start import load_source
 from pipeline.storage import check_writable, head_if_there, join, open_store
 
@@ -47,7 +47,7 @@ def run_job(job: QuantizeJob, *, say: Say, command: str) -> Outcome:
     key = _key(job, source, saturates=saturates)
     if (standing := _standing(job, source)) is not None and standing.origin.data.get("job") == key:
         return _outcome(job, standing, ("nothing to do: the artifact is there", _told(standing.origin.metrics)))
-    images = Material(job, source, threads)
+    images = QuantizeData(job, source, threads)
     images.check_labels()
     float32 = float32_graph(source)
     say(f"calibrating on up to {job.calibration_images} images")

@@ -3,6 +3,7 @@
     .venv/bin/python tests/benchmarks/rates.py read [--processes 2] [--shards 8] [--megabytes 64] [--runs 5]
     .venv/bin/python tests/benchmarks/rates.py latency [--first-byte 0.15] [--rate 87]
     .venv/bin/python tests/benchmarks/rates.py commit [--rows 20000] [--units 20] [--runs 5]
+    .venv/bin/python tests/benchmarks/rates.py lanes [--photos FOLDER] [--runs 5]
 
 read: processes that read tars from a SeaweedFS on this machine into image rows, in turn with as many that fetch the same objects
 whole and drop them; together, in MB/s.
@@ -10,6 +11,8 @@ latency: one reader of tars on a store that answers as S3 is known to, `--first-
 MB/s on one connection, by the number of ranges under way at once. The store only sleeps.
 commit: the driver's part: blocks of prediction rows from memory → units put together, serialised, created on disk. In rows a
 second, rows for each second of a core, and the memory that it took on top of the blocks.
+lanes: what is done on a CPU where the GPU decodes: blocks of 1,000 photographs, as readers put them together, in which plain
+files are told apart and the others decoded. In us of a core an image, our own and the kernel's.
 
 Each writes tests/benchmarks/results/rates-<what>.json.
 """
@@ -17,6 +20,7 @@ Each writes tests/benchmarks/results/rates-<what>.json.
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import resource
@@ -232,9 +236,38 @@ def commit_once(folder: Path, model: str, args: argparse.Namespace) -> dict[str,
     return {"rows_per_s": args.rows * args.units / seconds, "rows_per_core_s": args.rows * args.units / cpu, "more_mb": more}
 
 
+def measure_lanes(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from photos import photographs
+
+    from pipeline.lanes import Lanes, all_on_gpu
+    from pipeline.model.preprocessing import Preprocessing
+    from pipeline.preprocess import Preprocess
+    from pipeline.read import BATCH_ROWS
+    from pipeline.rows import IMAGE
+
+    images = [data for data, _ in zip(itertools.cycle(photographs(args.photos)), range(1000), strict=False)]
+    rows = [{"unit": "u", "index": at, "key": f"{at}", "source": "s", "bytes": data} for at, data in enumerate(images)]
+    block = pa.concat_tables(
+        pa.Table.from_pylist(rows[at : at + BATCH_ROWS], schema=IMAGE) for at in range(0, len(rows), BATCH_ROWS)
+    )
+    seen, most = Preprocessing(), 10**8
+    lanes, found = Lanes(Preprocess(seen, max_pixels=most, threads=1), seen, most, all_on_gpu), []
+    plain = lanes(block)["bytes"].drop_null()
+    for _ in range(args.runs):
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        lanes(block)
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        us = {name: 1e6 * (getattr(after, name) - getattr(before, name)) / len(images) for name in ("ru_utime", "ru_stime")}
+        found.append({"user_us": us["ru_utime"], "kernel_us": us["ru_stime"], "plain": len(plain) / len(images)})
+        print(found[-1], flush=True)
+    return found
+
+
 def main() -> None:
+    from photos import DEFAULT_PHOTOS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["read", "latency", "commit"])
+    parser.add_argument("what", choices=["read", "latency", "commit", "lanes"])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--megabytes", type=int, default=64, help="of a shard")
@@ -242,11 +275,13 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=87.0, help="MB/s of one connection")
     parser.add_argument("--rows", type=int, default=20_000, help="of a unit")
     parser.add_argument("--units", type=int, default=20)
+    parser.add_argument("--photos", type=Path, default=DEFAULT_PHOTOS, help="a folder of WebDataset tars")
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
     from result import write_result
 
-    rows = {"read": measure_read, "latency": measure_latency, "commit": measure_commit}[args.what](args)
+    ways = {"read": measure_read, "latency": measure_latency, "commit": measure_commit, "lanes": measure_lanes}
+    rows = ways[args.what](args)
     medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]} if args.what != "latency" else {}
     print(medians or "")
     write_result(f"rates-{args.what}", {"rows": rows} | ({"median": medians} if medians else {}))

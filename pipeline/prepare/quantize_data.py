@@ -25,7 +25,7 @@ from pipeline.rows import pixels_view
 
 
 @dataclass
-class Material:
+class QuantizeData:
     """What the job's shards give, BATCH images at a time; and what was left out, by reason."""
 
     job: QuantizeJob
